@@ -1,0 +1,1 @@
+"""Where bytes are safe: the repository, its stores, policies and recovery."""

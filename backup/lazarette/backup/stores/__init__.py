@@ -1,0 +1,1 @@
+"""Object stores a repository can live in."""

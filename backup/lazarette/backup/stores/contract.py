@@ -1,0 +1,137 @@
+"""The contract of object stores.
+
+Vocabulary
+    *store*: a flat set of named, immutable-by-habit byte strings, local or remote.
+    *name*: ``/``-separated, ``[a-z0-9._-]`` between, no empty part, at most 200 characters.
+    *tag*: an opaque string that changes whenever an object's bytes change.
+
+Semantics
+    S1.  ``put`` makes the whole object visible at once or not at all; when it returns the
+         object is durable.  A reader never sees half an object.
+    S2.  ``put(if_absent=True)`` fails with ``AlreadyThere`` when the name exists; of several
+         callers at once exactly one succeeds, when ``conditional`` is in the capabilities.
+    S3.  ``replace`` writes only while the tag is still the given one, else ``TagMismatch``.
+    S4.  A conditional write whose reply was lost is settled by reading back: the caller's own
+         bytes there mean success.
+    S5.  ``get`` of a range returns exactly those bytes, or raises; a short or damaged body is
+         never returned.
+    S6.  ``list`` is complete, in ascending order of names, and sees every finished ``put``;
+         an object deleted meanwhile may or may not be listed.
+    S7.  ``delete`` of a missing object succeeds.
+    S8.  Errors: ``BlobNotFound``; ``StoreUnavailable`` (worth another try later);
+         ``Unauthenticated``/``Forbidden``; ``NoSpace``; ``WrongStore`` (no such bucket or
+         folder).  Nothing of the store's client library gets through.
+    S9.  Safe to use from several threads at once.
+
+Retry, limits, cache, read-only and fault injection are decorators: stores that wrap a
+store and follow this same contract.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from lazarette.storage.errors import Conflict, NotFound, Unavailable
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class StoreCapabilities:
+    """What a store can do; probed, not assumed.
+
+    Attributes:
+        conditional: conditional writes are exact under a race.
+        object_lock: objects can be made undeletable until a date.
+        versions: deleted or replaced objects can still be read.
+    """
+
+    conditional: bool
+    object_lock: bool = False
+    versions: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BlobInfo:
+    """An object's name, size in bytes, tag, and time of its last write (wall clock)."""
+
+    name: str
+    size: int
+    tag: str
+    modified_ns: int
+
+
+class BlobNotFound(NotFound):
+    """No object of that name."""
+
+    number = 201
+
+
+class AlreadyThere(Conflict):
+    """``if_absent`` was asked for and the name exists."""
+
+    number = 202
+
+
+class TagMismatch(Conflict):
+    """The object changed since its tag was read."""
+
+    number = 203
+
+
+class StoreUnavailable(Unavailable):
+    """The store did not answer as it should; a later try may succeed."""
+
+    number = 204
+    exit_code = 30
+
+
+class WrongStore(NotFound):
+    """The bucket or folder does not exist."""
+
+    number = 205
+    exit_code = 31
+
+
+class BlobStore(Protocol):
+    """A store of named byte strings; numbered semantics in the module's text."""
+
+    @property
+    def url(self) -> str:
+        """Where it is, without any secret."""
+        ...
+
+    @property
+    def capabilities(self) -> StoreCapabilities:
+        """What it can do."""
+        ...
+
+    def put(self, name: str, data: Buffer, *, if_absent: bool = False) -> str:
+        """Write an object and return its tag (S1, S2)."""
+        ...
+
+    def replace(self, name: str, data: Buffer, tag: str) -> str:
+        """Write over an object that still has ``tag``; return the new tag (S3)."""
+        ...
+
+    def get(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        """Read an object, or ``length`` bytes of it from ``offset`` (S5)."""
+        ...
+
+    def stat(self, name: str) -> BlobInfo:
+        """Describe an object."""
+        ...
+
+    def list(self, prefix: str = "") -> Iterator[BlobInfo]:
+        """All objects whose name begins with ``prefix`` (S6)."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Remove an object (S7)."""
+        ...
+
+    def close(self) -> None:
+        """Let go of connections."""
+        ...

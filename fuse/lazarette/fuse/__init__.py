@@ -1,0 +1,1 @@
+"""Filesystems in user space; knows files, nothing of volumes or backups."""

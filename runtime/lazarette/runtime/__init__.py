@@ -1,0 +1,1 @@
+"""What a person and their tools talk to: the engine, its API and its command line."""

@@ -1,0 +1,1 @@
+"""Where bytes live on this host: layer and volume drivers."""

@@ -1,0 +1,1 @@
+"""Layer drivers: image layers and container root filesystems."""

@@ -1,0 +1,1 @@
+"""Volume drivers and the manager of named volumes."""
