@@ -1,0 +1,1 @@
+"""The Docker Engine API and /lazarette/v1: parse, call, render."""

@@ -1,0 +1,43 @@
+"""Where a daemon keeps things and listens; several may run side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+DEFAULT_DATA_ROOT = Path("/var/lib/lazarette")
+DEFAULT_EXEC_ROOT = Path("/run/lazarette")
+DEFAULT_HOST = "unix:///run/lazarette/lazarette.sock"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one daemon.
+
+    Attributes:
+        data_root: what survives a reboot: state database, images, volumes.
+        exec_root: what does not: sockets, pid files, network namespaces, FIFOs.
+        hosts: addresses to listen on, ``unix://PATH`` or ``tcp://HOST:PORT``.
+        volume_driver: default for new volumes; empty means chosen for this host.
+        layer_driver: driver of image layers; empty means chosen for this host.
+        runtime: ``crun`` or ``runc``; empty means probed.
+        bridge: name of the default bridge.
+        insecure_registries: registries reached without TLS or without checking it.
+        registry_mirrors: base URLs asked before the hub.
+    """
+
+    data_root: Path = DEFAULT_DATA_ROOT
+    exec_root: Path = DEFAULT_EXEC_ROOT
+    hosts: tuple[str, ...] = (DEFAULT_HOST,)
+    volume_driver: str = ""
+    layer_driver: str = ""
+    runtime: str = ""
+    bridge: str = "laz0"
+    insecure_registries: tuple[str, ...] = ("127.0.0.0/8", "::1/128")
+    registry_mirrors: tuple[str, ...] = ()
+    labels: tuple[str, ...] = field(default=())
+
+    @property
+    def state_file(self) -> Path:
+        """The daemon's database."""
+        return self.data_root / "state.db"

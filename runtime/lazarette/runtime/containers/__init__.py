@@ -1,0 +1,1 @@
+"""Containers: their definition, OCI runtime, monitor, logs and life."""

@@ -1,0 +1,1 @@
+"""Images: content-addressed store, registries, load and save."""
