@@ -2,7 +2,9 @@
 
 Vocabulary
     *store*: a flat set of named, immutable-by-habit byte strings, local or remote.
-    *name*: ``/``-separated, ``[a-z0-9._-]`` between, no empty part, at most 200 characters.
+    *name*: ``/``-separated, ``[a-z0-9._-]`` between, no part empty, ``.`` or ``..``, at most
+    200 characters.  Beside ``a/b`` there is never ``a`` (no folder can hold both) and never
+    ``a-x`` or ``a.x`` (servers differ on their order).
     *tag*: an opaque string that changes whenever an object's bytes change.
 
 Semantics
@@ -11,16 +13,19 @@ Semantics
     S2.  ``put(if_absent=True)`` fails with ``AlreadyThere`` when the name exists; of several
          callers at once exactly one succeeds, when ``conditional`` is in the capabilities.
     S3.  ``replace`` writes only while the tag is still the given one, else ``TagMismatch``.
+         A missing object has no tag: ``TagMismatch`` too.
     S4.  A conditional write whose reply was lost is settled by reading back: the caller's own
          bytes there mean success.
     S5.  ``get`` of a range returns exactly those bytes, or raises; a short or damaged body is
-         never returned.
+         never returned.  An object that ends before the range does gives ``ShortBlob``,
+         a wrong checksum of the store's own ``DamagedBlob``.
     S6.  ``list`` is complete, in ascending order of names, and sees every finished ``put``;
          an object deleted meanwhile may or may not be listed.
     S7.  ``delete`` of a missing object succeeds.
     S8.  Errors: ``BlobNotFound``; ``StoreUnavailable`` (worth another try later);
          ``Unauthenticated``/``Forbidden``; ``NoSpace``; ``WrongStore`` (no such bucket or
-         folder).  Nothing of the store's client library gets through.
+         folder); ``StoreRefused`` (an answer that another try will not change);
+         ``InvalidArgument`` (not a name).  Nothing of the store's client library gets through.
     S9.  Safe to use from several threads at once.
 
 Retry, limits, cache, read-only and fault injection are decorators: stores that wrap a
@@ -29,11 +34,20 @@ store and follow this same contract.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from lazarette.storage.errors import Conflict, NotFound, Unavailable
+from lazarette.storage.errors import (
+    Conflict,
+    DamagedData,
+    Forbidden,
+    InvalidArgument,
+    LazaretteError,
+    NotFound,
+    Unavailable,
+)
 
 Buffer = bytes | bytearray | memoryview
 
@@ -93,6 +107,70 @@ class WrongStore(NotFound):
 
     number = 205
     exit_code = 31
+
+
+class SlowDown(StoreUnavailable):
+    """The store asks for fewer requests.
+
+    Args:
+        retry_after: seconds the store wants us to wait, 0 when it did not say.
+    """
+
+    number = 206
+
+    def __init__(self, message: str, *, hint: str = "", retry_after: float = 0.0) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after = retry_after
+
+
+class ShortBlob(DamagedData):
+    """The object ends before the range asked for: it was cut, or the index lies."""
+
+    number = 207
+
+
+class DamagedBlob(DamagedData):
+    """The store's own checksum of an object does not match its bytes."""
+
+    number = 210
+
+
+class ReadOnlyStore(Forbidden):
+    """The store was opened for reading only."""
+
+    number = 208
+
+
+class StoreRefused(LazaretteError):
+    """The store answered with an error that another try will not change."""
+
+    number = 209
+    exit_code = 32
+    http_status = 502
+
+
+NAME_LIMIT = 200
+_NAME = re.compile(r"[a-z0-9._-]+(?:/[a-z0-9._-]+)*")
+
+
+def is_name(name: str) -> bool:
+    """Whether ``name`` can name an object (see the vocabulary)."""
+    return (
+        len(name) <= NAME_LIMIT
+        and _NAME.fullmatch(name) is not None
+        and not {".", ".."} & set(name.split("/"))
+    )
+
+
+def check_name(name: str) -> str:
+    """``name`` itself.
+
+    Raises:
+        InvalidArgument: it cannot name an object.
+    """
+    if not is_name(name):
+        raise InvalidArgument(f"not an object name: {name!r}")
+    return name
 
 
 class BlobStore(Protocol):

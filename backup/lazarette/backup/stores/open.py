@@ -1,0 +1,150 @@
+"""From a URL to a store.
+
+========================================  =====================================
+``/mnt/disk/repo``, ``file:///mnt/…``     a folder
+``s3://bucket/prefix``                    AWS
+``s3://bucket/prefix?endpoint=http://…``  any other S3 server
+========================================  =====================================
+
+Further options of ``s3``: ``region=…`` and ``style=virtual`` (the bucket in the host's
+name; the default for AWS) or ``style=path``.  Credentials never stand in a URL: they are
+passed, or come from ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``
+or ``~/.aws``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from lazarette.backup.stores.contract import BlobStore, is_name
+from lazarette.backup.stores.local import LocalStore
+from lazarette.backup.stores.retry import RetryPolicy, RetryStore
+from lazarette.backup.stores.s3 import Credentials, S3Place, S3Store
+from lazarette.storage.clock import Clock, SystemClock
+from lazarette.storage.errors import Forbidden, InvalidArgument
+
+_OPTIONS = {"endpoint", "region", "style"}
+
+
+def open_store(
+    url: str,
+    credentials: Credentials | None = None,
+    *,
+    clock: Clock | None = None,
+    retry: RetryPolicy | None = None,
+    conditional: bool = True,
+) -> BlobStore:
+    """Open an existing place; a bucket is contacted at the first operation.
+
+    Args:
+        url: as in the module's text.
+        credentials: for S3; None takes them from the environment.
+        clock: for retries.
+        retry: how long an S3 store keeps trying.
+        conditional: whether conditional writes were found exact (``probe_conditional``).
+
+    Raises:
+        InvalidArgument: the URL cannot be understood, or holds a secret.
+        WrongStore: the folder does not exist.
+    """
+    place = parse_url(url)
+    if isinstance(place, str):
+        return LocalStore(place)
+    return RetryStore(
+        S3Store(place, credentials or credentials_from(os.environ), conditional=conditional),
+        clock or SystemClock(),
+        retry,
+    )
+
+
+def create_place(
+    url: str,
+    credentials: Credentials | None = None,
+    *,
+    clock: Clock | None = None,
+    retry: RetryPolicy | None = None,
+) -> BlobStore:
+    """Open a place for a new repository; make its bucket or folder if it is missing.
+
+    Raises:
+        InvalidArgument: the URL cannot be understood, or holds a secret.
+        Forbidden: it is missing and may not be made.
+    """
+    place = parse_url(url)
+    if isinstance(place, str):
+        try:
+            os.makedirs(place, mode=0o700, exist_ok=True)
+        except OSError as failed:
+            raise Forbidden(f"cannot make the folder {place}: {failed.strerror}") from failed
+        return LocalStore(place)
+    store = S3Store(place, credentials or credentials_from(os.environ))
+    store.create_bucket()
+    return RetryStore(store, clock or SystemClock(), retry)
+
+
+def parse_url(url: str) -> str | S3Place:
+    """A folder's absolute path, or a place in S3.
+
+    Raises:
+        InvalidArgument: the URL cannot be understood, or holds a secret.
+    """
+    if url.startswith("/") or (url and "://" not in url):
+        return os.path.abspath(url)
+    try:
+        parts = urlsplit(url)
+        options = {key: values[-1] for key, values in parse_qs(parts.query, True, True).items()}
+    except ValueError as bad:
+        raise InvalidArgument(f"not a store URL: {bad}") from bad
+    if parts.username is not None or parts.password is not None:
+        raise InvalidArgument(
+            "a store URL must not hold credentials",
+            hint="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        )
+    if parts.scheme == "file":
+        if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+            raise InvalidArgument(f"not an absolute file URL: {url}")
+        return os.path.abspath(unquote(parts.path))
+    if parts.scheme != "s3":
+        raise InvalidArgument(
+            f"no store is called {parts.scheme or url!r}", hint="use a folder, file:// or s3://"
+        )
+    return _s3_place(parts.netloc, unquote(parts.path), options)
+
+
+def _s3_place(bucket: str, path: str, options: Mapping[str, str]) -> S3Place:
+    unknown = sorted(set(options) - _OPTIONS)
+    if unknown:
+        raise InvalidArgument(f"unknown option of an s3 URL: {unknown[0]}")
+    if not bucket:
+        raise InvalidArgument("an s3 URL needs a bucket", hint="s3://bucket/prefix")
+    prefix = path.strip("/")
+    if prefix and not is_name(prefix.lower()):
+        raise InvalidArgument(f"not a prefix for objects: {prefix}")
+    endpoint = options.get("endpoint") or None
+    if endpoint is not None:
+        server = urlsplit(endpoint)
+        if server.scheme not in ("http", "https") or not server.hostname:
+            raise InvalidArgument(f"not an endpoint: {server.scheme}://{server.hostname}")
+        if server.username is not None:
+            raise InvalidArgument("an endpoint must not hold credentials")
+    style = options.get("style", "path" if endpoint else "virtual")
+    if style not in ("path", "virtual"):
+        raise InvalidArgument(f"style is path or virtual, not {style}")
+    return S3Place(
+        bucket,
+        prefix + "/" if prefix else "",
+        endpoint.rstrip("/") if endpoint else None,
+        options.get("region") or "us-east-1",
+        style == "virtual",
+    )
+
+
+def credentials_from(environment: Mapping[str, str]) -> Credentials | None:
+    """The access key of the environment, if there is a whole one."""
+    access = environment.get("AWS_ACCESS_KEY_ID")
+    secret = environment.get("AWS_SECRET_ACCESS_KEY")
+    if not access or not secret:
+        return None
+    return Credentials(access, secret, environment.get("AWS_SESSION_TOKEN") or None)
