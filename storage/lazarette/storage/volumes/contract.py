@@ -182,6 +182,10 @@ class VolumeDriver(Protocol):
         """All volumes of this driver, sorted."""
         ...
 
+    def location(self, name: str) -> Path:
+        """Where ``mount`` makes the volume's root reachable; nothing is mounted by asking."""
+        ...
+
     def mount(self, name: str) -> Path:
         """Make the volume's root reachable and say where; repeatable."""
         ...

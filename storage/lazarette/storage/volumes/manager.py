@@ -3,6 +3,595 @@
 The manager is what the engine and the backup service talk to.  It keeps one record a
 volume in the state database, counts who has a volume mounted by the caller's id (case
 A35), serialises operations on one volume, and writes ahead what it is about to do.
+
+Written ahead: an operation first puts a row into ``volume_operations``, then lets the
+driver act, then changes the records and drops the row in one transaction.  A row that is
+still there at the next start is an operation that was killed; :meth:`VolumeManager.recover`
+undoes it when its driver did not finish (``create``, ``clone``, ``snapshot``) and finishes
+it otherwise (``remove``, ``rename``, ``rollback``).
 """
 
 from __future__ import annotations
+
+import json
+import logging
+import secrets
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lazarette.storage import steps
+from lazarette.storage.changes import Change
+from lazarette.storage.clock import Clock
+from lazarette.storage.errors import (
+    InUse,
+    InvalidArgument,
+    NameTaken,
+    NotFound,
+    Unsupported,
+    VolumeNotFound,
+)
+from lazarette.storage.state import State
+from lazarette.storage.volumes.contract import (
+    OpenGate,
+    SnapshotInfo,
+    VolumeDriver,
+    VolumeUsage,
+    WriteGate,
+)
+from lazarette.storage.volumes.names import anonymous_name, check_name
+
+ANONYMOUS_LABEL = "com.docker.volume.anonymous"
+
+_MIGRATIONS = (
+    """
+    CREATE TABLE volumes (
+        name TEXT PRIMARY KEY,
+        driver TEXT NOT NULL,
+        options TEXT NOT NULL,
+        labels TEXT NOT NULL,
+        created_ns INTEGER NOT NULL,
+        anonymous INTEGER NOT NULL
+    ) STRICT;
+    CREATE TABLE volume_users (
+        volume TEXT NOT NULL REFERENCES volumes(name) ON DELETE CASCADE ON UPDATE CASCADE,
+        user TEXT NOT NULL,
+        PRIMARY KEY (volume, user)
+    ) STRICT;
+    CREATE TABLE volume_operations (
+        id INTEGER PRIMARY KEY,
+        verb TEXT NOT NULL,
+        driver TEXT NOT NULL,
+        volume TEXT NOT NULL,
+        detail TEXT NOT NULL
+    ) STRICT
+    """,
+)
+
+_log = logging.getLogger(__name__)
+
+
+class WrongDriver(NameTaken):
+    """A volume of that name exists with another driver or other options (case A24)."""
+
+    number = 123
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A named volume.
+
+    Attributes:
+        name: its name.
+        driver: name of its driver.
+        options: as given at its creation.
+        labels: of the user.
+        created_ns: wall clock.
+        anonymous: it was given no name.
+        mountpoint: where its content is reachable while mounted.
+        users: ids of those who have it mounted, sorted.
+    """
+
+    name: str
+    driver: str
+    options: Mapping[str, str]
+    labels: Mapping[str, str]
+    created_ns: int
+    anonymous: bool
+    mountpoint: Path
+    users: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """Volumes that :meth:`VolumeManager.prune` removed, and the bytes they referred to."""
+
+    names: tuple[str, ...]
+    reclaimed: int
+
+
+class VolumeManager:
+    """All named volumes of a host.
+
+    Args:
+        state: the daemon's database.
+        drivers: by name.
+        clock: for creation times.
+        default: name of the driver taken when none is asked for; ``"local"`` and ``""``
+            stand for it, as tools made for Docker send them.
+    """
+
+    def __init__(
+        self, state: State, drivers: Mapping[str, VolumeDriver], clock: Clock, default: str
+    ) -> None:
+        if default not in drivers:
+            raise InvalidArgument(
+                f"the default volume driver {default} is not among {', '.join(sorted(drivers))}"
+            )
+        self._state = state
+        self._drivers = dict(drivers)
+        self._clock = clock
+        self.default = default
+        self._locks: dict[str, threading.RLock] = {}
+        self._guard = threading.Lock()
+        state.migrate("volumes", _MIGRATIONS)
+
+    # ---- records
+
+    def driver(self, name: str) -> VolumeDriver:
+        """A driver by its name; ``""`` and ``"local"`` are the default one.
+
+        Raises:
+            NotFound: no such driver, with the list.
+        """
+        wanted = self.default if name in ("", "local") else name
+        try:
+            return self._drivers[wanted]
+        except KeyError:
+            raise NotFound(
+                f'volume driver "{name}" not found',
+                hint=f"valid drivers: {', '.join(sorted(self._drivers))}",
+            ) from None
+
+    @property
+    def drivers(self) -> Mapping[str, VolumeDriver]:
+        """All drivers by name."""
+        return dict(self._drivers)
+
+    def get(self, name: str) -> Volume:
+        """A volume by name.
+
+        Raises:
+            VolumeNotFound: there is none.
+        """
+        row = self._state.row("SELECT * FROM volumes WHERE name = ?", (name,))
+        if row is None:
+            raise VolumeNotFound(f"get {name}: no such volume")
+        driver = self._drivers.get(str(row["driver"]))
+        return Volume(
+            name=name,
+            driver=str(row["driver"]),
+            options=_strings(str(row["options"])),
+            labels=_strings(str(row["labels"])),
+            created_ns=int(row["created_ns"]),
+            anonymous=bool(row["anonymous"]),
+            mountpoint=Path() if driver is None else driver.location(name),
+            users=self.users(name),
+        )
+
+    def list(self) -> list[Volume]:
+        """All volumes, by name."""
+        rows = self._state.rows("SELECT name FROM volumes ORDER BY name")
+        return [self.get(str(row["name"])) for row in rows]
+
+    def users(self, name: str) -> tuple[str, ...]:
+        """Ids of those who have a volume mounted, sorted."""
+        rows = self._state.rows(
+            "SELECT user FROM volume_users WHERE volume = ? ORDER BY user", (name,)
+        )
+        return tuple(str(row["user"]) for row in rows)
+
+    def set_labels(self, name: str, labels: Mapping[str, str]) -> Volume:
+        """Replace the labels of a volume."""
+        with self._held(name), self._state.write() as db:
+            self.get(name)
+            db.execute("UPDATE volumes SET labels = ? WHERE name = ?", (_text(labels), name))
+        return self.get(name)
+
+    @contextmanager
+    def _held(self, *names: str) -> Iterator[None]:
+        """Serialise operations on volumes; several are taken in the order of their names."""
+        with self._guard:
+            locks = [self._locks.setdefault(name, threading.RLock()) for name in sorted(set(names))]
+        with ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(lock)
+            yield
+
+    def _of(self, name: str) -> VolumeDriver:
+        """The driver of an existing volume."""
+        return self.driver(self.get(name).driver)
+
+    # ---- write-ahead
+
+    def _announce(self, verb: str, driver: str, volume: str, **detail: str) -> int:
+        with self._state.write() as db:
+            cursor = db.execute(
+                "INSERT INTO volume_operations (verb, driver, volume, detail) VALUES (?, ?, ?, ?)",
+                (verb, driver, volume, _text(detail)),
+            )
+            number = cursor.lastrowid
+        steps.reached(f"volume.{verb}.announced")
+        return int(number or 0)
+
+    def _settle(self, operation: int) -> None:
+        with self._state.write() as db:
+            db.execute("DELETE FROM volume_operations WHERE id = ?", (operation,))
+
+    @contextmanager
+    def _operation(self, verb: str, driver: str, volume: str, **detail: str) -> Iterator[int]:
+        """Announce, run the block, settle; a block that raises in this process left nothing."""
+        operation = self._announce(verb, driver, volume, **detail)
+        try:
+            yield operation
+        finally:
+            self._settle(operation)
+        steps.reached(f"volume.{verb}.settled")
+
+    def recover(self) -> None:
+        """Let drivers clean up, then finish or undo every operation that was killed."""
+        for driver in self._drivers.values():
+            driver.recover()
+        for row in self._state.rows("SELECT * FROM volume_operations ORDER BY id"):
+            driver_name, volume = str(row["driver"]), str(row["volume"])
+            known = self._drivers.get(driver_name)
+            if known is None:
+                _log.warning("volume %s: its driver %s is not there", volume, driver_name)
+                continue
+            self._repair(str(row["verb"]), known, volume, _strings(str(row["detail"])))
+            self._settle(int(row["id"]))
+        for row in self._state.rows("SELECT DISTINCT volume FROM volume_users"):
+            name = str(row["volume"])
+            self._of(name).mount(name)
+
+    def _repair(
+        self, verb: str, driver: VolumeDriver, volume: str, detail: Mapping[str, str]
+    ) -> None:
+        recorded = self._state.row("SELECT 1 FROM volumes WHERE name = ?", (volume,)) is not None
+        if verb in ("create", "clone") and not recorded:
+            driver.remove(volume)
+        elif verb == "remove":
+            driver.remove(volume)
+            self._forget(volume)
+        elif verb == "rename" and recorded:
+            driver.rename(volume, detail["new"])
+            self._record_rename(volume, detail["new"])
+        elif verb == "snapshot":
+            driver.delete_snapshot(volume, detail["snapshot"])
+        elif verb == "rollback":
+            driver.rollback(volume, detail["snapshot"])
+
+    # ---- life
+
+    def create(
+        self,
+        name: str | None,
+        driver: str = "",
+        options: Mapping[str, str] | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> Volume:
+        """Make a volume, or return the one there is when driver and options agree.
+
+        Args:
+            name: None or ``""`` for an anonymous one.
+            driver: by default the host's.
+            options: of the driver.
+            labels: of the user.
+
+        Raises:
+            InvalidArgument: a bad name or option.
+            WrongDriver: the name exists with another driver or other options.
+        """
+        anonymous = not name
+        wanted = check_name(name) if name else anonymous_name()
+        options, labels = dict(options or {}), dict(labels or {})
+        if anonymous:
+            labels.setdefault(ANONYMOUS_LABEL, "")
+        with self._held(wanted):
+            existing = self._same(wanted, driver, options)
+            if existing is not None:
+                return existing
+            chosen = self.driver(driver)
+            with self._operation("create", chosen.capabilities.name, wanted):
+                chosen.create(wanted, options)
+                steps.reached("volume.create.made")
+                self._record(wanted, chosen.capabilities.name, options, labels, anonymous)
+        return self.get(wanted)
+
+    def _same(self, name: str, driver: str, options: Mapping[str, str]) -> Volume | None:
+        try:
+            existing = self.get(name)
+        except VolumeNotFound:
+            return None
+        if driver and self.driver(driver).capabilities.name != existing.driver:
+            raise WrongDriver(
+                f"create {name}: a volume of that name exists with the driver {existing.driver}"
+            )
+        if options and dict(options) != dict(existing.options):
+            raise WrongDriver(f"create {name}: a volume of that name exists with other options")
+        return existing
+
+    def _record(
+        self,
+        name: str,
+        driver: str,
+        options: Mapping[str, str],
+        labels: Mapping[str, str],
+        anonymous: bool,
+    ) -> None:
+        with self._state.write() as db:
+            db.execute(
+                "INSERT INTO volumes VALUES (?, ?, ?, ?, ?, ?)",
+                (name, driver, _text(options), _text(labels), self._clock.now_ns(), anonymous),
+            )
+
+    def remove(self, name: str, force: bool = False) -> None:
+        """Delete a volume with its snapshots.
+
+        Args:
+            name: the volume.
+            force: a volume that does not exist is no fault.
+
+        Raises:
+            VolumeNotFound: there is none.
+            InUse: somebody has it mounted; ``force`` changes nothing about that.
+        """
+        with self._held(name):
+            try:
+                volume = self.get(name)
+            except VolumeNotFound:
+                if force:
+                    return
+                raise
+            if volume.users:
+                raise InUse(
+                    f"remove {name}: volume is in use - [{', '.join(volume.users)}]",
+                    hint="remove the containers that use it first",
+                )
+            with self._operation("remove", volume.driver, name):
+                self.driver(volume.driver).remove(name)
+                steps.reached("volume.remove.removed")
+                self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        with self._state.write() as db:
+            db.execute("DELETE FROM volumes WHERE name = ?", (name,))
+
+    def rename(self, name: str, new: str) -> Volume:
+        """Give a volume another name, mounted or not.
+
+        Raises:
+            NameTaken: a volume of the new name exists.
+        """
+        check_name(new)
+        with self._held(name, new):
+            volume = self.get(name)
+            if name == new:
+                return volume
+            if self._state.row("SELECT 1 FROM volumes WHERE name = ?", (new,)) is not None:
+                raise NameTaken(f"rename {name}: a volume {new} exists already")
+            with self._operation("rename", volume.driver, name, new=new):
+                self.driver(volume.driver).rename(name, new)
+                steps.reached("volume.rename.renamed")
+                self._record_rename(name, new)
+        return self.get(new)
+
+    def _record_rename(self, name: str, new: str) -> None:
+        with self._state.write() as db:
+            db.execute("UPDATE volumes SET name = ?, anonymous = 0 WHERE name = ?", (new, name))
+
+    def prune(
+        self, keep: Sequence[str] = (), *, all_volumes: bool = False, dry_run: bool = False
+    ) -> Pruned:
+        """Remove volumes nobody uses: the anonymous ones, or with ``all_volumes`` every one.
+
+        Args:
+            keep: names to leave alone (referred to by stopped containers, labels, policies).
+            all_volumes: named ones too.
+            dry_run: only say which.
+        """
+        names: list[str] = []
+        reclaimed = 0
+        for volume in self.list():
+            if volume.users or volume.name in keep or not (volume.anonymous or all_volumes):
+                continue
+            with self._held(volume.name):
+                size = self.usage(volume.name).referenced
+                if not dry_run:
+                    try:
+                        self.remove(volume.name, force=True)
+                    except InUse:
+                        continue
+            names.append(volume.name)
+            reclaimed += size
+        return Pruned(tuple(names), reclaimed)
+
+    # ---- mounts
+
+    def mount(self, name: str, user: str) -> Path:
+        """Mount a volume for a user; repeating it with one id counts once (case A35)."""
+        with self._held(name):
+            driver = self._of(name)
+            with self._state.write() as db:
+                db.execute("INSERT OR IGNORE INTO volume_users VALUES (?, ?)", (name, user))
+            try:
+                return driver.mount(name)
+            except BaseException:
+                with self._state.write() as db:
+                    db.execute(
+                        "DELETE FROM volume_users WHERE volume = ? AND user = ?", (name, user)
+                    )
+                raise
+
+    def unmount(self, name: str, user: str) -> None:
+        """Let a user go; the volume is unmounted with the last one."""
+        with self._held(name):
+            try:
+                driver = self._of(name)
+            except VolumeNotFound:
+                return
+            with self._state.write() as db:
+                db.execute("DELETE FROM volume_users WHERE volume = ? AND user = ?", (name, user))
+            if not self.users(name):
+                driver.unmount(name)
+
+    # ---- snapshots
+
+    def snapshot(
+        self, names: Sequence[str], gate: WriteGate, snapshot: str | None = None
+    ) -> dict[str, SnapshotInfo]:
+        """Take one snapshot of several volumes at one instant, across drivers too.
+
+        Writers are held only while the drivers act.  If one driver fails, what the others
+        made is deleted again.
+
+        Args:
+            names: the volumes.
+            gate: holds their writers.
+            snapshot: id of the snapshot; a fresh one by default.
+        """
+        identity = snapshot or secrets.token_hex(8)
+        wanted = sorted(set(names))
+        with self._held(*wanted), ExitStack() as stack:
+            groups: dict[str, list[str]] = {}
+            for name in wanted:
+                groups.setdefault(self.get(name).driver, []).append(name)
+            for driver, members in groups.items():
+                for name in members:
+                    stack.enter_context(
+                        self._operation("snapshot", driver, name, snapshot=identity)
+                    )
+            return self._snapshot_groups(groups, identity, gate)
+
+    def _snapshot_groups(
+        self, groups: Mapping[str, Sequence[str]], snapshot: str, gate: WriteGate
+    ) -> dict[str, SnapshotInfo]:
+        if len(groups) == 1:
+            ((driver, members),) = groups.items()
+            if len(members) == 1:
+                return {members[0]: self.driver(driver).snapshot(members[0], snapshot, gate)}
+            return self.driver(driver).snapshot_group(members, snapshot, gate)
+        made: dict[str, SnapshotInfo] = {}
+        held = OpenGate()  # the manager itself holds the real one meanwhile
+        try:
+            gate.close()
+            try:
+                for driver, members in groups.items():
+                    made.update(self.driver(driver).snapshot_group(members, snapshot, held))
+            finally:
+                gate.open()
+        except BaseException:
+            for driver, members in groups.items():
+                for name in members:
+                    self.driver(driver).delete_snapshot(name, snapshot)
+            raise
+        return made
+
+    def snapshots(self, name: str) -> Sequence[SnapshotInfo]:
+        """The snapshots of a volume, oldest first."""
+        return self._of(name).snapshots(name)
+
+    def view(self, name: str, snapshot: str) -> Path:
+        """A snapshot as a read-only folder, until :meth:`release_view`."""
+        with self._held(name):
+            return self._of(name).view(name, snapshot)
+
+    def release_view(self, name: str, snapshot: str) -> None:
+        """Let go of a view."""
+        with self._held(name):
+            self._of(name).release_view(name, snapshot)
+
+    def delete_snapshot(self, name: str, snapshot: str) -> None:
+        """Delete a snapshot; nothing happens if it is not there."""
+        with self._held(name):
+            self._of(name).delete_snapshot(name, snapshot)
+
+    def clone(
+        self,
+        source: str,
+        snapshot: str | None,
+        name: str,
+        labels: Mapping[str, str] | None = None,
+    ) -> Volume:
+        """Make a volume that starts as another one is, or was at a snapshot.
+
+        Raises:
+            NameTaken: the name exists.
+        """
+        check_name(name)
+        with self._held(source, name):
+            origin = self.get(source)
+            if self._state.row("SELECT 1 FROM volumes WHERE name = ?", (name,)) is not None:
+                raise NameTaken(f"clone {source}: a volume {name} exists already")
+            with self._operation("clone", origin.driver, name):
+                self.driver(origin.driver).clone(source, snapshot, name)
+                steps.reached("volume.clone.made")
+                self._record(name, origin.driver, origin.options, labels or {}, False)
+        return self.get(name)
+
+    def rollback(self, name: str, snapshot: str) -> str:
+        """Set a volume back in place; the id of the safety snapshot taken before.
+
+        Raises:
+            InUse: somebody has it mounted.
+            SnapshotNotFound: no such snapshot.
+            Unsupported: its driver cannot.
+        """
+        with self._held(name):
+            volume = self.get(name)
+            driver = self.driver(volume.driver)
+            if not driver.capabilities.rollback:
+                raise Unsupported(f"the driver {volume.driver} cannot roll {name} back")
+            if volume.users:
+                raise InUse(
+                    f"rolling back {name}: volume is in use - [{', '.join(volume.users)}]",
+                    hint="stop the containers that use it first",
+                )
+            driver.view(name, snapshot)
+            driver.release_view(name, snapshot)
+            safety = f"before-rollback-{secrets.token_hex(4)}"
+            self.snapshot([name], OpenGate(), safety)
+            driver.unmount(name)
+            with self._operation("rollback", volume.driver, name, snapshot=snapshot):
+                driver.rollback(name, snapshot)
+                steps.reached("volume.rollback.done")
+        return safety
+
+    def changes(self, name: str, base: str, target: str) -> Iterator[Change]:
+        """What differs between two snapshots of a volume.
+
+        Raises:
+            ChangesUnknown: compare everything instead.
+        """
+        return self._of(name).changes(name, base, target)
+
+    # ---- space
+
+    def usage(self, name: str) -> VolumeUsage:
+        """Space a volume takes."""
+        return self._of(name).usage(name)
+
+    def resize(self, name: str, size: int) -> None:
+        """Set the size limit of a volume, bytes."""
+        with self._held(name):
+            self._of(name).resize(name, size)
+
+
+def _text(values: Mapping[str, str]) -> str:
+    return json.dumps(dict(values), sort_keys=True)
+
+
+def _strings(text: str) -> dict[str, str]:
+    return {str(key): str(value) for key, value in json.loads(text).items()}
