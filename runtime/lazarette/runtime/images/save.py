@@ -76,7 +76,7 @@ def save(store: ImageStore, refs: Sequence[str], target: BinaryIO) -> None:
     """
     chosen = select(store, refs)
     with store.working():
-        writer = _Archive(target)
+        writer = ArchiveWriter(target)
         entries: list[dict[str, object]] = []
         index = Index(media_type=model.OCI_INDEX)
         for one in chosen:
@@ -109,9 +109,9 @@ def _manifest(image: Image, config: bytes, layers: Sequence[Layer]) -> Manifest:
 
 def _entry(one: _Selected, layers: Sequence[Layer]) -> dict[str, object]:
     return {
-        "Config": _path(one.image.id),
+        "Config": blob_path(one.image.id),
         "RepoTags": [name.familiar for name in one.names] or None,
-        "Layers": [_path(layer.diff_id) for layer in layers],
+        "Layers": [blob_path(layer.diff_id) for layer in layers],
     }
 
 
@@ -136,11 +136,12 @@ def _descriptors(one: _Selected, manifest: bytes) -> list[Descriptor]:
     return named or [described(None)]
 
 
-def _path(digest: str) -> str:
+def blob_path(digest: str) -> str:
+    """Where an archive keeps a blob."""
     return "blobs/" + digest.replace(":", "/")
 
 
-class _Archive:
+class ArchiveWriter:
     """A tar being written; a member of a name it has is not written again."""
 
     def __init__(self, target: BinaryIO) -> None:
@@ -153,24 +154,29 @@ class _Archive:
 
     def layer(self, store: ImageStore, layer: Layer) -> None:
         """Add a layer's tar."""
-        if _path(layer.diff_id) not in self._names:
+        if blob_path(layer.diff_id) not in self._names:
             with store.layers.open_tar(layer) as stream:
-                self._add(_path(layer.diff_id), layer.tar_size, stream)
+                self.stream(blob_path(layer.diff_id), layer.tar_size, stream)
 
     def blob(self, data: bytes) -> None:
         """Add a document under its digest."""
-        self.file(_path(digest_of(data)), data)
+        self.file(blob_path(digest_of(data)), data)
 
     def file(self, name: str, data: bytes) -> None:
         """Add a document."""
         if name not in self._names:
-            self._add(name, len(data), io.BytesIO(data))
+            self.stream(name, len(data), io.BytesIO(data))
 
     def close(self) -> None:
         """Write the end of the archive."""
         self._target.write(bytes(2 * tarfile.BLOCKSIZE))
 
-    def _add(self, name: str, size: int, stream: BinaryIO) -> None:
+    def stream(self, name: str, size: int, stream: BinaryIO) -> None:
+        """Add a member of that many bytes.
+
+        Raises:
+            DigestMismatch: the stream has more or fewer.
+        """
         entry = tarfile.TarInfo(name)
         entry.size, entry.mode = size, 0o644
         self._target.write(entry.tobuf(tarfile.PAX_FORMAT))
