@@ -1,0 +1,260 @@
+"""Backing up by a record of changes: only what it names is looked at.
+
+The record becomes a tree of names.  A directory that is in it is taken from the earlier
+snapshot entry by entry, with the named ones done anew; one that is not is taken as it was,
+by the ids of its pages.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from lazarette.backup import scan
+from lazarette.backup.archive_frame import Frame
+from lazarette.backup.archive_run import Run
+from lazarette.backup.archive_walk import Walk
+from lazarette.backup.repository.entries import Entry, Extra, Kind
+from lazarette.backup.repository.snapshots import SnapshotRecord
+from lazarette.backup.tree import PathNotFound, TreeReader
+from lazarette.storage.changes import Change, ChangeKind, ChangesUnknown
+
+
+@dataclass
+class Node:
+    """A name in the tree of changes."""
+
+    change: Change | None = None
+    children: dict[bytes, Node] = field(default_factory=dict)
+
+
+def plan(changes: Iterator[Change], root: int, base: TreeReader) -> Node:
+    """Gather a record of changes.
+
+    Other names of a changed inode are found in the earlier snapshot and added, because a
+    record need only have one of them (rule C6).
+
+    Raises:
+        ChangesUnknown: the record is not complete.
+    """
+    top = Node()
+    linked: dict[int, Change] = {}
+    for change in changes:
+        _insert(top, change)
+        if change.kind is not ChangeKind.REMOVED and change.path:
+            status = _status(root, change.path)
+            if status is not None and status.st_nlink > 1:
+                linked[status.st_ino] = change
+    if linked:
+        for path, entry in base.walk():
+            change_of = linked.get(entry.inode)
+            if change_of is not None and entry.extra is not None and entry.extra.links > 1:
+                node = _node(top, path)
+                if node.change is None:
+                    node.change = Change(ChangeKind.MODIFIED, path, None, change_of.ranges)
+    return top
+
+
+def _status(root: int, path: bytes) -> os.stat_result | None:
+    directory = root
+    opened = -1
+    try:
+        *above, name = path.split(b"/")
+        for part in above:
+            directory = os.open(part, scan.OPEN_DIRECTORY, dir_fd=directory)
+            if opened >= 0:
+                os.close(opened)
+            opened = directory
+        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except OSError:
+        return None
+    finally:
+        if opened >= 0:
+            os.close(opened)
+    return None if scan.kind_of(status.st_mode) is Kind.DIRECTORY else status
+
+
+def _node(top: Node, path: bytes) -> Node:
+    node = top
+    for name in filter(None, path.split(b"/")):
+        node = node.children.setdefault(name, Node())
+    return node
+
+
+def _insert(top: Node, change: Change) -> None:
+    if b".." in change.path.split(b"/"):
+        raise ChangesUnknown(f"the record of changes has an impossible path {change.path!r}")
+    if change.origin is not None:
+        source = _node(top, change.origin)
+        if source.change is None:
+            source.change = Change(ChangeKind.REMOVED, change.origin)
+    node = _node(top, change.path)
+    before = node.change
+    if before is None or before.kind is ChangeKind.REMOVED:
+        node.change = change
+        return
+    if change.kind is ChangeKind.REMOVED:
+        return
+    ranges = None
+    if before.ranges is not None and change.ranges is not None:
+        ranges = tuple(sorted((*before.ranges, *change.ranges), key=lambda one: one.offset))
+    kind = before.kind if before.kind is not ChangeKind.MODIFIED else change.kind
+    node.change = Change(kind, change.path, before.origin or change.origin, ranges)
+
+
+@dataclass
+class ChangedFrame(Frame):
+    """A directory taken from the earlier snapshot with some names done anew."""
+
+    node: Node = field(default_factory=Node)
+
+
+class ChangedWalk(Walk):
+    """A walk along a record of changes."""
+
+    def __init__(self, run: Run, base: TreeReader, mounts: set[bytes]) -> None:
+        super().__init__(run, base, mounts)
+        self._reader = base
+
+    def apply(self, descriptor: int, base: SnapshotRecord, changed: Node) -> Entry:
+        """Save a tree; returns the root's entry."""
+        run = self._run
+        run.files = base.stats.files
+        run.entries = base.stats.entries
+        run.bytes_total = base.stats.bytes_total
+        entry = scan.entry_of(b"", os.fstat(descriptor))
+        if changed.change is None and not changed.children:
+            scan.put_extras(entry, scan.xattrs(descriptor), scan.flags(descriptor))
+            entry.content = base.root.content
+            os.close(descriptor)
+            return entry
+        self._enter_changed(descriptor, b"", entry, None, base.root, changed)
+        self.go()
+        run.drain()
+        return entry
+
+    def _enter_changed(
+        self,
+        descriptor: int,
+        path: bytes,
+        entry: Entry,
+        parent: Frame | None,
+        base: Entry,
+        node: Node,
+    ) -> None:
+        try:
+            scan.put_extras(entry, scan.xattrs(descriptor), scan.flags(descriptor))
+        except OSError as failed:
+            self._run.warn(path, f"directory cannot be read: {failed.strerror}")
+        known = self._base_entries(path, base)
+        frame = ChangedFrame(descriptor, path, entry, parent, known, node=node)
+        if base.content and not known:
+            # The earlier snapshot is damaged here: read this directory anew, whole.
+            self.push(Frame(descriptor, path, entry, parent, {}, pending=scan.names(descriptor)))
+            return
+        frame.children = [child for name, child in known.items() if name not in node.children]
+        for name in sorted(node.children, reverse=True):
+            if name in known:
+                self._uncount(known[name], node.children[name])
+            try:
+                status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+            except OSError:
+                continue
+            frame.pending.append((name, status))
+        self.push(frame)
+
+    def _uncount(self, base: Entry, node: Node) -> None:
+        """Take out of the totals what is going to be counted again, or is gone."""
+        if base.kind != Kind.DIRECTORY or node.change is None:
+            self._run.count(base, -1)
+            return
+        kept = node.change.kind is ChangeKind.MODIFIED
+        if kept:
+            self._run.count(base, -1)
+            return
+        for _, entry in self._reader.walk(base.name, base):
+            self._run.count(entry, -1)
+
+    def visit(self, frame: Frame, name: bytes, status: os.stat_result) -> None:
+        """See :meth:`Walk.visit`."""
+        if not isinstance(frame, ChangedFrame):
+            super().visit(frame, name, status)
+            return
+        node = frame.node.children[name]
+        path = frame.join(name)
+        entry = scan.entry_of(name, status)
+        base = self._origin(frame, node, name)
+        if path in self._mounts:
+            super().visit(frame, name, status)
+        elif entry.kind == Kind.DIRECTORY:
+            self._directory(frame, entry, path, base, node)
+        elif entry.kind == Kind.FILE:
+            self._file(frame, entry, path, base, node)
+        else:
+            self.save(frame, entry, path, None)
+
+    def _origin(self, frame: Frame, node: Node, name: bytes) -> Entry | None:
+        change = node.change
+        if change is not None and change.origin is not None:
+            try:
+                return self._reader.lookup(change.origin)
+            except PathNotFound:
+                return None
+        return frame.base.get(name)
+
+    def _file(
+        self, frame: Frame, entry: Entry, path: bytes, base: Entry | None, node: Node
+    ) -> None:
+        ranges = None if node.change is None else node.change.ranges
+        same = base is not None and base.kind == Kind.FILE and base.inode == entry.inode
+        unstable = base is not None and base.extra is not None and base.extra.unstable
+        if base is None or not same or unstable or ranges is None:
+            self._run.read_file(frame, entry, path, base, None)
+        elif ranges or entry.size != base.size:
+            self._run.read_file(frame, entry, path, base, ranges)
+        else:
+            self._metadata_only(frame, entry, path, base)
+
+    def _metadata_only(self, frame: Frame, entry: Entry, path: bytes, base: Entry) -> None:
+        try:
+            attributes = scan.xattrs(scan.beside(frame.descriptor, entry.name))
+            inode_flags = self._flags(frame.descriptor, entry.name)
+        except OSError as failed:
+            self._run.warn(path, f"cannot be read: {failed.strerror}")
+            return
+        scan.put_extras(entry, attributes, inode_flags)
+        if base.extra is not None and base.extra.block:
+            entry.extra = entry.extra or Extra()
+            entry.extra.block = base.extra.block
+        entry.content, entry.depth = base.content, base.depth
+        frame.children.append(entry)
+        self._run.count(entry)
+
+    @staticmethod
+    def _flags(directory: int, name: bytes) -> int:
+        descriptor = os.open(name, scan.OPEN_FILE, dir_fd=directory)
+        try:
+            return scan.flags(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _directory(
+        self, frame: Frame, entry: Entry, path: bytes, base: Entry | None, node: Node
+    ) -> None:
+        known = base is not None and base.kind == Kind.DIRECTORY and base.inode == entry.inode
+        if not known or base is None:
+            self._descend(frame, entry, path, None)
+            return
+        try:
+            descriptor = os.open(entry.name, scan.OPEN_DIRECTORY, dir_fd=frame.descriptor)
+        except OSError as failed:
+            self._run.warn(path, f"directory cannot be opened: {failed.strerror}")
+            return
+        frame.children.append(entry)
+        self._run.count(entry)
+        if node.change is not None and node.change.origin is not None:
+            for _, moved in self._reader.walk(b"", base):
+                self._run.count(moved)
+            self._run.count(base, -1)
+        self._enter_changed(descriptor, path, entry, frame, base, node)

@@ -1,0 +1,339 @@
+"""Reading files into chunks: what the worker threads of a backup do.
+
+A worker takes a :class:`Task` from the queue, does it alone (read, cut, hash, compress,
+encrypt into its own pack) and hands it back.  Nothing else is shared.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lazarette.backup import scan
+from lazarette.backup.chunker import MAX_SIZE, Chunker
+from lazarette.backup.repository.entries import PART, Entry
+from lazarette.backup.repository.format import Crypt
+from lazarette.backup.repository.ingest import Ingest, Lane
+from lazarette.storage.changes import ByteRange
+
+SMALL = 128 << 10
+"""Files up to this size are one chunk and are read in batches."""
+BLOCK = 64 << 10
+"""Grid of files changed in place, bytes."""
+SEGMENT = 32 << 20
+"""Most content one task covers, so that one large file keeps every worker busy."""
+_BUFFER = 8 << 20
+_READ = 1 << 20
+
+
+@dataclass
+class SmallFile:
+    """A file to be read whole into one chunk."""
+
+    directory: int
+    entry: Entry
+    path: bytes
+    fault: OSError | None = None
+    unstable: bool = False
+
+
+@dataclass
+class Batch:
+    """Small files read together."""
+
+    files: list[SmallFile] = field(default_factory=list)
+    bytes: int = 0
+    error: BaseException | None = None
+
+    def run(self, worker: Worker) -> None:
+        """Read, hash and store them."""
+        read: list[tuple[Entry, bytes]] = []
+        for file in self.files:
+            try:
+                data = _read_small(file)
+            except OSError as failed:
+                file.fault = failed
+                continue
+            worker.bytes_read += len(data)
+            if data:
+                read.append((file.entry, data))
+            else:
+                file.entry.content = b""
+        if not read:
+            return
+        ids = [worker.crypt.chunk_id(data) for _, data in read]
+        wanted = worker.ingest.claim_many(b"".join(ids), ids)
+        for (entry, data), chunk, new in zip(read, ids, wanted, strict=True):
+            entry.content = PART.pack(chunk, len(data))
+            if new:
+                worker.lane.add(chunk, data)
+
+
+def _read_small(file: SmallFile) -> bytes:
+    """Content of a small file; its entry gets the metadata that belong to what was read."""
+    descriptor = open_file(file.directory, file.entry.name)
+    try:
+        before = os.fstat(descriptor)
+        for _ in range(2):
+            data = _read_all(descriptor, before.st_size)
+            after = os.fstat(descriptor)
+            if _same(before, after) and len(data) == after.st_size:
+                break
+            before = after
+        else:
+            file.unstable = True
+        fill_entry(file.entry, after, descriptor, len(data))
+        return data
+    finally:
+        os.close(descriptor)
+
+
+def _read_all(descriptor: int, size: int) -> bytes:
+    data = os.pread(descriptor, size + 1, 0)
+    if len(data) == size:
+        return data
+    parts = [data]
+    at = len(data)
+    while data and at < 2 * SMALL:
+        data = os.pread(descriptor, SMALL, at)
+        parts.append(data)
+        at += len(data)
+    return b"".join(parts)
+
+
+def _same(one: os.stat_result, other: os.stat_result) -> bool:
+    return (
+        one.st_mtime_ns == other.st_mtime_ns
+        and one.st_ctime_ns == other.st_ctime_ns
+        and one.st_size == other.st_size
+    )
+
+
+def open_file(directory: int, name: bytes) -> int:
+    """Open a regular file for reading without touching its access time.
+
+    Raises:
+        OSError: it is gone, not readable, or no longer a regular file.
+    """
+    try:
+        return os.open(name, scan.OPEN_FILE | os.O_NOATIME, dir_fd=directory)
+    except PermissionError:
+        return os.open(name, scan.OPEN_FILE, dir_fd=directory)
+
+
+def fill_entry(entry: Entry, status: os.stat_result, descriptor: int, size: int) -> None:
+    """Set an entry's metadata from an open file, keeping its name and size as read."""
+    fresh = scan.entry_of(entry.name, status)
+    scan.put_extras(fresh, scan.xattrs(descriptor), scan.flags(descriptor))
+    for attribute in ("mode", "uid", "gid", "mtime_ns", "ctime_ns", "inode", "extra"):
+        setattr(entry, attribute, getattr(fresh, attribute))
+    entry.size = size
+
+
+@dataclass
+class Segment:
+    """A run of a large file's data to be cut into chunks.
+
+    Attributes:
+        file: the open file.
+        offset: first byte.
+        length: bytes to read.
+        block: grid of fixed blocks, or 0 to cut by content.
+        parts: result, packed ``PART`` rows.
+        read: bytes that were there; fewer than ``length`` when the file shrank.
+    """
+
+    file: int
+    offset: int
+    length: int
+    block: int
+    owner: object
+    parts: bytes = b""
+    read: int = 0
+    error: BaseException | None = None
+    fault: OSError | None = None
+
+    def run(self, worker: Worker) -> None:
+        """Read, cut, hash and store the segment."""
+        try:
+            if self.block:
+                self._run_fixed(worker)
+            else:
+                self._run_defined(worker)
+        except OSError as failed:
+            self.fault = failed
+        worker.bytes_read += self.read
+
+    def _run_fixed(self, worker: Worker) -> None:
+        rows = []
+        end = self.offset + self.length
+        at = self.offset
+        while at < end:
+            got = _fill(self.file, worker.view, 0, min(_READ, end - at), at)
+            if got == 0:
+                break
+            lengths = []
+            left = got
+            while left:
+                # The first block after an unaligned start is short: the grid is the file's.
+                step = min(self.block - (at + got - left) % self.block, left)
+                lengths.append(step)
+                left -= step
+            rows.append(worker.store(worker.view[:got], lengths))
+            at += got
+        self.read = at - self.offset
+        self.parts = b"".join(rows)
+
+    def _run_defined(self, worker: Worker) -> None:
+        rows = []
+        held = 0
+        end = self.offset + self.length
+        at = self.offset
+        final = False
+        while not final:
+            room = min(len(worker.view) - held, end - at)
+            got = _fill(self.file, worker.view, held, room, at)
+            at += got
+            held += got
+            final = got < room or at == end
+            lengths = worker.chunker.cuts(worker.view[:held], final)
+            used = sum(lengths)
+            rows.append(worker.store(worker.view[:used], lengths))
+            worker.view[: held - used] = worker.view[used:held]
+            held -= used
+        self.read = at - self.offset
+        self.parts = b"".join(rows)
+
+
+def _fill(descriptor: int, view: memoryview, held: int, room: int, offset: int) -> int:
+    """Read up to ``room`` bytes to ``view[held:]``; fewer only at the end of the file."""
+    got = 0
+    while got < room:
+        step = os.preadv(descriptor, [view[held + got : held + room]], offset + got)
+        if step == 0:
+            break
+        got += step
+    return got
+
+
+Task = Batch | Segment
+
+
+class Worker:
+    """One thread of a backup."""
+
+    def __init__(
+        self,
+        ingest: Ingest,
+        crypt: Crypt,
+        chunker: Chunker,
+        tasks: queue.SimpleQueue[Task | None],
+        done: queue.SimpleQueue[Task],
+    ) -> None:
+        self.ingest = ingest
+        self.crypt = crypt
+        self.chunker = chunker
+        self.lane: Lane = ingest.lane()
+        self.bytes_read = 0
+        self.view = memoryview(bytearray(max(_BUFFER, 2 * MAX_SIZE)))
+        self._tasks = tasks
+        self._done = done
+        self._thread = threading.Thread(target=self._loop, name="archive", daemon=True)
+        self._thread.start()
+
+    def store(self, data: memoryview, lengths: list[int]) -> bytes:
+        """Store consecutive chunks of ``data``; returns their ``PART`` rows."""
+        ids = []
+        at = 0
+        for length in lengths:
+            ids.append(self.crypt.chunk_id(data[at : at + length]))
+            at += length
+        wanted = self.ingest.claim_many(b"".join(ids), ids)
+        if all(wanted):
+            self.lane.add_span(ids, lengths, data)
+        else:
+            at = 0
+            for chunk, length, new in zip(ids, lengths, wanted, strict=True):
+                if new:
+                    self.lane.add(chunk, bytes(data[at : at + length]))
+                at += length
+        return b"".join(map(PART.pack, ids, lengths))
+
+    def _loop(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            try:
+                task.run(self)
+            except BaseException as failed:  # noqa: BLE001 - handed to the thread that waits
+                task.error = failed
+            self._done.put(task)
+
+    def join(self) -> None:
+        """Wait for the thread, which must have been sent None."""
+        self._thread.join()
+
+
+class Workers:
+    """The worker threads and the count of what is under way."""
+
+    def __init__(
+        self,
+        ingest: Ingest,
+        crypt: Crypt,
+        threads: int,
+        finished: Callable[[Task], None],
+    ) -> None:
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Task] = queue.SimpleQueue()
+        chunker = Chunker(crypt.chunk_id_key)
+        self._workers = [
+            Worker(ingest, crypt, chunker, self._tasks, self._done) for _ in range(threads)
+        ]
+        self._finished = finished
+        self.outstanding = 0
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from the source so far."""
+        return sum(worker.bytes_read for worker in self._workers)
+
+    def submit(self, task: Task) -> None:
+        """Queue a task."""
+        self.outstanding += 1
+        self._tasks.put(task)
+
+    def collect(self, limit: int) -> None:
+        """Take back finished tasks until at most ``limit`` are outstanding.
+
+        Raises:
+            BaseException: whatever a task failed with.
+        """
+        while self.outstanding > limit or (self.outstanding and not self._done.empty()):
+            task = self._done.get()
+            self.outstanding -= 1
+            if task.error is not None:
+                raise task.error
+            self._finished(task)
+
+    def stop(self) -> None:
+        """End the threads after what they are at."""
+        for _ in self._workers:
+            self._tasks.put(None)
+        for worker in self._workers:
+            worker.join()
+
+
+def clip(ranges: list[tuple[int, int]], within: tuple[ByteRange, ...]) -> list[tuple[int, int]]:
+    """The overlap of two ascending lists of ranges, as (offset, end) pairs."""
+    found = []
+    number = 0
+    for start, end in ranges:
+        while number < len(within) and within[number].end <= start:
+            number += 1
+        look = number
+        while look < len(within) and within[look].offset < end:
+            found.append((max(start, within[look].offset), min(end, within[look].end)))
+            look += 1
+    return found

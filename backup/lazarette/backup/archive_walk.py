@@ -1,0 +1,176 @@
+"""Walking a source tree depth first, comparing with an earlier snapshot, building pages.
+
+A :class:`Frame` is a directory under way: it is finished when its own listing is through
+and nothing beneath it is outstanding.  Memory follows the depth and the largest directory,
+not the number of files.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from lazarette.backup import scan
+from lazarette.backup.archive_frame import Frame
+from lazarette.backup.archive_run import Run
+from lazarette.backup.repository.entries import Entry, Kind
+from lazarette.backup.tree import TreeReader
+from lazarette.storage.errors import SourceMissing
+
+OPEN_DIRECTORIES = 400
+"""Directories open at once beyond which reading is waited for."""
+
+
+class Walk:
+    """One depth-first walk.
+
+    Args:
+        run: the backup it is part of.
+        base: reader of the snapshot compared with, if any.
+        mounts: paths not to enter, relative to the root.
+    """
+
+    def __init__(self, run: Run, base: TreeReader | None, mounts: set[bytes]) -> None:
+        self._run = run
+        self._base = base
+        self._mounts = mounts
+        self._stack: list[Frame] = []
+        self._open: dict[int, Frame] = {}
+        run.settle = self.settle
+
+    def whole(self, descriptor: int, base: Entry | None) -> Entry:
+        """Save a tree from its root on; returns the root's entry.
+
+        Raises:
+            SourceMissing: the root cannot be listed.
+        """
+        entry = scan.entry_of(b"", os.fstat(descriptor))
+        root = self.enter(descriptor, b"", entry, None, base)
+        if root is None:
+            raise SourceMissing("the root of the source cannot be listed")
+        self.go()
+        self._run.drain()
+        return entry
+
+    def enter(
+        self,
+        descriptor: int,
+        path: bytes,
+        entry: Entry,
+        parent: Frame | None,
+        base: Entry | None,
+    ) -> Frame | None:
+        """Begin a directory; the frame owns the descriptor."""
+        try:
+            scan.put_extras(entry, scan.xattrs(descriptor), scan.flags(descriptor))
+            listed = scan.names(descriptor)
+        except OSError as failed:
+            os.close(descriptor)
+            self._run.warn(path, f"directory cannot be read: {failed.strerror}")
+            return None
+        known = self._base_entries(path, base)
+        frame = Frame(descriptor, path, entry, parent, known)
+        frame.pending = listed[::-1]
+        return self.push(frame)
+
+    def push(self, frame: Frame) -> Frame:
+        """Put a directory on the stack; waits when too many are open."""
+        if frame.parent is not None:
+            frame.parent.outstanding += 1
+        self._stack.append(frame)
+        self._open[id(frame)] = frame
+        if len(self._open) > OPEN_DIRECTORIES:
+            self._run.drain()
+        return frame
+
+    def _base_entries(self, path: bytes, base: Entry | None) -> dict[bytes, Entry]:
+        if self._base is None or base is None or base.kind != Kind.DIRECTORY:
+            return {}
+        return self._run.readable_base(
+            path, lambda reader: {entry.name: entry for entry in reader.pages(base)}, self._base
+        )
+
+    def go(self) -> None:
+        """Walk until the stack is empty; files may still be read then."""
+        while self._stack:
+            frame = self._stack[-1]
+            if not frame.pending:
+                self._stack.pop()
+                frame.listed = True
+                self.settle(frame)
+                continue
+            name, status = frame.pending.pop()
+            self.visit(frame, name, status)
+            self._run.breathe()
+
+    def visit(self, frame: Frame, name: bytes, status: os.stat_result) -> None:
+        """Save one name of a directory."""
+        path = frame.join(name)
+        if path in self._mounts:
+            self._run.warn_mount(path)
+            if not stat.S_ISDIR(status.st_mode):
+                return
+            entry = scan.entry_of(name, status)
+            frame.children.append(entry)
+            self._run.count(entry)
+            return
+        entry = scan.entry_of(name, status)
+        base = frame.base.get(name)
+        if entry.kind == Kind.DIRECTORY:
+            self._descend(frame, entry, path, base)
+        else:
+            self.save(frame, entry, path, base)
+
+    def _descend(self, frame: Frame, entry: Entry, path: bytes, base: Entry | None) -> None:
+        try:
+            descriptor = os.open(entry.name, scan.OPEN_DIRECTORY, dir_fd=frame.descriptor)
+        except OSError as failed:
+            if failed.errno != errno.ENOENT:
+                self._run.warn(path, f"directory cannot be opened: {failed.strerror}")
+                frame.children.append(entry)
+                self._run.count(entry)
+            return
+        frame.children.append(entry)
+        self._run.count(entry)
+        self.enter(descriptor, path, entry, frame, base)
+
+    def save(self, frame: Frame, entry: Entry, path: bytes, base: Entry | None) -> None:
+        """Save one entry that is no directory."""
+        if entry.kind == Kind.FILE and base is not None and self._run.unchanged(entry, base):
+            entry.content, entry.depth, entry.extra = base.content, base.depth, base.extra
+            frame.children.append(entry)
+            self._run.count(entry)
+            return
+        if entry.kind == Kind.FILE:
+            self._run.read_file(frame, entry, path, base, None)
+            return
+        try:
+            place = scan.beside(frame.descriptor, entry.name)
+            if entry.kind == Kind.SYMLINK:
+                entry.content = os.readlink(entry.name, dir_fd=frame.descriptor)
+            scan.put_extras(entry, scan.xattrs(place), 0)
+        except OSError as failed:
+            self._run.warn(path, f"cannot be read: {failed.strerror}")
+            return
+        frame.children.append(entry)
+        self._run.count(entry)
+
+    def settle(self, frame: Frame) -> None:
+        """Finish a directory, and those above it, when nothing is outstanding."""
+        while frame.listed and frame.outstanding == 0:
+            os.close(frame.descriptor)
+            frame.descriptor = -1
+            del self._open[id(frame)]
+            self._run.store_directory(frame.entry, frame.children)
+            frame.children = []
+            if frame.parent is None:
+                return
+            frame = frame.parent
+            frame.outstanding -= 1
+
+    def close(self) -> None:
+        """Let go of what a failed walk left open."""
+        for frame in self._open.values():
+            os.close(frame.descriptor)
+        self._open = {}

@@ -1,0 +1,148 @@
+"""Reading chunks: find, fetch, decrypt, decompress, and check against their id."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from lazarette.backup.repository import patches
+from lazarette.backup.repository.format import (
+    Crypt,
+    RepositoryDamaged,
+    pack_name,
+)
+from lazarette.backup.repository.index import Index, Location
+from lazarette.backup.repository.packs import TREE, open_block, pack_cipher
+from lazarette.backup.repository.treecache import TreeCache
+from lazarette.backup.stores.contract import BlobNotFound, BlobStore, Buffer
+
+_CIPHERS = 256
+
+
+class ChunkMissing(RepositoryDamaged):
+    """No pack holds a chunk that something refers to."""
+
+    number = 222
+
+
+class ChunkReader:
+    """Chunks of a repository by id; safe in several threads.
+
+    Args:
+        store: where packs are.
+        crypt: of the repository.
+        index: where chunks are.
+        cache_bytes: plain blocks kept in memory.
+        trees: local copies of packs of directories, if kept.
+    """
+
+    def __init__(
+        self,
+        store: BlobStore,
+        crypt: Crypt,
+        index: Index,
+        cache_bytes: int = 48 << 20,
+        trees: TreeCache | None = None,
+    ) -> None:
+        self._store = store
+        self._crypt = crypt
+        self._index = index
+        self._limit = cache_bytes
+        self._trees = trees
+        self._lock = threading.Lock()
+        self._blocks: OrderedDict[tuple[bytes, int], bytes] = OrderedDict()
+        self._held = 0
+        self._ciphers: OrderedDict[bytes, AESGCM] = OrderedDict()
+
+    def get(self, chunk: bytes) -> Buffer:
+        """The bytes of a chunk, checked against its id.
+
+        Raises:
+            ChunkMissing: it is in no pack, or its pack is gone.
+            RepositoryDamaged: its bytes are not those that were written.
+            StoreUnavailable: the store does not answer.
+        """
+        location = self.locate(chunk)
+        data: Buffer = self._payload(location)
+        if location.patch:
+            data = patches.assemble(patches.decode(data), self._stored_pages)
+        if self._crypt.chunk_id(data) != chunk:
+            raise RepositoryDamaged(
+                f"chunk {chunk.hex()} in pack {location.pack.hex()} is not what its id says"
+            )
+        return data
+
+    def locate(self, chunk: bytes) -> Location:
+        """Where a chunk is.
+
+        Raises:
+            ChunkMissing: it is in no pack.
+        """
+        location = self._index.find(chunk)
+        if location is None:
+            raise ChunkMissing(
+                f"chunk {chunk.hex()} is in no pack", hint="run laz repo check, then repair"
+            )
+        return location
+
+    def _payload(self, location: Location) -> memoryview:
+        block = self.block(location)
+        return memoryview(block)[location.start : location.start + location.length]
+
+    def _stored_pages(self, chunk: bytes) -> Buffer:
+        location = self.locate(chunk)
+        payload = self._payload(location)
+        return patches.decode(payload).new_pages if location.patch else payload
+
+    def block(self, location: Location) -> bytes:
+        """The plain bytes of a whole block."""
+        key = (location.pack, location.offset)
+        with self._lock:
+            found = self._blocks.get(key)
+            if found is not None:
+                self._blocks.move_to_end(key)
+                return found
+        stored = self._fetch(location)
+        plain = open_block(
+            self._cipher(location.pack),
+            location.pack.hex(),
+            location.offset,
+            stored,
+            location.plain,
+        )
+        self.keep(location, plain)
+        return plain
+
+    def keep(self, location: Location, plain: bytes) -> None:
+        """Hold a plain block in memory for later readers."""
+        key = (location.pack, location.offset)
+        with self._lock:
+            if key not in self._blocks:
+                self._blocks[key] = plain
+                self._held += len(plain)
+                while self._held > self._limit and len(self._blocks) > 1:
+                    _, dropped = self._blocks.popitem(last=False)
+                    self._held -= len(dropped)
+
+    def _fetch(self, location: Location) -> Buffer:
+        try:
+            if self._trees is not None and self._index.head(location.pack).kind == TREE:
+                return self._trees.range(location.pack, location.offset, location.stored)
+            return self._store.get(pack_name(location.pack), location.offset, location.stored)
+        except BlobNotFound:
+            raise ChunkMissing(
+                f"pack {location.pack.hex()} is gone", hint="run laz repo check, then repair"
+            ) from None
+
+    def _cipher(self, pack: bytes) -> AESGCM:
+        with self._lock:
+            cipher = self._ciphers.get(pack)
+        if cipher is None:
+            cipher = pack_cipher(self._crypt, self._index.head(pack))
+            with self._lock:
+                self._ciphers[pack] = cipher
+                while len(self._ciphers) > _CIPHERS:
+                    self._ciphers.popitem(last=False)
+        return cipher

@@ -1,0 +1,382 @@
+"""Packs: many blocks in one store object, each block many chunks.
+
+Layout, all numbers little-endian::
+
+    head    "LAZPACK" version(1) pack id(16) n(1) key field(n)
+    block*  AES-256-GCM of the block; nonce = offset of the block in the pack
+    list    sealed: the pack's own index record (so an index can be made again from packs)
+    table   for each block: offset u32, stored length u32, xxh3-64 of the stored bytes
+    foot    table offset u32, blocks u32, list offset u32, list length u32,
+            xxh3-64 of head + list + table, "LAZPACKE"
+
+A block is a zstd frame when that is smaller than its plain bytes and plain bytes otherwise;
+which one it is follows from the two lengths in the index record.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+import zstandard
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from lazarette.backup.repository.format import (
+    ENVELOPE_SIZE,
+    ID_SIZE,
+    TAG_SIZE,
+    VERSION,
+    Crypt,
+    RepositoryDamaged,
+    checksum,
+    expand,
+    new_id,
+    pack_name,
+    seal,
+    subkey,
+    unseal,
+)
+from lazarette.backup.stores.contract import Buffer
+
+MAGIC = b"LAZPACK" + bytes([VERSION])
+END_MAGIC = b"LAZPACKE"
+HEAD_SIZE = len(MAGIC) + ID_SIZE + 1
+TABLE_ROW = struct.Struct("<IIQ")
+FOOT = struct.Struct("<IIIIQ8s")
+MAX_BLOCK = 64 << 20
+"""Largest plain size of a block, bytes; a reader refuses more."""
+
+BLOCK_DTYPE = np.dtype([("offset", "<u4"), ("stored", "<u4"), ("plain", "<u4"), ("chunks", "<u4")])
+CHUNK_DTYPE = np.dtype([("id", "V16"), ("length", "<u4")])
+PATCH_DTYPE = np.dtype([("chunk", "<u4"), ("source", "V16")])
+
+DATA = 0
+TREE = 1
+
+
+class PackRecord(msgspec.Struct, array_like=True, frozen=True):
+    """What an index says about one pack.
+
+    Attributes:
+        pack: its id.
+        kind: ``DATA`` or ``TREE``.
+        key: field that says how its key is found, see :class:`Crypt`.
+        size: bytes of the store object.
+        blocks: array of ``BLOCK_DTYPE``: offset, stored length, plain length, chunks in it.
+        chunks: array of ``CHUNK_DTYPE`` in the order of the blocks: id, length.  The top bit of
+            the length marks a patch (see :mod:`lazarette.backup.repository.patches`).
+        patches: array of ``PATCH_DTYPE``: number of a patch in ``chunks``, id of a chunk it needs.
+        created_ns: when it was begun, wall clock of the writer.
+    """
+
+    pack: bytes
+    kind: int
+    key: bytes
+    size: int
+    blocks: bytes
+    chunks: bytes
+    patches: bytes
+    created_ns: int
+
+    def block_array(self) -> np.ndarray:
+        """The blocks as an array."""
+        return np.frombuffer(self.blocks, BLOCK_DTYPE)
+
+    def chunk_array(self) -> np.ndarray:
+        """The chunks as an array."""
+        return np.frombuffer(self.chunks, CHUNK_DTYPE)
+
+    def patch_array(self) -> np.ndarray:
+        """The needs of patches as an array."""
+        return np.frombuffer(self.patches, PATCH_DTYPE)
+
+    def validate(self) -> None:
+        """Refuse a record that contradicts itself.
+
+        Raises:
+            RepositoryDamaged: it does.
+        """
+        name = self.pack.hex()
+        if (
+            len(self.pack) != ID_SIZE
+            or len(self.key) not in (2, ENVELOPE_SIZE)
+            or len(self.blocks) % BLOCK_DTYPE.itemsize
+            or len(self.chunks) % CHUNK_DTYPE.itemsize
+            or len(self.patches) % PATCH_DTYPE.itemsize
+        ):
+            raise RepositoryDamaged(f"index record of pack {name} is malformed")
+        blocks = self.block_array()
+        chunks = len(self.chunks) // CHUNK_DTYPE.itemsize
+        ends = blocks["offset"].astype(np.int64) + blocks["stored"]
+        if (
+            int(blocks["chunks"].sum(dtype=np.int64)) != chunks
+            or (len(blocks) and int(ends.max()) > self.size)
+            or (len(blocks) and int(blocks["plain"].max()) > MAX_BLOCK)
+            or (len(self.patches) and int(self.patch_array()["chunk"].max()) >= chunks)
+        ):
+            raise RepositoryDamaged(f"index record of pack {name} contradicts itself")
+
+
+_decode_record = msgspec.msgpack.Decoder(PackRecord)
+_encode = msgspec.msgpack.Encoder().encode
+
+PATCH_BIT = 1 << 31
+
+
+@dataclass
+class _OpenBlock:
+    """Chunks not yet compressed."""
+
+    parts: list[Buffer] = field(default_factory=list)
+    ids: list[bytes] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    size: int = 0
+
+
+class PackBuilder:
+    """One pack in the making, in memory; used by one thread.
+
+    Args:
+        crypt: the repository's keys.
+        kind: ``DATA`` or ``TREE``.
+        created_ns: wall clock.
+        block_size: plain bytes after which a block is closed.
+        level: zstd level.
+    """
+
+    def __init__(
+        self,
+        crypt: Crypt,
+        kind: int,
+        created_ns: int,
+        block_size: int = 1 << 20,
+        level: int = 1,
+    ) -> None:
+        self.pack = new_id()
+        self._crypt = crypt
+        self._kind = kind
+        self._created_ns = created_ns
+        self._block_size = block_size
+        key, self._key = crypt.new_key(metadata=kind == TREE)
+        self._cipher = subkey(key, b"pack", self.pack)
+        head = MAGIC + self.pack + bytes([len(self._key)]) + self._key
+        self.size = len(head)
+        self._compressor = zstandard.ZstdCompressor(level=level)
+        self._stored: list[Buffer] = [head]
+        self._rows: list[tuple[int, int, int, int]] = []
+        self._ids: list[bytes] = []
+        self._lengths: list[int] = []
+        self._patches: list[tuple[int, bytes]] = []
+        self._block = _OpenBlock()
+
+    @property
+    def pending(self) -> int:
+        """Plain bytes in the open block."""
+        return self._block.size
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was added."""
+        return not self._rows and not self._block.ids
+
+    def add(self, chunk: bytes, data: Buffer, needs: tuple[bytes, ...] = ()) -> None:
+        """Add a chunk; the caller sees to it that it is not there yet.
+
+        Args:
+            chunk: its id.
+            data: its bytes, or the payload of a patch.
+            needs: ids of the chunks a patch takes pages from; empty for a plain chunk.
+        """
+        block = self._block
+        number = len(self._ids) + len(block.ids)
+        block.ids.append(chunk)
+        block.lengths.append(len(data) | (PATCH_BIT if needs else 0))
+        block.parts.append(data)
+        block.size += len(data)
+        self._patches.extend((number, need) for need in needs)
+        if block.size >= self._block_size:
+            self.close_block()
+
+    def close_block(self) -> None:
+        """Compress and encrypt what is pending."""
+        block = self._block
+        if block.ids:
+            self._block = _OpenBlock()
+            plain = block.parts[0] if len(block.parts) == 1 else b"".join(block.parts)
+            self._append(block.ids, block.lengths, plain)
+
+    def add_block(self, ids: Sequence[bytes], lengths: Sequence[int], plain: Buffer) -> None:
+        """Add plain chunks that lie one after another as a block of their own.
+
+        Nothing may be pending: :meth:`close_block` first.
+        """
+        self._append(ids, lengths, plain)
+
+    def _append(self, ids: Sequence[bytes], lengths: Sequence[int], plain: Buffer) -> None:
+        packed: Buffer = self._compressor.compress(plain)
+        if len(packed) >= len(plain):
+            packed = plain
+        sealed = self._cipher.encrypt(block_nonce(self.size), packed, None)
+        self._rows.append((self.size, len(sealed), len(plain), len(ids)))
+        self._stored.append(sealed)
+        self.size += len(sealed)
+        self._ids.extend(ids)
+        self._lengths.extend(lengths)
+
+    def finish(self) -> tuple[bytes, PackRecord]:
+        """Close the pack: its bytes, and its record with the final size."""
+        self.close_block()
+        blocks = np.array(self._rows, BLOCK_DTYPE)
+        chunks = np.empty(len(self._ids), CHUNK_DTYPE)
+        chunks["id"] = np.frombuffer(b"".join(self._ids), "V16")
+        chunks["length"] = self._lengths
+        table = b"".join(
+            TABLE_ROW.pack(row[0], row[1], checksum(stored))
+            for row, stored in zip(self._rows, self._stored[1:], strict=True)
+        )
+        record = PackRecord(
+            self.pack,
+            self._kind,
+            self._key,
+            0,
+            blocks.tobytes(),
+            chunks.tobytes(),
+            np.array(self._patches, PATCH_DTYPE).tobytes(),
+            self._created_ns,
+        )
+        listing = seal(self._crypt, pack_name(self.pack), _encode(record), index=True)
+        table_at = self.size + len(listing)
+        foot = FOOT.pack(
+            table_at,
+            len(self._rows),
+            self.size,
+            len(listing),
+            checksum(b"".join((self._stored[0], listing, table))),
+            END_MAGIC,
+        )
+        data = b"".join((*self._stored, listing, table, foot))
+        return data, msgspec.structs.replace(record, size=len(data))
+
+
+def block_nonce(offset: int) -> bytes:
+    """Nonce of the block at an offset of its pack; never used twice under a pack's key."""
+    return offset.to_bytes(12, "little")
+
+
+def open_block(cipher: AESGCM, name: str, offset: int, stored: Buffer, plain: int) -> bytes:
+    """Decrypt and decompress a block.
+
+    Args:
+        cipher: key of the pack, from :func:`pack_cipher`.
+        name: for messages.
+        offset: of the block in the pack.
+        stored: its stored bytes.
+        plain: its length when plain.
+
+    Raises:
+        RepositoryDamaged: the bytes are not those that were written.
+    """
+    if len(stored) < TAG_SIZE:
+        raise RepositoryDamaged(f"pack {name} has a block of {len(stored)} bytes at {offset}")
+    try:
+        packed = cipher.decrypt(block_nonce(offset), stored, None)
+    except InvalidTag:
+        raise RepositoryDamaged(f"pack {name} is damaged in the block at {offset}") from None
+    if len(packed) == plain:
+        return packed
+    data = expand(packed, MAX_BLOCK, name)
+    if len(data) != plain:
+        raise RepositoryDamaged(f"pack {name} has a block of the wrong length at {offset}")
+    return data
+
+
+def pack_cipher(crypt: Crypt, head: PackRecord) -> AESGCM:
+    """The key of a pack.
+
+    Raises:
+        CannotRead: on a host that may write and not read.
+    """
+    return subkey(crypt.key(head.key, metadata=head.kind == TREE), b"pack", head.pack)
+
+
+@dataclass(frozen=True, slots=True)
+class PackFoot:
+    """Where the parts of a pack are."""
+
+    table_at: int
+    blocks: int
+    list_at: int
+    list_length: int
+    sum: int
+
+
+def read_foot(name: str, tail: Buffer, size: int) -> PackFoot:
+    """Parse the last bytes of a pack.
+
+    Args:
+        name: for messages.
+        tail: at least the last ``FOOT.size`` bytes.
+        size: of the whole object.
+
+    Raises:
+        RepositoryDamaged: they are no foot of a pack of that size.
+    """
+    if len(tail) < FOOT.size:
+        raise RepositoryDamaged(f"pack {name} is cut: {size} bytes")
+    table_at, blocks, list_at, list_length, digest, magic = FOOT.unpack(tail[-FOOT.size :])
+    if (
+        magic != END_MAGIC
+        or list_at < HEAD_SIZE
+        or list_at + list_length != table_at
+        or table_at + blocks * TABLE_ROW.size + FOOT.size != size
+    ):
+        raise RepositoryDamaged(f"pack {name} is cut or has no foot")
+    return PackFoot(table_at, blocks, list_at, list_length, digest)
+
+
+def verify_pack(name: str, data: Buffer) -> list[tuple[int, int]]:
+    """Check the stored bytes of a whole pack without any key.
+
+    Returns:
+        Offset and length of each damaged block; empty when all is well.
+
+    Raises:
+        RepositoryDamaged: the pack is cut, or its head, list or table is damaged.
+    """
+    view = memoryview(data)
+    foot = read_foot(name, view, len(view))
+    head = HEAD_SIZE + view[HEAD_SIZE - 1]
+    rest = b"".join((view[:head], view[foot.list_at : len(view) - FOOT.size]))
+    if checksum(rest) != foot.sum or bytes(view[: len(MAGIC)]) != MAGIC:
+        raise RepositoryDamaged(f"pack {name} fails the checksum of its head and list")
+    bad = []
+    end = head
+    for offset, length, digest in TABLE_ROW.iter_unpack(view[foot.table_at : -FOOT.size]):
+        if offset != end or offset + length > foot.list_at:
+            raise RepositoryDamaged(f"pack {name} has a table that contradicts itself")
+        end = offset + length
+        if checksum(view[offset:end]) != digest:
+            bad.append((offset, length))
+    return bad
+
+
+def read_list(crypt: Crypt, pack: bytes, listing: bytes, size: int) -> PackRecord:
+    """The record a pack holds of itself.
+
+    Raises:
+        RepositoryDamaged: it is damaged or of another pack.
+    """
+    name = pack_name(pack)
+    try:
+        record = _decode_record.decode(unseal(crypt, name, listing))
+    except msgspec.MsgspecError as bad:
+        raise RepositoryDamaged(f"pack {name} has a malformed list: {bad}") from bad
+    if record.pack != pack:
+        raise RepositoryDamaged(f"pack {name} has the list of another pack")
+    record = msgspec.structs.replace(record, size=size)
+    record.validate()
+    return record

@@ -1,0 +1,262 @@
+"""A repository: opened, its snapshots listed, things added and read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from lazarette.backup.repository import indexes, snapshots
+from lazarette.backup.repository.chunks import ChunkReader
+from lazarette.backup.repository.format import (
+    CONDEMNED,
+    CONFIG,
+    INDEXES,
+    VERSION,
+    Crypt,
+    WrongRepository,
+    seal,
+    unseal,
+)
+from lazarette.backup.repository.index import Index
+from lazarette.backup.repository.ingest import Ingest
+from lazarette.backup.repository.keys import MasterKeys
+from lazarette.backup.repository.packs import PackRecord
+from lazarette.backup.repository.snapshots import SnapshotRecord
+from lazarette.backup.repository.treecache import ObjectCache, TreeCache
+from lazarette.backup.stores.contract import AlreadyThere, BlobNotFound, BlobStore
+from lazarette.storage.clock import Clock
+from lazarette.storage.errors import InvalidArgument, NameTaken, SnapshotNotFound
+
+
+class Config(msgspec.Struct, frozen=True):
+    """What a repository is, fixed when it is made.
+
+    Attributes:
+        id: 32 hexadecimal digits, of this repository only.
+        created_ns: wall clock.
+        version: of the format.
+    """
+
+    id: str
+    created_ns: int
+    version: int = VERSION
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_config = msgspec.msgpack.Decoder(Config).decode
+
+
+class Repository:
+    """Use :meth:`create` or :meth:`open`.
+
+    Attributes:
+        store: where it is.
+        keys: its secrets.
+        crypt: the same, ready for use.
+        clock: time.
+        config: what it is.
+        index: the chunks known here; filled by the first :meth:`refresh`.
+        reader: chunks by id.
+    """
+
+    def __init__(
+        self,
+        store: BlobStore,
+        keys: MasterKeys,
+        clock: Clock,
+        config: Config,
+        cache_dir: Path | None,
+    ) -> None:
+        self.store = store
+        self.keys = keys
+        self.crypt = crypt = Crypt(keys)
+        self.clock = clock
+        self.config = config
+        self.cache_dir = None if cache_dir is None else cache_dir / config.id
+        self._objects = None if self.cache_dir is None else ObjectCache(self.cache_dir / "objects")
+        self.trees = TreeCache(store, self._objects)
+        self.index = Index()
+        self.reader = ChunkReader(store, crypt, self.index, trees=self.trees)
+        self._seen: set[str] = set()
+        self._lock = threading.RLock()
+
+    @staticmethod
+    def create(
+        store: BlobStore, keys: MasterKeys, clock: Clock, cache_dir: Path | None = None
+    ) -> Repository:
+        """Make a repository in an empty store.
+
+        Raises:
+            NameTaken: there is one already.
+        """
+        config = Config(keys.repository_id.hex(), clock.now_ns())
+        try:
+            store.put(
+                CONFIG, seal(Crypt(keys), CONFIG, _encode(config), index=True), if_absent=True
+            )
+        except AlreadyThere:
+            raise NameTaken(f"there is a repository at {store.url} already") from None
+        return Repository(store, keys, clock, config, cache_dir)
+
+    @staticmethod
+    def open(
+        store: BlobStore, keys: MasterKeys, clock: Clock, cache_dir: Path | None = None
+    ) -> Repository:
+        """Open a repository.
+
+        Args:
+            store: where it is.
+            keys: from :func:`lazarette.backup.repository.keys.unlock`.
+            clock: time.
+            cache_dir: a local folder for copies of index and directories; None for none.
+
+        Raises:
+            WrongRepository: there is none, or a newer program made it.
+            RepositoryDamaged: its config is not what was written.
+        """
+        try:
+            stored = store.get(CONFIG)
+        except BlobNotFound:
+            raise WrongRepository(
+                f"there is no repository at {store.url}", hint="make one with laz repo init"
+            ) from None
+        try:
+            config = _decode_config(unseal(Crypt(keys), CONFIG, stored))
+        except msgspec.MsgspecError as bad:
+            raise WrongRepository(f"the config at {store.url} is malformed: {bad}") from bad
+        if config.version != VERSION:
+            raise WrongRepository(
+                f"the repository at {store.url} has version {config.version}, this program"
+                f" reads {VERSION}",
+                hint="upgrade lazarette",
+            )
+        return Repository(store, keys, clock, config, cache_dir)
+
+    def refresh(self) -> None:
+        """Take in index objects written since the last call.
+
+        Raises:
+            RepositoryDamaged: an index object is not what was written.
+        """
+        with self._lock:
+            while True:
+                listed = indexes.names(self.store)
+                merged = False
+                for name in listed:
+                    if name in self._seen:
+                        continue
+                    records = indexes.read(self.store, self.crypt, name, self._objects)
+                    if records is None:
+                        merged = True
+                        continue
+                    self.index.add(records)
+                    self._seen.add(name)
+                if not merged:
+                    break
+            if self._objects is not None:
+                for stale in self._objects.names() - set(listed):
+                    if stale.startswith(INDEXES):
+                        self._objects.drop(stale)
+
+    def ready(self) -> None:
+        """Load the index unless that was done."""
+        with self._lock:
+            if not self._seen:
+                self.refresh()
+
+    def ingest(self, uploads: int = 2) -> Ingest:
+        """A way to add chunks; see :class:`Ingest`."""
+        self.ready()
+        return Ingest(
+            self.store,
+            self.crypt,
+            self.index,
+            self.clock,
+            self.trees,
+            self._write_index,
+            uploads,
+        )
+
+    def _write_index(self, records: Sequence[PackRecord]) -> tuple[list[str], int]:
+        names, size = indexes.write(self.store, self.crypt, records)
+        with self._lock:
+            self._seen.update(names)
+        return names, size
+
+    def snapshots(self, volume: str | None = None) -> list[SnapshotRecord]:
+        """All snapshots, oldest first; those of one volume if it is named.
+
+        Raises:
+            RepositoryDamaged: one is not what was written.
+        """
+        found = []
+        for snapshot in snapshots.ids(self.store):
+            try:
+                record = self._load_snapshot(snapshot)
+            except SnapshotNotFound:
+                continue
+            if volume is None or record.volume == volume:
+                found.append(record)
+        return sorted(found, key=lambda record: (record.time_ns, record.id))
+
+    def snapshot(self, name: str, volume: str | None = None) -> SnapshotRecord:
+        """One snapshot by its id, an unambiguous beginning of it, or ``"latest"``.
+
+        Raises:
+            SnapshotNotFound: there is none.
+            InvalidArgument: several begin so.
+        """
+        if name == "latest":
+            every = self.snapshots(volume)
+            if not every:
+                raise SnapshotNotFound(f"the repository at {self.store.url} has no snapshot")
+            return every[-1]
+        if len(name) == 32:
+            return self._load_snapshot(name)
+        matching = [one for one in snapshots.ids(self.store) if name and one.startswith(name)]
+        if not matching:
+            raise SnapshotNotFound(
+                f"no snapshot begins with {name!r}", hint="list them with laz snapshots"
+            )
+        if len(matching) > 1:
+            raise InvalidArgument(f"{len(matching)} snapshots begin with {name!r}")
+        return self._load_snapshot(matching[0])
+
+    def _load_snapshot(self, snapshot: str) -> SnapshotRecord:
+        name = snapshots.name_of(snapshot)
+        stored = None if self._objects is None else self._objects.read(name)
+        if stored is not None:
+            return snapshots.parse(self.crypt, name, stored)
+        try:
+            stored = self.store.get(name)
+        except BlobNotFound:
+            raise SnapshotNotFound(
+                f"snapshot {snapshot} is not in the repository",
+                hint="list them with laz snapshots",
+            ) from None
+        record = snapshots.parse(self.crypt, name, stored)
+        if self._objects is not None:
+            self._objects.write(name, stored)
+        return record
+
+    def commit(self, record: SnapshotRecord) -> int:
+        """Write a snapshot, the last step of a backup; returns its stored size."""
+        return snapshots.save(self.store, self.crypt, record)
+
+    def forget(self, ids: Sequence[str]) -> None:
+        """Delete snapshots; their data stay until the next prune."""
+        for snapshot in ids:
+            self.store.delete(snapshots.name_of(snapshot))
+            if self._objects is not None:
+                self._objects.drop(snapshots.name_of(snapshot))
+
+    def condemned(self) -> set[str]:
+        """Names of the marks of packs about to be deleted."""
+        return {info.name for info in self.store.list(CONDEMNED)}
+
+    def close(self) -> None:
+        """Let go of the store."""
+        self.store.close()
