@@ -1,0 +1,265 @@
+"""The daemon's one nftables table: what may pass, what is translated.
+
+Semantics, of which packets can be sure:
+
+1. A container reaches out through its networks unless they are internal; its source
+   becomes the host's on the way (masquerade).
+2. Nothing from outside a network reaches a container but answers and what was sent to a
+   published port.  Networks do not reach one another.
+3. A published port answers on every address asked for, from outside, from the host's own
+   loopback and from containers, its own included (hairpin).  The source is kept unless the
+   answer could not find its way back: loopback, and sources in the container's own subnet.
+4. The table is replaced in one transaction.  Other tables are left alone; one that drops
+   what this accepts wins, as nftables has it.
+
+Chains of a network are few and rebuilt with the table; published ports are elements of
+maps, added and removed by themselves, so that their number costs packets nothing.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lazarette.runtime.networks import nft
+from lazarette.runtime.networks.netlink import (
+    NETLINK_NETFILTER,
+    Message,
+    Netlink,
+    NetlinkError,
+)
+
+PROTOCOLS = {"tcp": 6, "udp": 17, "sctp": 132}
+_LOOPBACK = "127.0.0.0/8"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A network as the table knows it.
+
+    Attributes:
+        link: the bridge's name.
+        subnets: its addresses, CIDR.
+        internal: nothing in or out.
+        masquerade: give what leaves the host's address.
+        icc: its containers may reach one another.
+    """
+
+    link: str
+    subnets: tuple[str, ...]
+    internal: bool = False
+    masquerade: bool = True
+    icc: bool = True
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A port of the host (on one address, or on all if empty) sent to a container."""
+
+    proto: str
+    host_ip: str
+    host_port: int
+    target: str
+    target_port: int
+
+    @property
+    def map(self) -> str:
+        """The map it is an element of."""
+        six = ":" in self.target
+        return ("dnat6" if six else "dnat4") + ("" if self.host_ip else "any")
+
+    def element(self) -> tuple[bytes, bytes]:
+        """Its key and data in that map."""
+        key = b"" if not self.host_ip else ipaddress.ip_address(self.host_ip).packed
+        key += struct.pack("!B3xH2x", PROTOCOLS[self.proto], self.host_port)
+        data = ipaddress.ip_address(self.target).packed + struct.pack("!H2x", self.target_port)
+        return key, data
+
+
+class Firewall:
+    """The table, in the network namespace the socket was made in.
+
+    Args:
+        table: its name, unique among daemons of the host.
+    """
+
+    def __init__(self, table: str) -> None:
+        self._netlink = Netlink(NETLINK_NETFILTER)
+        self._table = nft.Table(table)
+        self.name = table
+        self.rules = 0
+
+    @property
+    def port(self) -> int:
+        """The netlink port our own changes come from."""
+        return self._netlink.port
+
+    def close(self) -> None:
+        """Give the socket back; the table stays."""
+        self._netlink.close()
+
+    def replace(self, segments: Sequence[Segment], forwards: Iterable[Forward]) -> None:
+        """Make the table exactly this, in one step.
+
+        Raises:
+            NetlinkError: the kernel refused; the old table stands.
+        """
+        table = self._table
+        messages = [table.make(), table.remove(), table.make(), *self._sets(segments)]
+        rules = self._chains(segments)
+        messages += rules
+        by_map: dict[str, list[tuple[bytes, bytes]]] = {}
+        for forward in forwards:
+            by_map.setdefault(forward.map, []).append(forward.element())
+        messages += [table.elements(name, entries) for name, entries in by_map.items()]
+        nft.commit(self._netlink, messages)
+        self.rules = sum(1 for message in rules if message.type & 0xFF == nft.MSG_NEWRULE)
+
+    def intact(self) -> bool:
+        """Whether the table still has its rules."""
+        return nft.count_rules(self._netlink, self.name) == self.rules
+
+    def remove(self) -> None:
+        """Remove the table; none is fine."""
+        nft.commit(self._netlink, [self._table.make(), self._table.remove()])
+
+    def add(self, forwards: Sequence[Forward]) -> None:
+        """Publish ports, all or none.
+
+        Raises:
+            NetlinkError: one is published already (``EEXIST``), or the table is gone.
+        """
+        if forwards:
+            nft.commit(self._netlink, [self._element(each, delete=False) for each in forwards])
+
+    def withdraw(self, forwards: Sequence[Forward]) -> None:
+        """Publish them no longer; those that are not are fine."""
+        for each in forwards:
+            try:
+                nft.commit(self._netlink, [self._element(each, delete=True)])
+            except NetlinkError as error:
+                if error.errno != 2:  # ENOENT: the table was flushed, the entry with it
+                    raise
+
+    def _element(self, forward: Forward, *, delete: bool) -> Message:
+        return self._table.elements(forward.map, [forward.element()], delete=delete)
+
+    def _sets(self, segments: Sequence[Segment]) -> list[Message]:
+        table = self._table
+        port = [(nft.TYPE_PROTO, 1), (nft.TYPE_SERVICE, 2)]
+        four, six = (nft.TYPE_IPV4, 4), (nft.TYPE_IPV6, 16)
+        service = (nft.TYPE_SERVICE, 2)
+        messages = [
+            table.set(1, "links", [(nft.TYPE_IFNAME, 16)]),
+            table.map(2, "dnat4", [four, *port], [four, service]),
+            table.map(3, "dnat4any", port, [four, service]),
+            table.map(4, "dnat6", [six, *port], [six, service]),
+            table.map(5, "dnat6any", port, [six, service]),
+        ]
+        if segments:
+            names = [(nft.interface_name(segment.link), b"") for segment in segments]
+            messages.append(table.elements("links", names))
+        return messages
+
+    def _chains(self, segments: Sequence[Segment]) -> list[Message]:
+        table = self._table
+        nat, filter_ = "nat", "filter"
+        return [
+            table.chain("raw", kind=filter_, hook=nft.PREROUTING, priority=nft.PRIORITY_RAW),
+            table.chain("prerouting", kind=nat, hook=nft.PREROUTING, priority=nft.PRIORITY_DNAT),
+            table.chain("output", kind=nat, hook=nft.OUTPUT, priority=nft.PRIORITY_DNAT),
+            table.chain("postrouting", kind=nat, hook=nft.POSTROUTING, priority=nft.PRIORITY_SNAT),
+            table.chain("forward", kind=filter_, hook=nft.FORWARD, priority=nft.PRIORITY_FILTER),
+            table.chain("publish"),
+            *self._loopback_guard(),
+            *self._publishing(),
+            *self._leaving(segments),
+            *self._passing(segments),
+        ]
+
+    def _loopback_guard(self) -> list[Message]:
+        """``route_localnet`` is on for our links: keep containers off the host's loopback."""
+        ours = [nft.meta(nft.META_IIFNAME), nft.lookup("links")]
+        return [self._table.rule("raw", nft.address_in("daddr", _LOOPBACK), ours, nft.drop())]
+
+    def _publishing(self) -> list[Message]:
+        table = self._table
+        local = nft.destination_type_local()
+        messages = [
+            # a neighbour may send to 127.0.0.1 by our hardware address; it gets no port
+            table.rule("prerouting", nft.address_in("daddr", _LOOPBACK), nft.back()),
+            table.rule("prerouting", local, nft.jump("publish")),
+            table.rule("output", local, nft.jump("publish")),
+        ]
+        first = nft.REGISTER
+        for family, offset, size in ((nft.IPV4, 16, 4), (nft.IPV6, 24, 16)):
+            name = "dnat4" if family == nft.IPV4 else "dnat6"
+            words = size // 4
+            send = nft.destination_nat(family, first, first + words)
+            messages.append(
+                table.rule(
+                    "publish",
+                    nft.family_is(family),
+                    nft.payload(nft.NETWORK, offset, size),
+                    nft.meta(nft.META_L4PROTO, first + words),
+                    nft.payload(nft.TRANSPORT, 2, 2, first + words + 1),
+                    nft.lookup(name, into=first),
+                    send,
+                )
+            )
+            messages.append(
+                table.rule(
+                    "publish",
+                    nft.family_is(family),
+                    nft.meta(nft.META_L4PROTO),
+                    nft.payload(nft.TRANSPORT, 2, 2, first + 1),
+                    nft.lookup(f"{name}any", into=first),
+                    send,
+                )
+            )
+        return messages
+
+    def _leaving(self, segments: Sequence[Segment]) -> list[Message]:
+        table = self._table
+        ours = [nft.meta(nft.META_OIFNAME), nft.lookup("links")]
+        messages = [
+            table.rule("postrouting", nft.address_in("saddr", _LOOPBACK), ours, nft.masquerade())
+        ]
+        for segment in segments:
+            for subnet in segment.subnets:
+                source = nft.address_in("saddr", subnet)
+                messages.append(
+                    table.rule(
+                        "postrouting",
+                        source,
+                        nft.address_in("daddr", subnet),
+                        nft.status_has(nft.STATUS_DNAT),
+                        nft.masquerade(),
+                    )
+                )
+                if segment.masquerade and not segment.internal:
+                    outside = nft.interface(nft.META_OIFNAME, segment.link, equal=False)
+                    messages.append(table.rule("postrouting", source, outside, nft.masquerade()))
+        return messages
+
+    def _passing(self, segments: Sequence[Segment]) -> list[Message]:
+        table = self._table
+        known = nft.state_in(nft.CT_ESTABLISHED | nft.CT_RELATED)
+        messages = [table.rule("forward", known, nft.accept())]
+        for segment in segments:
+            inside = nft.interface(nft.META_OIFNAME, segment.link)
+            same = nft.interface(nft.META_IIFNAME, segment.link)
+            other = nft.interface(nft.META_IIFNAME, segment.link, equal=False)
+            away = nft.interface(nft.META_OIFNAME, segment.link, equal=False)
+            if segment.icc:
+                messages.append(table.rule("forward", inside, same, nft.accept()))
+            if segment.internal:
+                messages.append(table.rule("forward", inside, other, nft.drop()))
+                messages.append(table.rule("forward", same, away, nft.drop()))
+        published = nft.status_has(nft.STATUS_DNAT)
+        towards = [nft.meta(nft.META_OIFNAME), nft.lookup("links")]
+        messages.append(table.rule("forward", towards, published, nft.accept()))
+        messages.append(table.rule("forward", towards, nft.drop()))
+        return messages

@@ -1,0 +1,427 @@
+"""Talking netlink: pyroute2 encodes and decodes, a plain socket carries.
+
+The messages of a call go to the kernel in one ``send``, each is acknowledged by itself;
+a container's interface costs two such calls.  pyroute2's own sockets run an event loop
+for every request, which is about a millisecond each.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
+from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+from pyroute2.netlink.rtnl.ndmsg import ndmsg
+from pyroute2.netlink.rtnl.rtmsg import rtmsg
+
+from lazarette.storage.errors import InternalError
+
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
+NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_APPEND = 0x100, 0x200, 0x400, 0x800
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+NETLINK_NETFILTER = 12
+HEADER = struct.Struct("=IHHII")
+"""Length, type, flags, sequence number, port: ``struct nlmsghdr``."""
+
+RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
+RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
+RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
+RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
+IFF_UP = 1
+SOL_NETLINK, NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK = 270, 10, 11, 12
+RECEIVE_BUFFER = 1 << 20
+PATIENCE = 30.0
+"""Seconds the kernel may take; it answers within the send, but for its locks."""
+
+Attributes = Sequence[tuple[str, object]]
+
+
+class NetlinkError(InternalError):
+    """The kernel refused a request; ``errno`` has its reason."""
+
+    number = 347
+
+    def __init__(self, what: str, code: int, said: str = "") -> None:
+        super().__init__(f"{what}: {said or os.strerror(code)}")
+        self.errno = code
+
+
+@dataclass(frozen=True)
+class Message:
+    """A request, encoded but for its sequence number.
+
+    Attributes:
+        what: names the operation and its object, for errors.
+        type: of the message.
+        flags: besides request and acknowledgement.
+        body: what follows the netlink header.
+        ignore: error numbers that are as good as success.
+    """
+
+    what: str
+    type: int
+    flags: int
+    body: bytes
+    ignore: frozenset[int] = field(default=frozenset())
+
+
+def encode(kind: Any, fields: Mapping[str, object], attributes: Attributes) -> bytes:
+    """The body of a message of one of pyroute2's classes."""
+    message = kind()
+    for key, value in fields.items():
+        message[key] = value
+    message["attrs"] = list(attributes)
+    message["header"]["type"] = 0
+    message.encode()
+    return bytes(message.data[HEADER.size :])
+
+
+class Netlink:
+    """A socket to one kernel subsystem in the network namespace of its maker.
+
+    Safe to use from several threads; one call is on the wire at a time.
+    """
+
+    def __init__(self, family: int = socket.NETLINK_ROUTE) -> None:
+        self._lock = threading.Lock()
+        self._sequence = 0
+        self._socket = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, family
+        )
+        for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK):
+            self._socket.setsockopt(SOL_NETLINK, option, 1)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, RECEIVE_BUFFER)
+        self._socket.settimeout(PATIENCE)
+        self._socket.bind((0, 0))
+        self.port: int = self._socket.getsockname()[0]
+
+    def close(self) -> None:
+        """Give the socket back."""
+        self._socket.close()
+
+    def __enter__(self) -> Netlink:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, messages: Sequence[Message]) -> None:
+        """Have the kernel do all of them, in order.
+
+        Raises:
+            NetlinkError: the first refusal; later messages were tried all the same.
+        """
+        if not messages:
+            return
+        with self._lock:
+            waiting: dict[int, Message] = {}
+            data = bytearray()
+            for message in messages:
+                self._sequence += 1
+                waiting[self._sequence] = message
+                data += self._header(message, NLM_F_REQUEST | NLM_F_ACK) + message.body
+                data += bytes(-len(data) % 4)
+            self._socket.send(data)
+            self._acknowledge(waiting)
+
+    def transaction(self, begin: Message, messages: Sequence[Message], end: Message) -> None:
+        """Have nfnetlink do all of them or none.
+
+        Raises:
+            NetlinkError: the first refusal; nothing was changed.
+        """
+        with self._lock:
+            waiting: dict[int, Message] = {}
+            data = bytearray()
+            for message in (begin, *messages, end):
+                self._sequence += 1
+                asked = NLM_F_REQUEST
+                if message is not begin and message is not end:
+                    waiting[self._sequence] = message
+                    asked |= NLM_F_ACK
+                data += self._header(message, asked) + message.body
+                data += bytes(-len(data) % 4)
+            size = max(RECEIVE_BUFFER, 2 * len(data))
+            self._socket.setsockopt(socket.SOL_SOCKET, 32, size)  # SO_SNDBUFFORCE
+            self._socket.setsockopt(socket.SOL_SOCKET, 33, size)  # SO_RCVBUFFORCE
+            self._socket.send(data)
+            self._acknowledge(waiting, (self._sequence - len(messages) - 1, begin))
+
+    def dump(self, message: Message, kind: Any) -> Iterator[Any]:
+        """The objects a request lists, decoded by one of pyroute2's classes."""
+        found: list[bytes] = []
+        with self._lock:
+            self._sequence += 1
+            self._socket.send(self._header(message, NLM_F_REQUEST | NLM_F_DUMP) + message.body)
+            done = False
+            while not done:
+                for type_, sequence, part in self._receive():
+                    if sequence != self._sequence:
+                        continue
+                    if type_ == NLMSG_DONE:
+                        done = True
+                    elif type_ == NLMSG_ERROR:
+                        self._refuse(message, part)
+                        done = True
+                    else:
+                        found.append(part)
+        for part in found:
+            decoded = kind(part)
+            decoded.decode()
+            yield decoded
+
+    def get(self, message: Message, kind: Any) -> Any | None:
+        """The one object a request names, or None."""
+        with self._lock:
+            self._sequence += 1
+            self._socket.send(self._header(message, NLM_F_REQUEST) + message.body)
+            while True:
+                for type_, sequence, part in self._receive():
+                    if sequence != self._sequence:
+                        continue
+                    if type_ == NLMSG_ERROR:
+                        code = -struct.unpack_from("=i", part, HEADER.size)[0]
+                        if code in (errno.ENODEV, errno.ENOENT):
+                            return None
+                        raise NetlinkError(message.what, code)
+                    decoded = kind(part)
+                    decoded.decode()
+                    return decoded
+
+    def _header(self, message: Message, flags: int) -> bytes:
+        length = HEADER.size + len(message.body)
+        return HEADER.pack(length, message.type, message.flags | flags, self._sequence, 0)
+
+    def _acknowledge(
+        self, waiting: dict[int, Message], whole: tuple[int, Message] | None = None
+    ) -> None:
+        refusal: NetlinkError | None = None
+        while waiting:
+            for type_, sequence, part in self._receive():
+                if whole is not None and type_ == NLMSG_ERROR and sequence == whole[0]:
+                    self._refuse(whole[1], part)  # of the transaction: no other answer comes
+                message = waiting.pop(sequence, None) if type_ == NLMSG_ERROR else None
+                if message is None:
+                    continue
+                try:
+                    self._refuse(message, part)
+                except NetlinkError as error:
+                    refusal = refusal or error
+        if refusal is not None:
+            raise refusal
+
+    @staticmethod
+    def _refuse(message: Message, part: bytes) -> None:
+        code = -struct.unpack_from("=i", part, HEADER.size)[0]
+        if code and code not in message.ignore:
+            raise NetlinkError(message.what, code, _extended(part))
+
+    def _receive(self) -> Iterator[tuple[int, int, bytes]]:
+        data = self._socket.recv(RECEIVE_BUFFER)
+        offset = 0
+        while offset < len(data):
+            length, type_, _, sequence, _ = HEADER.unpack_from(data, offset)
+            yield type_, sequence, data[offset : offset + length]
+            offset += (length + 3) & ~3
+
+
+def _extended(part: bytes) -> str:
+    """The kernel's own words about a refusal (``NLMSGERR_ATTR_MSG``), if it has any."""
+    capped = struct.unpack_from("=H", part, 6)[0] & 0x100
+    inner = struct.unpack_from("=I", part, HEADER.size + 4)[0]
+    offset = HEADER.size + 4 + (HEADER.size if capped else (inner + 3) & ~3)
+    while offset + 4 <= len(part):
+        length, kind = struct.unpack_from("=HH", part, offset)
+        if length < 4:
+            break
+        if kind == 1:
+            return part[offset + 4 : offset + length].rstrip(b"\0").decode(errors="replace")
+        offset += (length + 3) & ~3
+    return ""
+
+
+def link_set(index: int, what: str, *, up: bool | None = None, **attributes: object) -> Message:
+    """Change an interface; attributes as ``IFLA_`` names in lower case."""
+    fields: dict[str, object] = {"index": index}
+    if up is not None:
+        fields |= {"flags": IFF_UP if up else 0, "change": IFF_UP}
+    given = [(f"IFLA_{key.upper()}", value) for key, value in attributes.items()]
+    return Message(what, RTM_NEWLINK, 0, encode(ifinfmsg, fields, given))
+
+
+def link_new(
+    what: str, attributes: Attributes, *, up: bool = False, ignore: frozenset[int] = frozenset()
+) -> Message:
+    """Make an interface."""
+    fields = {"flags": IFF_UP, "change": IFF_UP} if up else {}
+    flags = NLM_F_CREATE | NLM_F_EXCL
+    return Message(what, RTM_NEWLINK, flags, encode(ifinfmsg, fields, attributes), ignore)
+
+
+def link_delete(name: str) -> Message:
+    """Remove an interface; one that is gone is fine."""
+    body = encode(ifinfmsg, {}, [("IFLA_IFNAME", name)])
+    return Message(f"remove link {name}", RTM_DELLINK, 0, body, frozenset({errno.ENODEV}))
+
+
+def address_add(index: int, address: str, prefix: int) -> Message:
+    """Give an interface an address, usable at once (no duplicate detection)."""
+    six = ":" in address
+    body = encode(
+        ifaddrmsg,
+        {
+            "family": socket.AF_INET6 if six else socket.AF_INET,
+            "prefixlen": prefix,
+            "index": index,
+            "flags": 0x02 if six else 0,  # IFA_F_NODAD
+        },
+        [("IFA_LOCAL", address), ("IFA_ADDRESS", address)],
+    )
+    flags = NLM_F_CREATE | NLM_F_REPLACE
+    return Message(f"add address {address}", RTM_NEWADDR, flags, body, frozenset({errno.EEXIST}))
+
+
+def address_delete(index: int, address: str, prefix: int) -> Message:
+    """Take an address away."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    body = encode(
+        ifaddrmsg,
+        {"family": family, "prefixlen": prefix, "index": index},
+        [("IFA_LOCAL", address), ("IFA_ADDRESS", address)],
+    )
+    gone = frozenset({errno.EADDRNOTAVAIL, errno.ENODEV})
+    return Message(f"remove address {address}", RTM_DELADDR, 0, body, gone)
+
+
+def route_replace(
+    gateway: str, *, family: int, index: int = 0, destination: str = "", prefix: int = 0
+) -> Message:
+    """Set the route of a destination (the default route without one)."""
+    attributes: list[tuple[str, object]] = []
+    if destination:
+        attributes.append(("RTA_DST", destination))
+    if gateway:
+        attributes.append(("RTA_GATEWAY", gateway))
+    if index:
+        attributes.append(("RTA_OIF", index))
+    fields = {
+        "family": family,
+        "dst_len": prefix,
+        "table": 254,
+        "proto": 4,
+        "scope": 0 if gateway else 253,
+        "type": 1,
+    }
+    what = f"set route {destination or 'default'} by {gateway or index}"
+    return Message(
+        what, RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, encode(rtmsg, fields, attributes)
+    )
+
+
+def route_delete_default(family: int) -> Message:
+    """Remove the default route; none is fine."""
+    body = encode(rtmsg, {"family": family, "table": 254, "scope": 0, "type": 1}, [])
+    gone = frozenset({errno.ESRCH, errno.ENOENT})
+    return Message("remove default route", RTM_DELROUTE, 0, body, gone)
+
+
+def link_index(netlink: Netlink, name: str) -> int:
+    """The index of an interface, 0 if there is none of that name."""
+    body = encode(ifinfmsg, {}, [("IFLA_IFNAME", name)])
+    found = netlink.get(Message(f"find link {name}", RTM_GETLINK, 0, body), ifinfmsg)
+    return 0 if found is None else int(found["index"])
+
+
+@dataclass(frozen=True)
+class Link:
+    """An interface as a listing shows it."""
+
+    index: int
+    name: str
+    kind: str
+    mtu: int
+    master: int
+
+
+def links(netlink: Netlink) -> list[Link]:
+    """Every interface."""
+    body = encode(ifinfmsg, {}, [("IFLA_EXT_MASK", 8)])  # without statistics
+    found = []
+    for link in netlink.dump(Message("list links", RTM_GETLINK, 0, body), ifinfmsg):
+        info = link.get_attr("IFLA_LINKINFO")
+        found.append(
+            Link(
+                index=int(link["index"]),
+                name=str(link.get_attr("IFLA_IFNAME")),
+                kind=str((info.get_attr("IFLA_INFO_KIND") if info else "") or ""),
+                mtu=int(link.get_attr("IFLA_MTU") or 0),
+                master=int(link.get_attr("IFLA_MASTER") or 0),
+            )
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Route:
+    """A route: where to (``0.0.0.0/0`` for the default one) and through which link."""
+
+    destination: str
+    link: int
+    gateway: str
+
+
+def routes(netlink: Netlink, family: int) -> list[Route]:
+    """Every unicast route of a family, of all tables."""
+    body = encode(rtmsg, {"family": family}, [])
+    found = []
+    for route in netlink.dump(Message("list routes", RTM_GETROUTE, 0, body), rtmsg):
+        if route["type"] != 1:
+            continue
+        nothing = "::" if family == socket.AF_INET6 else "0.0.0.0"
+        found.append(
+            Route(
+                destination=f"{route.get_attr('RTA_DST') or nothing}/{route['dst_len']}",
+                link=int(route.get_attr("RTA_OIF") or 0),
+                gateway=str(route.get_attr("RTA_GATEWAY") or ""),
+            )
+        )
+    return found
+
+
+def addresses(netlink: Netlink, index: int = 0) -> list[tuple[int, str, int]]:
+    """Addresses as (link, address, prefix), of one link or of all."""
+    body = encode(ifaddrmsg, {}, [])
+    found = []
+    for entry in netlink.dump(Message("list addresses", RTM_GETADDR, 0, body), ifaddrmsg):
+        if not index or entry["index"] == index:
+            text = entry.get_attr("IFA_LOCAL") or entry.get_attr("IFA_ADDRESS")
+            found.append((int(entry["index"]), str(text), int(entry["prefixlen"])))
+    return found
+
+
+def neighbour(
+    index: int, mac: str, *, address: str = "", destination: str = "", delete: bool = False
+) -> Message:
+    """An entry of a link's neighbour table (``address``) or forwarding table
+    (``destination``: where a VXLAN link finds the hardware address), replaced or removed.
+    """
+    attributes: list[tuple[str, object]] = [("NDA_LLADDR", mac)]
+    fields: dict[str, object] = {"ifindex": index, "state": 0x80, "flags": 0}  # NUD_PERMANENT
+    if address:
+        fields["family"] = socket.AF_INET6 if ":" in address else socket.AF_INET
+        attributes.append(("NDA_DST", address))
+    else:
+        fields |= {"family": socket.AF_BRIDGE, "flags": 0x02}  # NTF_SELF
+        attributes.append(("NDA_DST", destination))
+    what = f"{'remove' if delete else 'set'} neighbour {address or mac}"
+    body = encode(ndmsg, fields, attributes)
+    if delete:
+        return Message(what, RTM_DELNEIGH, 0, body, frozenset({errno.ENOENT, errno.ENODEV}))
+    return Message(what, RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, body)
