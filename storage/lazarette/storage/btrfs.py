@@ -26,6 +26,7 @@ SUPER_MAGIC = 0x9123683E
 _SUBVOL_NAME_MAX = 4039
 _SUBVOL_RDONLY = 1 << 1
 _TREE_BUFFER = 1 << 20
+_SMALL_BUFFER = 1 << 14
 
 _IOC_WRITE, _IOC_READ = 1, 2
 _U64_MAX = (1 << 64) - 1
@@ -183,6 +184,72 @@ def resize(descriptor: int, size: int | None, device: int = 1) -> None:
     fcntl.ioctl(descriptor, _IOC_RESIZE, _plain_args(f"{device}:{wanted}".encode()))
 
 
+Key = tuple[int, int, int]
+
+_LAST_KEY: Key = (_U64_MAX, 255, _U64_MAX)
+
+
+def search_raw(
+    descriptor: int,
+    tree: int,
+    low: Key,
+    high: Key = _LAST_KEY,
+    *,
+    min_transid: int = 0,
+    buffer_size: int = _TREE_BUFFER,
+) -> bytes:
+    """One ``BTRFS_IOC_TREE_SEARCH_V2``: as many items from ``low`` on as fit the buffer.
+
+    Each is a header (transid, objectid, offset: u64; type, length: u32) and its bytes.
+
+    Args:
+        descriptor: anything on the filesystem.
+        tree: number of the tree; 0 is the subvolume of the descriptor.
+        low, high: first and last key (object, type, offset), compared as a whole.
+        min_transid: leave out leaves written before that transaction.
+        buffer_size: bytes; grown when a single item does not fit.
+    """
+    # a bytearray longer than 1024 bytes is handed to the kernel itself, not as a copy
+    buffer = bytearray(112 + buffer_size)
+    key = struct.pack(
+        "=7Q4I4QQ",
+        *(tree, low[0], high[0], low[2], high[2], min_transid, _U64_MAX),
+        *(low[1], high[1], 0xFFFFFFFF, 0),
+        *(0, 0, 0, 0, buffer_size),
+    )
+    buffer[:112] = key
+    try:
+        fcntl.ioctl(descriptor, _IOC_TREE_SEARCH_V2, buffer)
+    except OSError as refused:
+        if refused.errno != errno.EOVERFLOW:
+            raise
+        larger = max(buffer_size * 4, struct.unpack_from("=Q", buffer, 104)[0])
+        return search_raw(descriptor, tree, low, high, min_transid=min_transid, buffer_size=larger)
+    end = 112
+    for _ in range(struct.unpack_from("=I", buffer, 64)[0]):
+        end += 32 + int(struct.unpack_from("=I", buffer, end + 28)[0])
+    return bytes(buffer[112:end])
+
+
+def search_once(
+    descriptor: int,
+    tree: int,
+    low: Key,
+    high: Key = _LAST_KEY,
+    *,
+    min_transid: int = 0,
+    buffer_size: int = _TREE_BUFFER,
+) -> Iterator[Found]:
+    """The items of one :func:`search_raw`."""
+    raw = search_raw(descriptor, tree, low, high, min_transid=min_transid, buffer_size=buffer_size)
+    position = 0
+    while position < len(raw):
+        transid, objectid, offset, kind, length = struct.unpack_from("=QQQII", raw, position)
+        position += 32
+        yield Found(objectid, kind, offset, transid, raw[position : position + length])
+        position += length
+
+
 def search(
     descriptor: int,
     tree: int,
@@ -191,58 +258,32 @@ def search(
     types: tuple[int, int] = (0, 255),
     offsets: tuple[int, int] = (0, _U64_MAX),
     min_transid: int = 0,
+    buffer_size: int = _TREE_BUFFER,
 ) -> Iterator[Found]:
-    """Items of a tree between two keys, in key order, from leaves not older than given.
+    """All items of a tree between two keys, in key order; see :func:`search_raw`.
 
     ``types`` and ``offsets`` bound only the first and last object, as the kernel compares
     whole keys; callers filter.
     """
     low = (objects[0], types[0], offsets[0])
     high = (objects[1], types[1], offsets[1])
-    # a bytearray longer than 1024 bytes is handed to the kernel itself, not as a copy
-    buffer = bytearray(112 + _TREE_BUFFER)
     while low <= high:
-        struct.pack_into(
-            "=7Q4I4QQ",
-            buffer,
-            0,
-            tree,
-            low[0],
-            high[0],
-            low[2],
-            high[2],
-            min_transid,
-            _U64_MAX,
-            low[1],
-            high[1],
-            0xFFFFFFFF,
-            0,
-            0,
-            0,
-            0,
-            0,
-            _TREE_BUFFER,
-        )
-        fcntl.ioctl(descriptor, _IOC_TREE_SEARCH_V2, buffer)
-        count = struct.unpack_from("=I", buffer, 64)[0]
-        if count == 0:
+        last: Found | None = None
+        for last in search_once(
+            descriptor, tree, low, high, min_transid=min_transid, buffer_size=buffer_size
+        ):
+            yield last
+        if last is None:
             return
-        position = 112
-        last = low
-        for _ in range(count):
-            transid, objectid, offset, kind, length = struct.unpack_from("=QQQII", buffer, position)
-            position += 32
-            last = (objectid, kind, offset)
-            yield Found(
-                objectid, kind, offset, transid, bytes(buffer[position : position + length])
-            )
-            position += length
-        if last[2] < _U64_MAX:
-            low = (last[0], last[1], last[2] + 1)
-        elif last[1] < 255:
-            low = (last[0], last[1] + 1, 0)
-        else:
-            low = (last[0] + 1, 0, 0)
+        low = _following((last.objectid, last.type, last.offset))
+
+
+def _following(key: Key) -> Key:
+    if key[2] < _U64_MAX:
+        return key[0], key[1], key[2] + 1
+    if key[1] < 255:
+        return key[0], key[1] + 1, 0
+    return key[0] + 1, 0, 0
 
 
 def path_of(descriptor: int, tree: int, inode: int) -> bytes:
@@ -265,6 +306,7 @@ def nested_subvolumes(descriptor: int, tree: int) -> list[tuple[int, int, bytes]
         ROOT_TREE_OBJECTID,
         objects=(tree, tree),
         types=(Item.ROOT_REF, Item.ROOT_REF),
+        buffer_size=_SMALL_BUFFER,
     ):
         if item.objectid != tree or item.type != Item.ROOT_REF:
             continue
@@ -294,7 +336,9 @@ def enable_quotas(descriptor: int) -> bool:
 def quotas_enabled(descriptor: int) -> bool:
     """Whether the filesystem counts quotas."""
     try:
-        next(search(descriptor, QUOTA_TREE_OBJECTID), None)
+        next(
+            search_once(descriptor, QUOTA_TREE_OBJECTID, (0, 0, 0), buffer_size=_SMALL_BUFFER), None
+        )
     except FileNotFoundError:
         return False
     return True
@@ -319,6 +363,7 @@ def charged(descriptor: int, subvolume: int) -> int | None:
             objects=(0, 0),
             types=(Item.QGROUP_INFO, Item.QGROUP_INFO),
             offsets=(subvolume, subvolume),
+            buffer_size=_SMALL_BUFFER,
         )
         for item in items:
             if item.type == Item.QGROUP_INFO and item.offset == subvolume:
