@@ -14,7 +14,7 @@ import re
 import secrets
 import socket
 import threading
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,7 +101,7 @@ class NetworkManager:
     def __init__(
         self, state: State, exec_root: Path, bridge: str, events: EventBus, clock: Clock
     ) -> None:
-        self._clock = clock
+        self.clock = clock
         self._events = events
         self._bridge = bridge
         self._folder = exec_root / "netns"
@@ -308,28 +308,21 @@ class NetworkManager:
         self._drop(network)
         self._tell(network, "destroy")
 
-    def prune(self, keep: Iterable[str] = (), wanted: Collection[str] | None = None) -> list[str]:
-        """Remove user-defined networks nobody uses.
-
-        Args:
-            keep: ids or names that stopped containers mention.
-            wanted: ids to choose among; all when None.
+    def prune(self, wanted: Collection[str]) -> list[str]:
+        """Remove those of the networks with these ids that are user-defined and unused.
 
         Returns:
             Names of those removed.
 
         Raises:
-            Conflict: a prune is running.
+            PruneRunning: another prune has not ended.
         """
         if not self._pruning.acquire(blocking=False):
             raise PruneRunning("a prune operation is already running")
-        kept = set(keep)
         removed = []
         try:
             for network in self.networks():
-                if not network.user_defined or {network.id, network.name} & kept:
-                    continue
-                if wanted is not None and network.id not in wanted:
+                if not network.user_defined or network.id not in wanted:
                     continue
                 try:
                     self.remove(network.id)
@@ -356,7 +349,7 @@ class NetworkManager:
             spec = self._with_pools(id_, spec)
         elif spec.driver in ("host", "null") and spec.name not in ("host", "none"):
             raise Forbidden(f'only one instance of "{spec.driver}" network is allowed')
-        network = Network(id=id_, created_ns=self._clock.now_ns(), spec=spec)
+        network = Network(id=id_, created_ns=self.clock.now_ns(), spec=spec)
         driver = self._drivers.get(spec.driver)
         if driver is not None and not spec.config_only:
             driver.check(network)
@@ -426,7 +419,7 @@ class NetworkManager:
     def _know(self, network: Network) -> None:
         self._networks[network.id] = network
         self._spaces[network.id] = [
-            ipam.AddressSpace(pool, self._clock) for pool in network.spec.pools if pool.subnet
+            ipam.AddressSpace(pool, self.clock) for pool in network.spec.pools if pool.subnet
         ]
 
     def _drop(self, network: Network) -> None:

@@ -183,6 +183,7 @@ class EndpointRequest(msgspec.Struct, frozen=True, kw_only=True):
         name: the container's name, answered by DNS on user-defined networks.
         hostname: answered too when it differs.
         aliases: more names on this network only.
+        links: ``CONTAINER:ALIAS``: other containers by names only this one uses.
         ipv4, ipv6: addresses wanted; empty means any.
         mac: hardware address wanted; empty means made from the address.
         link_local: extra addresses for the interface.
@@ -195,6 +196,7 @@ class EndpointRequest(msgspec.Struct, frozen=True, kw_only=True):
     name: str = ""
     hostname: str = ""
     aliases: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
     ipv4: str = ""
     ipv6: str = ""
     mac: str = ""
