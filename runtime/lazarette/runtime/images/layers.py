@@ -174,13 +174,13 @@ class LayerStore:
     def _unpack(self, chain: str, parent: str | None, source: LayerBlob, diff_id: str) -> Layer:
         key = layer_key(chain)
         with self.blobs.open(source.blob.digest) as packed, Unpacked(packed, self._limits) as tar:
-            # A driver may stop at the tar's end marker; the digest covers what follows too.
-            seen = _Hashing(cast(BinaryIO, tar))
             try:
-                applied = self.driver.apply(key, layer_key(parent) if parent else None, seen.stream)
-                seen.finish()
-                if seen.digest != diff_id:
-                    raise DigestMismatch(f"layer unpacks to {seen.digest}, not {diff_id}")
+                applied = self.driver.apply(
+                    key, layer_key(parent) if parent else None, cast(BinaryIO, tar)
+                )
+                tar.finish()
+                if applied.diff_id != diff_id:
+                    raise DigestMismatch(f"layer unpacks to {applied.diff_id}, not {diff_id}")
             except BaseException:
                 self.driver.remove(key)
                 raise
