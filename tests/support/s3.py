@@ -9,6 +9,7 @@ included, and then ends the server and removes its data.
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import os
 import random
@@ -60,7 +61,7 @@ class S3Server:
 
     def client(self):
         """A plain boto3 client, to look behind the store's back; close it."""
-        return boto3.session.Session().client(
+        return _session().client(
             "s3",
             endpoint_url=self.endpoint,
             aws_access_key_id=self.credentials.access_key,
@@ -103,6 +104,11 @@ def s3_bucket(s3_server: S3Server) -> Iterator[str]:
     name = s3_server.make_bucket()
     yield name
     s3_server.remove_bucket(name)
+
+
+@functools.cache
+def _session() -> boto3.session.Session:
+    return boto3.session.Session()
 
 
 def _join(folder: Path, users: int) -> S3Server:

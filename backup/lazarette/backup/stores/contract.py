@@ -15,7 +15,7 @@ Semantics
     S3.  ``replace`` writes only while the tag is still the given one, else ``TagMismatch``.
          A missing object has no tag: ``TagMismatch`` too.
     S4.  A conditional write whose reply was lost is settled by reading back: the caller's own
-         bytes there mean success.
+         bytes there mean success.  So callers make these bytes their own, by a random token.
     S5.  ``get`` of a range returns exactly those bytes, or raises; a short or damaged body is
          never returned.  An object that ends before the range does gives ``ShortBlob``,
          a wrong checksum of the store's own ``DamagedBlob``.

@@ -34,11 +34,13 @@ from lazarette.backup.stores.contract import (
     check_name,
     is_name,
 )
+from lazarette.storage.clock import NANOSECONDS
 from lazarette.storage.errors import Forbidden, InternalError, LazaretteError, NoSpace
 
 _TEMPORARY = "TMP"
 _LOCK = "LOCK"
 _JITTER = 1 << 20
+_ABANDONED = 24 * 3600 * NANOSECONDS
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _AWAY = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENODEV, errno.EHOSTDOWN}
@@ -64,7 +66,8 @@ class LocalStore:
                 hint="check that its disk is mounted, or make it with laz repo init",
             ) from gone
         except OSError as failed:
-            raise _translate(failed, "open", self._folder) from failed
+            raise translate(failed, "open", self._folder) from failed
+        self._swept = False
 
     @property
     def url(self) -> str:
@@ -182,6 +185,9 @@ class LocalStore:
             changed += secrets.randbelow(_JITTER)
             os.utime(file, ns=(written.st_atime_ns, changed))
             os.fsync(file)
+            if not self._swept:
+                self._swept = True
+                self._sweep(written.st_mtime_ns)
             return temporary, _tag(os.fstat(file))
         except BaseException:
             os.unlink(temporary, dir_fd=self._root)
@@ -195,6 +201,20 @@ class LocalStore:
             return self.stat(name).tag
         except BlobNotFound:
             return ""
+
+    def _sweep(self, now_ns: int) -> None:
+        """Remove what writers killed a day ago left; ages are by the filesystem's own clock."""
+        folder = os.open(_TEMPORARY, os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._root)
+        try:
+            for name in os.listdir(folder):
+                try:
+                    age = now_ns - os.stat(name, dir_fd=folder).st_mtime_ns
+                    if age > _ABANDONED:
+                        os.unlink(name, dir_fd=folder)
+                except FileNotFoundError:
+                    continue
+        finally:
+            os.close(folder)
 
     def _link(self, temporary: str, name: str) -> None:
         try:
@@ -257,14 +277,14 @@ class LocalStore:
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as failed:
-            raise _translate(failed, "list", f"{folder or '/'} in {self.url}") from failed
+            raise translate(failed, "list", f"{folder or '/'} in {self.url}") from failed
         try:
             with os.scandir(directory) as entries:
                 for entry in entries:
                     if is_name(before + entry.name):
                         found.append((before + entry.name, entry.is_dir(follow_symlinks=False)))
         except OSError as failed:
-            raise _translate(failed, "list", f"{folder or '/'} in {self.url}") from failed
+            raise translate(failed, "list", f"{folder or '/'} in {self.url}") from failed
         finally:
             os.close(directory)
         found.sort(key=lambda item: item[0] + "/" if item[1] else item[0])
@@ -279,7 +299,7 @@ class LocalStore:
                 raise WrongStore(f"store folder {self._folder} was removed") from gone
             raise BlobNotFound(f"no object {name} in {self.url}") from gone
         except OSError as failed:
-            raise _translate(failed, operation, f"{name} in {self.url}") from failed
+            raise translate(failed, operation, f"{name} in {self.url}") from failed
 
 
 def _info(name: str, found: os.stat_result) -> BlobInfo:
@@ -313,7 +333,7 @@ def _existing_is_fine() -> Iterator[None]:
         pass
 
 
-def _translate(failed: OSError, operation: str, what: str) -> LazaretteError:
+def translate(failed: OSError, operation: str, what: str) -> LazaretteError:
     """The error of the contract (S8) that an errno stands for."""
     reason = f"cannot {operation} {what}: {os.strerror(failed.errno or 0).lower()}"
     if failed.errno in _FULL:

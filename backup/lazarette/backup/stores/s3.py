@@ -22,7 +22,9 @@ metadata; after a 412 or no answer the token is read back, and if it is ours, we
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
+import io
 import secrets
 import threading
 import zlib
@@ -33,6 +35,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, TypedDict
 
 import boto3
+from botocore.awsrequest import AWSRequest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
@@ -67,6 +70,7 @@ if TYPE_CHECKING:
     )
 
 _CRC = "lazarette-crc32"
+_AT_ONCE = 256 << 10
 _OWNER = "lazarette-owner"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _FAILURES = (ClientError, BotoCoreError, HTTPError, OSError)
@@ -348,9 +352,12 @@ class S3Store:
     def _client(self, *, signed: bool = False) -> S3Client:
         with self._lock:
             client = self._clients.get(signed)
-            if client is None:
-                client = self._clients[signed] = self._connect(signed)
+        if client is not None:
             return client
+        with _session_lock, self._lock:
+            if signed not in self._clients:
+                self._clients[signed] = self._connect(signed)
+            return self._clients[signed]
 
     def _connect(self, signed: bool) -> S3Client:
         place, key = self.place, self._credentials
@@ -371,7 +378,8 @@ class S3Store:
             tcp_keepalive=True,
         )
         try:
-            return boto3.session.Session().client(
+            session = boto3.session.Session() if key is None else _session()
+            client = session.client(
                 "s3",
                 endpoint_url=place.endpoint,
                 aws_access_key_id=key.access_key if key else None,
@@ -381,6 +389,8 @@ class S3Store:
             )
         except (BotoCoreError, ValueError) as failed:
             raise StoreRefused(f"cannot use {place.url}: {failed}") from failed
+        client.meta.events.register("before-sign.s3.PutObject", _send_small_bodies_at_once)
+        return client
 
     def _key(self, name: str) -> str:
         return self.place.prefix + name
@@ -501,6 +511,25 @@ class S3Store:
 
     def _translated(self, failed: Exception, operation: str, name: str) -> LazaretteError:
         return translate(failed, operation, f"{name} in {self.url}")
+
+
+_session_lock = threading.Lock()
+
+
+@functools.cache
+def _session() -> boto3.session.Session:
+    """One session for all clients with a key of their own: making another costs 0.1 s."""
+    return boto3.session.Session()
+
+
+def _send_small_bodies_at_once(request: AWSRequest, **_: object) -> None:
+    """Ask permission (``Expect: 100-continue``) only where it may save sending a pack.
+
+    boto3 always asks, and loses a second when a refusal comes instead of the permission.
+    """
+    body = request.data
+    if isinstance(body, io.BytesIO) and body.getbuffer().nbytes <= _AT_ONCE:
+        del request.headers["Expect"]
 
 
 def _quote(tag: str, quoted: bool) -> str:

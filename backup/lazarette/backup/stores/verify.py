@@ -265,18 +265,18 @@ def _replace_needs_the_present_tag(store: BlobStore, at: str) -> None:
 @_check("S3", conditional=True)
 def _counting_by_replace_is_exact(store: BlobStore, at: str) -> None:
     name = at + "counter"
-    store.put(name, b"0")
+    store.put(name, b"0 nobody")
     each = 5
 
     def count() -> None:
         done = 0
         while done < each:
             tag = store.stat(name).tag
-            value = int(store.get(name))
+            value = int(store.get(name).split()[0])
             if store.stat(name).tag != tag:
                 continue
             try:
-                store.replace(name, str(value + 1).encode(), tag)
+                store.replace(name, f"{value + 1} {secrets.token_hex(8)}".encode(), tag)
             except TagMismatch:
                 continue
             done += 1
@@ -284,7 +284,7 @@ def _counting_by_replace_is_exact(store: BlobStore, at: str) -> None:
     with ThreadPoolExecutor(4) as pool:
         for running in [pool.submit(count) for _ in range(4)]:
             running.result()
-    _same(int(store.get(name)), 4 * each, "increments by four threads")
+    _same(int(store.get(name).split()[0]), 4 * each, "increments by four threads")
 
 
 @_check("S5")

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lazarette.backup.stores.contract import WrongStore
+from lazarette.backup.stores.open import create_place, credentials_from, open_store, parse_url
+from lazarette.backup.stores.s3 import Credentials, S3Place
+from lazarette.storage.errors import InvalidArgument
+
+
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        ("/mnt/x/../repo", "/mnt/repo"),
+        ("file:///mnt/a%20b", "/mnt/a b"),
+        ("s3://b", S3Place("b", virtual=True)),
+        ("s3://b/p/q/", S3Place("b", "p/q/", virtual=True)),
+        (
+            "s3://b/p?endpoint=http://127.0.0.1:8333/&region=eu-1",
+            S3Place("b", "p/", "http://127.0.0.1:8333", "eu-1"),
+        ),
+        ("s3://b?endpoint=https://h&style=virtual", S3Place("b", "", "https://h", virtual=True)),
+    ],
+)
+def test_urls(url: str, place: str | S3Place) -> None:
+    assert parse_url(url) == place
+    if isinstance(place, S3Place):
+        assert parse_url(place.url) == place
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "ftp://x/y",
+        "s3://",
+        "s3:///p",
+        "s3://key:secret@b/p",
+        "s3://b?endpoint=ftp://h",
+        "s3://b?endpoint=http://a:b@h",
+        "s3://b?secret=x",
+        "s3://b?style=odd",
+        "s3://b/a/../c",
+        "file://host/x",
+        "file:relative",
+    ],
+)
+def test_wrong_urls(url: str) -> None:
+    if url == "file:relative":
+        assert parse_url(url) != ""
+        return
+    with pytest.raises(InvalidArgument) as wrong:
+        parse_url(url)
+    assert "secret@" not in wrong.value.message
+
+
+def test_folders(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/a/b"
+    with pytest.raises(WrongStore):
+        open_store(url)
+    for _ in range(2):
+        made = create_place(url)
+        assert made.url == url
+        made.close()
+    open_store(url).close()
+
+
+def test_credentials() -> None:
+    assert credentials_from({}) is None
+    assert credentials_from({"AWS_ACCESS_KEY_ID": "a"}) is None
+    found = credentials_from(
+        {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "hidden", "AWS_SESSION_TOKEN": "t"}
+    )
+    assert found == Credentials("a", "hidden", "t")
+    assert "hidden" not in repr(found)
