@@ -37,7 +37,8 @@ def flaky() -> list[Fault]:
     """Faults a retrying store must hide."""
     return [
         Fault(FaultKind.UNAVAILABLE, ("put", "get", "stat", "list", "delete"), skip=1, times=2),
-        Fault(FaultKind.LOST_REPLY, ("put", "replace", "delete"), skip=2, times=2),
+        # not at replace: what a later one hides cannot be counted exactly (S4)
+        Fault(FaultKind.LOST_REPLY, ("put", "delete"), skip=2, times=2),
         Fault(FaultKind.SLOW_DOWN, ("put", "get"), skip=5, times=2),
     ]
 

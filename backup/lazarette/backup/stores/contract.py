@@ -16,6 +16,7 @@ Semantics
          A missing object has no tag: ``TagMismatch`` too.
     S4.  A conditional write whose reply was lost is settled by reading back: the caller's own
          bytes there mean success.  So callers make these bytes their own, by a random token.
+         If another's ``replace`` came after the lost one, ``TagMismatch`` is all that is known.
     S5.  ``get`` of a range returns exactly those bytes, or raises; a short or damaged body is
          never returned.  An object that ends before the range does gives ``ShortBlob``,
          a wrong checksum of the store's own ``DamagedBlob``.
