@@ -1,0 +1,146 @@
+"""Mounts as their users see them: start a server process, adopt it, ask it, stop it.
+
+Example::
+
+    from lazarette.fuse.client import UnionMount
+    from lazarette.fuse.spec import UnionSpec
+
+    union = UnionMount(
+        UnionSpec(
+            mountpoint="/run/x/merged", control="/run/x/fuse.sock",
+            lowers=["/layers/top", "/layers/base"], upper="/layers/u", work="/layers/w",
+        )
+    )
+    union.start()              # returns once the mount answers; the server outlives us
+    union.alive()              # True while mount and server answer
+    union.status().passthrough # who reads and writes; .reason says why
+    union.ensure()             # after a restart of the daemon or a kill of the server
+    union.stop()               # EBUSY while used; stop(lazy=True) takes it out of sight
+
+A daemon that restarts makes the same object again and calls :meth:`Mount.ensure`: a living
+server is adopted, a dead one is replaced.  While no server runs, users of the mount get
+ENOTCONN, never a hang.
+
+A snapshot of a union's upper layer, while it is mounted and written::
+
+    union.flush()                                  # before the gate: writes dirty pages
+    gate.close()                                   # hold the writers
+    union.snapshot("/snaps/s1/upper", "/snaps/s1/work")   # one instant; needs reflinks
+    gate.open()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import msgspec
+
+from lazarette.fuse import control, mount, spec
+from lazarette.fuse.serve import Started, Status
+from lazarette.fuse.spec import Spec, UnionSpec
+
+_START_TIMEOUT = 60.0
+_STATUS_TIMEOUT = 10.0
+_STOP_TIMEOUT = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One mount of any kind, running or not.
+
+    Attributes:
+        spec: what is mounted, and where.
+    """
+
+    spec: Spec
+
+    def start(self) -> Started:
+        """Start a server process and wait until the mount answers.
+
+        Raises:
+            OSError: what mounting failed with; ETIMEDOUT after a minute.
+        """
+        command = [sys.executable, "-m", "lazarette.fuse.serve"]
+        try:
+            done = subprocess.run(
+                command,
+                input=spec.render(self.spec),
+                capture_output=True,
+                timeout=_START_TIMEOUT,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise OSError(errno.ETIMEDOUT, "server does not start", self.spec.mountpoint) from error
+        if not done.stdout:
+            text = done.stderr.decode(errors="replace").strip() or "no reason given"
+            raise OSError(errno.EIO, f"server does not start: {text}", self.spec.mountpoint)
+        started = msgspec.json.decode(done.stdout, type=Started)
+        if started.errno:
+            raise OSError(started.errno, started.message, self.spec.mountpoint)
+        return started
+
+    def call(self, command: str, timeout: float = _STATUS_TIMEOUT, **arguments: object) -> bytes:
+        """Send a command to the server; see :func:`lazarette.fuse.control.call`."""
+        return bytes(control.call(self.spec.control, command, timeout, **arguments))
+
+    def status(self) -> Status:
+        """What the server says of itself.
+
+        Raises:
+            OSError: it is not there or does not answer.
+        """
+        return msgspec.json.decode(self.call("status"), type=Status)
+
+    def alive(self) -> bool:
+        """Whether the mount is there and its server answers."""
+        try:
+            self.status()
+        except OSError:
+            return False
+        return mount.is_mounted(self.spec.mountpoint)
+
+    def ensure(self) -> bool:
+        """Adopt a living server, or start one in place of a dead one; True when adopted."""
+        if self.alive():
+            return True
+        self.clear()
+        self.start()
+        return False
+
+    def clear(self) -> None:
+        """Take away the mounts of dead servers at the mount point."""
+        while mount.is_mounted(self.spec.mountpoint):
+            mount.unmount(self.spec.mountpoint, lazy=True)
+
+    def stop(self, lazy: bool = False) -> None:
+        """Unmount and wait for the server to end; does nothing when it is not mounted.
+
+        Raises:
+            OSError: EBUSY while files on it are open and ``lazy`` is not set.
+        """
+        if not mount.is_mounted(self.spec.mountpoint):
+            return
+        try:
+            server = os.pidfd_open(self.status().pid)
+        except OSError:
+            self.clear()
+            return
+        try:
+            with contextlib.suppress(ConnectionResetError):
+                self.call("stop", _STOP_TIMEOUT, lazy=lazy)
+            if not lazy:
+                select.select([server], [], [], _STOP_TIMEOUT)
+        finally:
+            os.close(server)
+
+
+class UnionMount(Mount):
+    """A mounted union: what a volume or layer driver works with."""
+
+    spec: UnionSpec

@@ -1,0 +1,131 @@
+"""The control socket: one JSON request a line, one JSON reply a line.
+
+Request: ``{"command": NAME, ...}``.  Reply: ``{"result": ...}`` or
+``{"errno": N, "message": TEXT}``.  Commands run on the socket's own thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable, Mapping
+
+import msgspec
+
+log = logging.getLogger(__name__)
+
+_LIMIT = 1 << 20
+
+Arguments = Mapping[str, object]
+Command = Callable[[Arguments], object]
+
+
+class Reply(msgspec.Struct, omit_defaults=True):
+    """One reply; ``errno`` 0 means success."""
+
+    result: msgspec.Raw = msgspec.Raw(b"null")
+    errno: int = 0
+    message: str = ""
+
+
+class ControlSocket:
+    """Listens for commands of the daemon.
+
+    Args:
+        path: of the socket; one left by a dead server is replaced.
+        commands: by name.
+    """
+
+    def __init__(self, path: str, commands: Mapping[str, Command]) -> None:
+        self._path = path
+        self._commands = commands
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        previous = os.umask(0o177)
+        try:
+            self._listener.bind(_address(path))
+        finally:
+            os.umask(previous)
+        self._listener.listen(16)
+
+    def start(self) -> None:
+        """Serve on a thread of its own."""
+        threading.Thread(target=self._accept, name="fuse-control", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop listening and remove the socket."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return  # closed
+            threading.Thread(
+                target=self._serve, args=(connection,), name="fuse-command", daemon=True
+            ).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection, connection.makefile("rwb") as stream:
+            for line in iter(lambda: stream.readline(_LIMIT), b""):
+                reply = msgspec.json.encode(self._run(line))
+                try:
+                    stream.write(reply + b"\n")
+                    stream.flush()
+                except OSError:
+                    return  # the caller did not wait for the answer
+
+    def _run(self, line: bytes) -> Reply:
+        try:
+            arguments = msgspec.json.decode(line, type=dict[str, object])
+            command = self._commands.get(str(arguments.get("command")))
+            if command is None:
+                return Reply(errno=errno.ENOSYS, message="unknown command")
+            return Reply(msgspec.Raw(msgspec.json.encode(command(arguments))))
+        except msgspec.MsgspecError as error:
+            return Reply(errno=errno.EINVAL, message=str(error))
+        except OSError as error:
+            return Reply(errno=error.errno or errno.EIO, message=str(error))
+        except Exception as error:
+            log.exception("command failed")
+            return Reply(errno=errno.EIO, message=repr(error))
+
+
+def _address(path: str) -> str:
+    """A path to bind or connect to; socket names are short, so go through the folder's fd."""
+    if len(os.fsencode(path)) < 100:
+        return path
+    raise OSError(errno.ENAMETOOLONG, "control socket path is too long", path)
+
+
+def call(path: str, command: str, timeout: float, **arguments: object) -> msgspec.Raw:
+    """Send one command and wait for its result.
+
+    Raises:
+        OSError: what the server answered; ECONNREFUSED or ENOENT when it is not there;
+            ETIMEDOUT when it does not answer within ``timeout`` seconds.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(timeout)
+        try:
+            connection.connect(_address(path))
+            request = msgspec.json.encode({"command": command, **arguments})
+            connection.sendall(request + b"\n")
+            with connection.makefile("rb") as stream:
+                line = stream.readline()
+        except TimeoutError as error:
+            raise OSError(errno.ETIMEDOUT, f"no answer to {command}", path) from error
+    if not line:
+        raise OSError(errno.ECONNRESET, f"the server went away during {command}", path)
+    reply = msgspec.json.decode(line, type=Reply)
+    if reply.errno:
+        raise OSError(reply.errno, reply.message, path)
+    return reply.result

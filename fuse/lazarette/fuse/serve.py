@@ -1,0 +1,219 @@
+"""The server process: ``python -m lazarette.fuse.serve``, a JSON spec on standard input.
+
+It detaches from its parent, mounts, serves, and prints one line of JSON when the mount is
+ready (``{"pid": ..., "passthrough": ..., "reason": ...}``) or has failed
+(``{"errno": ..., "message": ...}``).  It lives until it is unmounted: by the ``stop``
+command, SIGTERM, or umount(8).
+
+Commands of every kind: ``status``, ``stop`` (``lazy``: bool).  Unions add those of
+:mod:`lazarette.fuse.snapshots`.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+
+import msgspec
+
+from lazarette.fuse import mount, spec
+from lazarette.fuse.control import Arguments, Command, ControlSocket
+from lazarette.fuse.filesystem import Filesystem
+from lazarette.fuse.loopback import LoopbackFilesystem
+from lazarette.fuse.server import Server
+from lazarette.fuse.spec import LoopbackSpec, Spec, UnionSpec
+from lazarette.fuse.union import UnionFilesystem, UnionOptions
+
+log = logging.getLogger(__name__)
+
+
+class Started(msgspec.Struct, omit_defaults=True):
+    """The line the process prints: where it runs, or why it does not."""
+
+    pid: int = 0
+    passthrough: bool = False
+    reason: str = ""
+    errno: int = 0
+    message: str = ""
+
+
+class Status(msgspec.Struct):
+    """Answer to ``status``.
+
+    Attributes:
+        passthrough, reason: who reads and writes, and why.
+        through_opens, plain_opens: opens so far of either way, for unions.
+        nodes: inodes the kernel holds.
+    """
+
+    pid: int
+    kind: str
+    mountpoint: str
+    passthrough: bool
+    reason: str
+    through_opens: int = 0
+    plain_opens: int = 0
+    nodes: int = 0
+
+
+def build(wanted: Spec) -> Filesystem:
+    """The filesystem a spec describes."""
+    if isinstance(wanted, UnionSpec):
+        return UnionFilesystem(
+            UnionOptions(
+                wanted.lowers,
+                wanted.upper,
+                wanted.work,
+                volatile=wanted.volatile,
+                reserve_wh=wanted.reserve_wh,
+            )
+        )
+    if isinstance(wanted, LoopbackSpec):
+        return LoopbackFilesystem(wanted.root, wanted.work)
+    raise NotImplementedError(type(wanted))
+
+
+class Process:
+    """One mount with its control socket."""
+
+    def __init__(self, wanted: Spec) -> None:
+        self._spec = wanted
+        self._filesystem = build(wanted)
+        allow = wanted.allow_other
+        read_only = wanted.read_only
+        if isinstance(wanted, UnionSpec) and wanted.upper is None:
+            read_only = True
+        self._options = mount.MountOptions(
+            read_only=read_only, allow_other=mount.privileged() if allow is None else allow
+        )
+        self._control = ControlSocket(wanted.control, self._commands())
+        try:
+            device = mount.mount(wanted.mountpoint, self._options)
+        except BaseException:
+            self._control.close()
+            raise
+        self.server = Server(self._filesystem, device, passthrough=wanted.passthrough)
+
+    def _commands(self) -> Mapping[str, Command]:
+        return {"status": self._status, "stop": self._stop}
+
+    def _status(self, arguments: Arguments) -> Status:
+        status = Status(
+            os.getpid(),
+            type(self._spec).__struct_config__.tag,  # type: ignore[arg-type]
+            self._spec.mountpoint,
+            self.server.passthrough,
+            self.server.reason,
+        )
+        if isinstance(self._filesystem, UnionFilesystem):
+            with self._filesystem.lock:
+                status.through_opens = self._filesystem.files.through_opens
+                status.plain_opens = self._filesystem.files.plain_opens
+                status.nodes = len(self._filesystem.tree.nodes)
+        return status
+
+    def _stop(self, arguments: Arguments) -> None:
+        mount.unmount(self._spec.mountpoint, lazy=bool(arguments.get("lazy")))
+
+    def terminate(self) -> None:
+        """Unmount on SIGTERM, out of sight at once if the mount is in use."""
+
+        def work() -> None:
+            try:
+                mount.unmount(self._spec.mountpoint)
+            except OSError as error:
+                log.warning("unmounting %s lazily: %s", self._spec.mountpoint, error)
+                mount.unmount(self._spec.mountpoint, lazy=True)
+
+        threading.Thread(target=work, name="fuse-terminate", daemon=True).start()
+
+    def run(self, ready: int) -> None:
+        """Serve until unmounted; the ready line goes to the descriptor ``ready``."""
+
+        def announce() -> None:
+            self.server.ready.wait()
+            line = Started(os.getpid(), self.server.passthrough, self.server.reason)
+            os.write(ready, msgspec.json.encode(line) + b"\n")
+            os.close(ready)
+
+        self._control.start()
+        threading.Thread(target=announce, name="fuse-ready", daemon=True).start()
+        try:
+            self.server.run()
+        finally:
+            self._control.close()
+
+
+def _detach(wanted: Spec) -> None:
+    os.setsid()
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    target = null
+    if wanted.log is not None:
+        target = os.open(wanted.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.dup2(target, 2)
+    for fd in {null, target} - {0, 1, 2}:
+        os.close(fd)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+
+
+def _tune() -> None:
+    """Room for descriptors; rarer garbage collection; quick hand-over between threads."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
+    sys.setswitchinterval(0.0005)
+
+
+def _child(document: bytes, ready: int) -> None:
+    try:
+        wanted = spec.parse(document)
+        _detach(wanted)
+        _tune()
+        process = Process(wanted)
+    except msgspec.MsgspecError as error:
+        os.write(ready, msgspec.json.encode(Started(errno=22, message=str(error))) + b"\n")
+        return
+    except OSError as error:
+        line = Started(errno=error.errno or 5, message=str(error))
+        os.write(ready, msgspec.json.encode(line) + b"\n")
+        return
+    signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    process.run(ready)
+
+
+def main() -> int:
+    """Read the spec, become a process of its own, and report on standard output."""
+    document = sys.stdin.buffer.read()
+    receive, send = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(receive)
+        try:
+            _child(document, send)
+        finally:
+            os._exit(0)
+    os.close(send)
+    with os.fdopen(receive, "rb") as pipe:
+        line = pipe.read()
+    if not line:
+        line = msgspec.json.encode(Started(errno=5, message="the server died")) + b"\n"
+    sys.stdout.buffer.write(line)
+    sys.stdout.buffer.flush()
+    return 0 if msgspec.json.decode(line, type=Started).errno == 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,303 @@
+"""The event loop: reads requests from the kernel, calls the filesystem, writes replies.
+
+One thread reads ``/dev/fuse`` and runs the filesystem's methods under its lock; work that
+may block goes to a small pool of workers (see :mod:`lazarette.fuse.filesystem`).  The
+protocol, passthrough and notifications live here; a filesystem sees none of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from lazarette.fuse import protocol, syscalls
+from lazarette.fuse.filesystem import Connection, Filesystem, Later, NeedsWorker, Reply
+from lazarette.fuse.protocol import InitFlag, Opcode, Request
+
+log = logging.getLogger(__name__)
+
+MAX_WRITE = 1 << 20
+"""Largest READ and WRITE, bytes."""
+
+_ALWAYS = (
+    InitFlag.ASYNC_READ
+    | InitFlag.ATOMIC_O_TRUNC
+    | InitFlag.BIG_WRITES
+    | InitFlag.DONT_MASK
+    | InitFlag.DO_READDIRPLUS
+    | InitFlag.READDIRPLUS_AUTO
+    | InitFlag.ASYNC_DIO
+    | InitFlag.PARALLEL_DIROPS
+    | InitFlag.HANDLE_KILLPRIV_V2
+    | InitFlag.POSIX_ACL
+    | InitFlag.ABORT_ERROR
+    | InitFlag.MAX_PAGES
+    | InitFlag.CACHE_SYMLINKS
+    | InitFlag.NO_OPENDIR_SUPPORT
+    | InitFlag.SETXATTR_EXT
+    | InitFlag.INIT_EXT
+    | InitFlag.DIRECT_IO_ALLOW_MMAP
+    | InitFlag.ALLOW_IDMAP
+)
+
+_Handler = Callable[[Request, memoryview], Reply]
+
+
+class Server(Connection):
+    """Serves one mount until it is unmounted.
+
+    Args:
+        filesystem: answers the requests.
+        device: descriptor from :func:`lazarette.fuse.mount.mount`; closed by :meth:`run`.
+        passthrough: False keeps reads and writes in the server even where the kernel
+            could do them.
+        workers: threads for what may block.
+    """
+
+    def __init__(
+        self, filesystem: Filesystem, device: int, passthrough: bool = True, workers: int = 8
+    ) -> None:
+        self._filesystem = filesystem
+        self._device = device
+        self._wish = passthrough
+        self.passthrough = False
+        self.reason = "not connected"
+        self.minor = 0
+        self.granted = InitFlag(0)
+        self.ready = threading.Event()
+        self._pool = ThreadPoolExecutor(workers, "fuse-worker")
+        self._table = self._handlers()
+
+    # -- connection ---------------------------------------------------------------------
+
+    def backing_open(self, fd: int) -> int:
+        """Register a backing file."""
+        return syscalls.backing_open(self._device, fd)
+
+    def backing_close(self, backing: int) -> None:
+        """Give a backing id back."""
+        syscalls.backing_close(self._device, backing)
+
+    def forget_attributes(self, node: int) -> None:
+        """Make the kernel ask for the attributes of a node again."""
+        self._notify(protocol.notify_inval_inode(node, -1, 0))
+
+    def forget_data(self, node: int) -> None:
+        """Make the kernel drop attributes and pages of a node; never call it from the loop."""
+        self._notify(protocol.notify_inval_inode(node, 0, 0))
+
+    def forget_name(self, parent: int, name: bytes) -> None:
+        """Make the kernel look a name up again; never call it from the loop."""
+        self._notify(protocol.notify_inval_entry(parent, name))
+
+    def _notify(self, message: bytes) -> None:
+        try:
+            os.write(self._device, message)
+        except OSError as error:
+            # ENOENT: the kernel does not hold that node or name, so there is nothing to forget.
+            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN):
+                raise
+
+    # -- loop ---------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until the filesystem is unmounted or the connection aborted.
+
+        The umask of the process is set to 0: modes are those the kernel sends.
+        """
+        os.umask(0)
+        buffer = bytearray(MAX_WRITE + 65536)
+        view = memoryview(buffer)
+        device, table, lock = self._device, self._table, self._filesystem.lock
+        read_into, parse = os.readv, protocol.parse_header
+        target = [view]
+        try:
+            while True:
+                try:
+                    size = read_into(device, target)
+                except OSError as error:
+                    if error.errno in (errno.ENODEV, errno.ECONNABORTED):
+                        return
+                    if error.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
+                        continue
+                    raise
+                request = parse(buffer)
+                handler = table.get(request.opcode)
+                if handler is None:
+                    self._refuse(request.unique, errno.ENOSYS)
+                    continue
+                lock.acquire()
+                try:
+                    reply = handler(request, view[40:size])
+                except OSError as error:
+                    self._refuse(request.unique, error.errno or errno.EIO)
+                    continue
+                except NeedsWorker:
+                    body = bytes(view[40:size])
+                    self._pool.submit(self._repeat, handler, request, body)
+                    continue
+                except Exception:
+                    log.exception("request %s failed", request)
+                    self._refuse(request.unique, errno.EIO)
+                    continue
+                finally:
+                    lock.release()
+                if type(reply) is bytes:
+                    self._answer(request.unique, reply)
+                elif type(reply) is Later:
+                    self._pool.submit(self._finish, request, reply)
+        finally:
+            self._pool.shutdown(wait=True)
+            os.close(device)
+            self._filesystem.destroy()
+
+    def _answer(self, unique: int, body: bytes) -> None:
+        try:
+            os.write(self._device, protocol.reply_header(len(body), unique) + body)
+        except OSError as error:
+            # ENOENT: the caller was killed meanwhile; ENODEV: unmounted meanwhile.
+            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
+                log.warning("reply to request %d refused by the kernel: %s", unique, error)
+                self._refuse(unique, errno.EIO)
+
+    def _refuse(self, unique: int, code: int) -> None:
+        try:
+            os.write(self._device, protocol.error_reply(code, unique))
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
+                log.warning("error reply to request %d refused by the kernel: %s", unique, error)
+
+    def _repeat(self, handler: _Handler, request: Request, body: bytes) -> None:
+        try:
+            with self._filesystem.lock:
+                reply = handler(request, memoryview(body))
+        except OSError as error:
+            self._refuse(request.unique, error.errno or errno.EIO)
+            return
+        except Exception:
+            log.exception("request %s failed", request)
+            self._refuse(request.unique, errno.EIO)
+            return
+        if isinstance(reply, Later):
+            self._finish(request, reply)
+        else:
+            self._answer(request.unique, reply)
+
+    def _finish(self, request: Request, later: Later) -> None:
+        try:
+            body = later.work()
+        except OSError as error:
+            self._refuse(request.unique, error.errno or errno.EIO)
+        except Exception:
+            log.exception("request %s failed", request)
+            self._refuse(request.unique, errno.EIO)
+        else:
+            self._answer(request.unique, body)
+
+    # -- requests -----------------------------------------------------------------------
+
+    def _init(self, request: Request, body: memoryview) -> Reply:
+        init = protocol.parse_init(body)
+        if init.major != protocol.KERNEL_MAJOR or init.minor < protocol.LOWEST_MINOR:
+            self.reason = f"the kernel speaks FUSE {init.major}.{init.minor}"
+            raise OSError(errno.EPROTO, self.reason)
+        self.minor = init.minor
+        wanted = _ALWAYS | self._filesystem.wanted()
+        depth = 0
+        if self._wish and init.flags & InitFlag.PASSTHROUGH:
+            wanted |= InitFlag.PASSTHROUGH
+            depth = 1
+        self.granted = init.flags & wanted
+        self._choose(init.flags)
+        self._filesystem.connect(self, self.granted)
+        self.ready.set()
+        return protocol.init_reply(init.minor, init.max_readahead, self.granted, MAX_WRITE, depth)
+
+    def _choose(self, offered: InitFlag) -> None:
+        """Decide who reads and writes, and keep the reason."""
+        if not self._wish:
+            self.reason = "switched off"
+        elif not offered & InitFlag.PASSTHROUGH:
+            self.reason = f"the kernel (FUSE 7.{self.minor}) has no passthrough"
+        elif os.geteuid() != 0:
+            self.reason = "passthrough needs CAP_SYS_ADMIN"
+        else:
+            self.passthrough = True
+            self.reason = f"the kernel (FUSE 7.{self.minor}) has passthrough"
+
+    def _forget(self, request: Request, body: memoryview) -> Reply:
+        self._filesystem.forget(request.node, protocol.parse_forget(body))
+        return _SILENT
+
+    def _batch_forget(self, request: Request, body: memoryview) -> Reply:
+        for node, lookups in protocol.parse_batch_forget(body):
+            self._filesystem.forget(node, lookups)
+        return _SILENT
+
+    def _interrupt(self, request: Request, body: memoryview) -> Reply:
+        return _SILENT
+
+    def _destroy(self, request: Request, body: memoryview) -> Reply:
+        return b""
+
+    def _handlers(self) -> dict[int, _Handler]:
+        """Opcode to parser and method, bound once."""
+        fs, p = self._filesystem, protocol
+
+        def setxattr(request: Request, body: memoryview) -> Reply:
+            extended = bool(self.granted & InitFlag.SETXATTR_EXT)
+            return fs.setxattr(request, *p.parse_setxattr(body, extended))
+
+        table: dict[int, _Handler] = {
+            Opcode.INIT: self._init,
+            Opcode.FORGET: self._forget,
+            Opcode.BATCH_FORGET: self._batch_forget,
+            Opcode.INTERRUPT: self._interrupt,
+            Opcode.DESTROY: self._destroy,
+            Opcode.LOOKUP: lambda r, b: fs.lookup(r, p.parse_name(b)),
+            Opcode.GETATTR: lambda r, b: fs.getattr(r, p.parse_getattr(b)),
+            Opcode.SETATTR: lambda r, b: fs.setattr(r, p.parse_setattr(b)),
+            Opcode.READLINK: lambda r, b: fs.readlink(r),
+            Opcode.SYMLINK: lambda r, b: fs.symlink(r, *p.parse_two_names(b)),
+            Opcode.MKNOD: lambda r, b: fs.mknod(r, *p.parse_mknod(b)),
+            Opcode.MKDIR: lambda r, b: fs.mkdir(r, *p.parse_mkdir(b)),
+            Opcode.UNLINK: lambda r, b: fs.unlink(r, p.parse_name(b)),
+            Opcode.RMDIR: lambda r, b: fs.rmdir(r, p.parse_name(b)),
+            Opcode.RENAME: lambda r, b: fs.rename(r, *p.parse_rename(b)),
+            Opcode.RENAME2: lambda r, b: fs.rename(r, *p.parse_rename2(b)),
+            Opcode.LINK: lambda r, b: fs.link(r, *p.parse_link(b)),
+            Opcode.OPEN: lambda r, b: fs.open(r, p.parse_open(b)),
+            Opcode.READ: lambda r, b: fs.read(r, p.parse_read(b)),
+            Opcode.WRITE: lambda r, b: fs.write(r, *p.parse_write(b)),
+            Opcode.STATFS: lambda r, b: fs.statfs(r),
+            Opcode.RELEASE: lambda r, b: fs.release(r, p.parse_release(b)),
+            Opcode.FSYNC: lambda r, b: fs.fsync(r, p.parse_fsync(b)),
+            Opcode.SETXATTR: setxattr,
+            Opcode.GETXATTR: lambda r, b: fs.getxattr(r, *p.parse_getxattr(b)),
+            Opcode.LISTXATTR: lambda r, b: fs.listxattr(r, p.parse_listxattr(b)),
+            Opcode.REMOVEXATTR: lambda r, b: fs.removexattr(r, p.parse_name(b)),
+            Opcode.FLUSH: lambda r, b: fs.flush(r),
+            Opcode.OPENDIR: lambda r, b: fs.opendir(r, p.parse_open(b)),
+            Opcode.READDIR: lambda r, b: fs.readdir(r, p.parse_read(b)),
+            Opcode.READDIRPLUS: lambda r, b: fs.readdirplus(r, p.parse_read(b)),
+            Opcode.RELEASEDIR: lambda r, b: fs.releasedir(r, p.parse_release(b)),
+            Opcode.FSYNCDIR: lambda r, b: fs.fsyncdir(r, p.parse_fsync(b)),
+            Opcode.CREATE: lambda r, b: fs.create(r, *p.parse_create(b)),
+            Opcode.TMPFILE: lambda r, b: fs.tmpfile(r, p.parse_create(b)[0]),
+            Opcode.FALLOCATE: lambda r, b: fs.fallocate(r, p.parse_fallocate(b)),
+            Opcode.LSEEK: lambda r, b: fs.lseek(r, p.parse_lseek(b)),
+            Opcode.COPY_FILE_RANGE: lambda r, b: fs.copy_file_range(r, p.parse_copy(b)),
+            Opcode.SYNCFS: lambda r, b: fs.syncfs(r),
+        }
+        return table
+
+
+class _Silent(bytes):
+    """Type of the mark that a request gets no reply."""
+
+
+_SILENT = _Silent()

@@ -1,0 +1,568 @@
+"""The union filesystem: a writable upper layer over up to 500 read-only ones.
+
+Names and whiteouts: :mod:`lazarette.fuse.tree` and :mod:`lazarette.fuse.entries`; copy-up:
+:mod:`lazarette.fuse.copyup`; open files: :mod:`lazarette.fuse.files`.  This module answers
+the requests.
+
+Semantics
+    U1. The upper layer, and every lower one, is in overlayfs's format: the kernel mounts it.
+    U2. ``st_ino`` never changes over copy-up and remount; a hard link stays one over copy-up
+        while the work folder is kept with the upper layer.
+    U3. Renaming a folder any part of which is in a lower layer fails with EXDEV.
+    U4. A copy-up while readers hold the lower file leaves those readers with the content of
+        before; everyone who opens it afterwards sees the new content.
+    U5. What fsync(2) returned for is on disk; so is the copy a copy-up made, unless the union
+        is mounted ``volatile``.
+    U6. The server is the only one that changes the layers: the kernel caches names and
+        attributes without limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from dataclasses import dataclass, field
+
+from lazarette.fuse import layers, protocol, syscalls
+from lazarette.fuse.copyup import CopyUp
+from lazarette.fuse.entries import Entries
+from lazarette.fuse.files import Files
+from lazarette.fuse.filesystem import Connection, Filesystem, Later, Reply
+from lazarette.fuse.layers import Format, Stack
+from lazarette.fuse.nodes import Dir, File, Listing, Node
+from lazarette.fuse.protocol import (
+    FOREVER,
+    CopyIn,
+    CreateIn,
+    FallocateIn,
+    FsyncIn,
+    GetattrIn,
+    InitFlag,
+    LseekIn,
+    MkdirIn,
+    MknodIn,
+    OpenIn,
+    ReadIn,
+    ReleaseIn,
+    RenameIn,
+    Request,
+    SetattrIn,
+    SetattrValid,
+    SetxattrIn,
+    WriteIn,
+)
+from lazarette.fuse.syscalls import NOW, OMIT, Moment
+from lazarette.fuse.tree import Tree
+
+_WRITTEN_TTL = 1
+"""Seconds attributes are cached while a mapping may change a file behind the kernel's back."""
+
+_SUID_SGID = stat.S_ISUID | stat.S_ISGID
+_DEFAULT_ACL = b"system.posix_acl_default"
+
+
+@dataclass(frozen=True, slots=True)
+class UnionOptions:
+    """What a union is made of.
+
+    Attributes:
+        lowers: folders of the lower layers, top first; may be empty.
+        upper: folder of the upper layer; None makes the union read-only.
+        work: an empty folder on the upper layer's filesystem, kept with the upper layer.
+        volatile: copy-up does not wait for the disk (a container's root).
+        reserve_wh: refuse names that begin with ``.wh.``.
+    """
+
+    lowers: list[str] = field(default_factory=list)
+    upper: str | None = None
+    work: str | None = None
+    volatile: bool = False
+    reserve_wh: bool = False
+
+
+def _open_work(options: UnionOptions) -> tuple[int, int]:
+    """Descriptors of the folder for temporary files and of the index, made if needed."""
+    if options.upper is None:
+        return -1, -1
+    if options.work is None:
+        raise OSError(errno.EINVAL, "an upper layer needs a work folder")
+    if os.stat(options.work).st_dev != os.stat(options.upper).st_dev:
+        raise OSError(errno.EXDEV, "upper layer and work folder are on different filesystems")
+    opened = []
+    for name in ("tmp", "links"):
+        path = os.path.join(options.work, name)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        opened.append(os.open(path, layers.DIRECTORY))
+    return opened[0], opened[1]
+
+
+class UnionFilesystem(Filesystem):
+    """Answers requests on a union; see the module's text.
+
+    Raises:
+        OSError: a layer is missing, or the work folder lies elsewhere than the upper layer.
+    """
+
+    def __init__(self, options: UnionOptions) -> None:
+        super().__init__()
+        self.options = options
+        self.stack = Stack(options.upper, options.lowers)
+        self.work, self.index = _open_work(options)
+        form = Format(privileged=os.geteuid() == 0)
+        self.tree = Tree(self.stack, form, self.index)
+        self.copyup = CopyUp(self, self.tree, self.work, durable=not options.volatile)
+        self.entries = Entries(self.tree, self.copyup, options.reserve_wh)
+        self.files = Files(self, self.tree, self.copyup)
+        if self.work >= 0:
+            self.copyup.clear()
+
+    def wanted(self) -> InitFlag:
+        """Nothing beyond what every server asks for."""
+        return InitFlag(0)
+
+    def connect(self, connection: Connection, granted: InitFlag) -> None:
+        """Keep the connection."""
+        super().connect(connection, granted)
+        self.files.connect(connection)
+
+    def destroy(self) -> None:
+        """Close every descriptor."""
+        self.files.close()
+        self.tree.close()
+        self.stack.close()
+        for fd in (self.work, self.index):
+            if fd >= 0:
+                os.close(fd)
+
+    # -- replies ------------------------------------------------------------------------
+
+    def _attr_ttl(self, node: Node) -> int:
+        if isinstance(node, File):
+            if node.writers and node.through:
+                return _WRITTEN_TTL
+            node.cached = True
+        return FOREVER
+
+    def _entry(self, node: Node, st: os.stat_result) -> bytes:
+        node.lookups += 1
+        links = self.tree.links(node, st)
+        return protocol.entry_reply(node.id, node.ino, st, links, FOREVER, self._attr_ttl(node))
+
+    def _attributes(self, request: Request, node: Node, st: os.stat_result) -> bytes:
+        ttl = self._attr_ttl(node) if node.id == request.node else 0
+        return protocol.attr_reply(node.ino, st, self.tree.links(node, st), ttl)
+
+    def _tell_successor(self, request: Request, node: Node) -> None:
+        """After a change by way of a replaced node: its successor's attributes are old."""
+        if node.id != request.node:
+            self.connection.forget_attributes(node.id)
+
+    # -- names --------------------------------------------------------------------------
+
+    def lookup(self, request: Request, name: bytes) -> Reply:
+        """LOOKUP."""
+        tree = self.tree
+        tree.trim()
+        parent = tree.dir(request.node)
+        if parent.listing is not None and name not in parent.listing:
+            if len(name) > protocol.NAME_MAX:
+                raise OSError(errno.ENAMETOOLONG, "name is too long")
+            return protocol.negative_reply(FOREVER)
+        found = tree.lookup(parent, name)
+        if found is None:
+            return protocol.negative_reply(FOREVER)
+        return self._entry(*found)
+
+    def forget(self, node: int, lookups: int) -> None:
+        """FORGET."""
+        known = self.tree.nodes.get(node)
+        if known is None or known is self.tree.root:
+            return
+        known.lookups -= lookups
+        if known.lookups <= 0:
+            self._release(known)
+
+    def _release(self, node: Node) -> None:
+        if isinstance(node, File):
+            if node.through or node.plain:
+                return
+            self.files.drop_backing(node)
+        self.tree.drop(node)
+
+    def readlink(self, request: Request) -> Reply:
+        """READLINK."""
+        node = self.tree.node(request.node)
+        path, follow = self.tree.path(node)
+        if follow:
+            assert isinstance(node, File)
+            return os.readlink(b"", dir_fd=node.orphan)
+        return os.readlink(path)
+
+    def _own(self, request: Request, parent: Dir, folder: int, name: bytes, mode: int) -> None:
+        """Give a new entry to its owner; chown clears the set-id bits, so the mode comes last."""
+        gid = 0xFFFFFFFF if parent.setgid else request.gid
+        if request.uid != os.geteuid() or (gid != 0xFFFFFFFF and gid != os.getegid()):
+            owner = -1 if gid == 0xFFFFFFFF else gid
+            os.chown(name, request.uid, owner, dir_fd=folder, follow_symlinks=False)
+            if mode & _SUID_SGID and not stat.S_ISLNK(mode):
+                os.chmod(name, stat.S_IMODE(mode), dir_fd=folder)
+
+    def _masked(self, parent: Dir, mode: int, umask: int) -> int:
+        return mode if self.entries.has_default_acl(parent) else mode & ~umask
+
+    def mknod(self, request: Request, args: MknodIn, name: bytes) -> Reply:
+        """MKNOD."""
+        parent = self.tree.dir(request.node)
+        mode = self._masked(parent, args.mode, args.umask)
+        if stat.S_ISCHR(mode) and args.rdev == 0:
+            self.entries.leave_whiteout(parent, name)
+            found = self.tree.lookup(parent, name)
+            assert found is not None
+            return self._entry(*found)
+
+        def maker(folder: int, target: bytes) -> None:
+            os.mknod(target, mode, protocol.decode_device(args.rdev), dir_fd=folder)
+            self._own(request, parent, folder, target, mode)
+
+        return self._entry(*self.entries.make(parent, name, maker))
+
+    def mkdir(self, request: Request, args: MkdirIn, name: bytes) -> Reply:
+        """MKDIR."""
+        parent = self.tree.dir(request.node)
+        mode = self._masked(parent, args.mode, args.umask) & 0o7777
+
+        def maker(folder: int, target: bytes) -> None:
+            os.mkdir(target, mode, dir_fd=folder)
+            if mode & ~0o777:  # mkdir(2) takes only permissions and the sticky bit for sure
+                bits = mode | (stat.S_ISGID if parent.setgid else 0)
+                os.chmod(target, bits, dir_fd=folder)
+            self._own(request, parent, folder, target, 0)
+
+        return self._entry(*self.entries.make(parent, name, maker))
+
+    def symlink(self, request: Request, name: bytes, target: bytes) -> Reply:
+        """SYMLINK."""
+        parent = self.tree.dir(request.node)
+
+        def maker(folder: int, link: bytes) -> None:
+            os.symlink(target, link, dir_fd=folder)
+            self._own(request, parent, folder, link, stat.S_IFLNK)
+
+        return self._entry(*self.entries.make(parent, name, maker))
+
+    def link(self, request: Request, node: int, name: bytes) -> Reply:
+        """LINK."""
+        source = self.tree.node(node)
+        if not isinstance(source, File):
+            raise OSError(errno.EPERM, "folders have no hard links")
+        self.files.before_change(source)
+        parent = self.tree.dir(request.node)
+        return self._entry(*self.entries.link(source, parent, name))
+
+    def unlink(self, request: Request, name: bytes) -> Reply:
+        """UNLINK."""
+        node = self.entries.unlink(self.tree.dir(request.node), name)
+        self._settle(node)
+        return b""
+
+    def _settle(self, node: File) -> None:
+        """Let go of what an idle dead file held."""
+        if node.dead and not node.through:
+            self.files.drop_backing(node)
+        if not node.lookups and not node.through and not node.plain:
+            self.tree.drop(node)
+
+    def rmdir(self, request: Request, name: bytes) -> Reply:
+        """RMDIR."""
+        node = self.entries.rmdir(self.tree.dir(request.node), name)
+        if not node.lookups:
+            self.tree.drop(node)
+        return b""
+
+    def rename(self, request: Request, args: RenameIn, old: bytes, new: bytes) -> Reply:
+        """RENAME2."""
+        source = (self.tree.dir(request.node), old)
+        target = (self.tree.dir(args.newdir), new)
+        moving = self.tree.lookup(*source)
+        if moving is not None and isinstance(moving[0], File):
+            self.files.before_change(moving[0])
+        self.entries.rename(source, target, args.flags)
+        return b""
+
+    # -- attributes ---------------------------------------------------------------------
+
+    def getattr(self, request: Request, args: GetattrIn) -> Reply:
+        """GETATTR."""
+        node = self.tree.node(request.node)
+        return self._attributes(request, node, self.tree.stat(node))
+
+    def setattr(self, request: Request, args: SetattrIn) -> Reply:
+        """SETATTR."""
+        tree, valid = self.tree, args.valid
+        node = tree.node(request.node)
+        if isinstance(node, Dir):
+            self.copyup.folder(node)
+        elif isinstance(node, File):
+            resized = bool(valid & SetattrValid.SIZE)
+            self.files.before_change(node, content=resized)
+            self.copyup.file(node, keep=args.size if resized else None)
+        path, follow = tree.path(node)
+        if valid & (SetattrValid.UID | SetattrValid.GID):
+            uid = args.uid if valid & SetattrValid.UID else -1
+            gid = args.gid if valid & SetattrValid.GID else -1
+            os.chown(path, uid, gid, follow_symlinks=follow)
+        if valid & SetattrValid.MODE:
+            os.chmod(path, stat.S_IMODE(args.mode))
+            if isinstance(node, Dir):
+                node.setgid = bool(args.mode & stat.S_ISGID)
+        if valid & SetattrValid.SIZE and isinstance(node, File):
+            self.files.truncate(node, args)
+        if valid & (SetattrValid.ATIME | SetattrValid.MTIME):
+            self._set_times(path, follow, args)
+        self._tell_successor(request, node)
+        return self._attributes(request, node, tree.stat(node))
+
+    @staticmethod
+    def _set_times(path: bytes, follow: bool, args: SetattrIn) -> None:
+        valid = args.valid
+        atime = mtime = OMIT
+        if valid & SetattrValid.ATIME_NOW:
+            atime = NOW
+        elif valid & SetattrValid.ATIME:
+            atime = Moment(_signed(args.atime) * 1_000_000_000 + args.atimensec)
+        if valid & SetattrValid.MTIME_NOW:
+            mtime = NOW
+        elif valid & SetattrValid.MTIME:
+            mtime = Moment(_signed(args.mtime) * 1_000_000_000 + args.mtimensec)
+        syscalls.utimensat(syscalls.AT_FDCWD, path, atime, mtime, follow)
+
+    def statfs(self, request: Request) -> Reply:
+        """STATFS of the upper layer, or of the topmost lower one."""
+        top = self.stack.upper or self.stack.lowers[0]
+        return protocol.statfs_reply(os.statvfs(top.fd))
+
+    # -- xattrs -------------------------------------------------------------------------
+
+    def getxattr(self, request: Request, size: int, name: bytes) -> Reply:
+        """GETXATTR."""
+        node = self.tree.node(request.node)
+        path, follow = self.tree.path(node)
+        value = os.getxattr(path, self.tree.form.stored(name), follow_symlinks=follow)
+        return _sized(value, size)
+
+    def listxattr(self, request: Request, size: int) -> Reply:
+        """LISTXATTR, without those of the on-disk format."""
+        path, follow = self.tree.path(self.tree.node(request.node))
+        names = []
+        for stored in os.listxattr(path, follow_symlinks=follow):
+            shown = self.tree.form.shown(os.fsencode(stored))
+            if shown is not None:
+                names.append(shown + b"\0")
+        return _sized(b"".join(names), size)
+
+    def _writable_path(self, request: Request) -> tuple[Node, bytes, bool]:
+        node = self.tree.node(request.node)
+        if isinstance(node, Dir):
+            self.copyup.folder(node)
+        elif isinstance(node, File):
+            self.files.before_change(node)
+            self.copyup.file(node)
+        return node, *self.tree.path(node)
+
+    def setxattr(self, request: Request, args: SetxattrIn, name: bytes, value: bytes) -> Reply:
+        """SETXATTR."""
+        node, path, follow = self._writable_path(request)
+        stored = self.tree.form.stored(name)
+        os.setxattr(path, stored, value, args.flags, follow_symlinks=follow)
+        if isinstance(node, Dir) and name == _DEFAULT_ACL:
+            node.default_acl = None
+        if args.extra & protocol.SETXATTR_ACL_KILL_SGID:
+            mode = os.stat(path, follow_symlinks=follow).st_mode
+            os.chmod(path, stat.S_IMODE(mode) & ~stat.S_ISGID)
+        self._tell_successor(request, node)
+        return b""
+
+    def removexattr(self, request: Request, name: bytes) -> Reply:
+        """REMOVEXATTR."""
+        node = self.tree.node(request.node)
+        path, follow = self.tree.path(node)
+        os.getxattr(path, self.tree.form.stored(name), follow_symlinks=follow)
+        node, path, follow = self._writable_path(request)
+        os.removexattr(path, self.tree.form.stored(name), follow_symlinks=follow)
+        if isinstance(node, Dir) and name == _DEFAULT_ACL:
+            node.default_acl = None
+        return b""
+
+    # -- files --------------------------------------------------------------------------
+
+    def _file(self, request: Request) -> File:
+        node = self.tree.nodes.get(request.node)
+        if not isinstance(node, File):
+            raise OSError(errno.EISDIR if node else errno.ESTALE, "not a file")
+        return node
+
+    def open(self, request: Request, args: OpenIn) -> Reply:
+        """OPEN."""
+        return self.files.open(self._file(request), args)
+
+    def create(self, request: Request, args: CreateIn, name: bytes) -> Reply:
+        """CREATE."""
+        parent = self.tree.dir(request.node)
+        mode = self._masked(parent, args.mode, args.umask)
+        opened = [-1]
+
+        def maker(folder: int, target: bytes) -> None:
+            flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+            opened[0] = os.open(target, flags, stat.S_IMODE(mode), dir_fd=folder)
+            self._own(request, parent, folder, target, mode)
+
+        try:
+            node, st = self.entries.make(parent, name, maker)
+        except BaseException:
+            if opened[0] >= 0:
+                os.close(opened[0])
+            raise
+        assert isinstance(node, File)
+        reply = self.files.opened(node, args.flags, opened[0])
+        return self._entry(node, st) + reply
+
+    def tmpfile(self, request: Request, args: CreateIn) -> Reply:
+        """TMPFILE: a file without a name, that link(2) can give one."""
+        parent = self.tree.dir(request.node)
+        folder = self.copyup.folder(parent)
+        mode = self._masked(parent, args.mode, args.umask)
+        flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC | (args.flags & os.O_EXCL)
+        fd = os.open(b".", flags, stat.S_IMODE(mode), dir_fd=folder)
+        gid = -1 if parent.setgid else request.gid
+        os.chown(fd, request.uid, gid)
+        if mode & _SUID_SGID:
+            os.chmod(fd, stat.S_IMODE(mode))
+        st = os.fstat(fd)
+        upper = self.stack.upper
+        assert upper is not None
+        ino = self.stack.number(upper, st.st_ino)
+        node = File(self.tree.new_number(), ino, stat.S_IFREG, (st.st_dev, st.st_ino))
+        node.orphan = os.dup(fd)
+        node.dead = True
+        self.tree.nodes[node.id] = node
+        reply = self.files.opened(node, args.flags, fd)
+        return self._entry(node, st) + reply
+
+    def read(self, request: Request, args: ReadIn) -> Reply:
+        """READ."""
+        return self.files.read(args)
+
+    def write(self, request: Request, args: WriteIn, data: memoryview) -> Reply:
+        """WRITE."""
+        return self.files.write(args, data)
+
+    def release(self, request: Request, args: ReleaseIn) -> Reply:
+        """RELEASE."""
+        node = self.files.release(args.fh)
+        if node is not None and node.lookups <= 0:
+            self._release(node)
+        elif node is not None and node.dead and not node.through:
+            self.files.drop_backing(node)
+        return b""
+
+    def fsync(self, request: Request, args: FsyncIn) -> Reply:
+        """FSYNC."""
+        return self.files.fsync(args)
+
+    def fallocate(self, request: Request, args: FallocateIn) -> Reply:
+        """FALLOCATE."""
+        return self.files.fallocate(args)
+
+    def lseek(self, request: Request, args: LseekIn) -> Reply:
+        """LSEEK."""
+        return self.files.lseek(args)
+
+    def copy_file_range(self, request: Request, args: CopyIn) -> Reply:
+        """COPY_FILE_RANGE."""
+        return self.files.copy(args)
+
+    def syncfs(self, request: Request) -> Reply:
+        """SYNCFS of the upper layer's filesystem."""
+        if self.stack.upper is None:
+            return b""
+        fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.stack.upper.fd)
+
+        def work() -> bytes:
+            try:
+                syscalls.syncfs(fd)
+            finally:
+                os.close(fd)
+            return b""
+
+        return Later(work)
+
+    # -- directories --------------------------------------------------------------------
+
+    def readdir(self, request: Request, args: ReadIn) -> Reply:
+        """READDIR."""
+        folder = self.tree.dir(request.node)
+        reply = bytearray()
+        for number, (name, ino, kind) in self._entries_after(folder, args.offset):
+            packed = protocol.dirent(ino, number, kind, name)
+            if len(reply) + len(packed) > args.size:
+                break
+            reply += packed
+        return bytes(reply)
+
+    def _entries_after(self, folder: Dir, offset: int) -> list[tuple[int, tuple[bytes, int, int]]]:
+        listing = self.tree.listing(folder)
+        kind = stat.S_IFDIR >> 12
+        entries: list[tuple[int, tuple[bytes, int, int]]] = []
+        if offset < 1 and not folder.dead:
+            entries.append((1, (b".", folder.ino, kind)))
+        if offset < 2 and not folder.dead:
+            entries.append((2, (b"..", folder.parent.ino, kind)))
+        return entries + listing.after(max(offset, Listing.FIRST - 1))
+
+    def readdirplus(self, request: Request, args: ReadIn) -> Reply:
+        """READDIRPLUS."""
+        folder = self.tree.dir(request.node)
+        self.tree.trim()
+        reply = bytearray()
+        for number, (name, ino, kind) in self._entries_after(folder, args.offset):
+            room = args.size - len(reply) - protocol.ENTRY_SIZE
+            packed = protocol.dirent(ino, number, kind, name)
+            if len(packed) > room:
+                break
+            found = None if number < Listing.FIRST else self.tree.lookup(folder, name)
+            reply += self._entry(*found) if found else protocol.no_lookup_entry()
+            reply += packed
+        return bytes(reply)
+
+    def fsyncdir(self, request: Request, args: FsyncIn) -> Reply:
+        """FSYNCDIR."""
+        folder = self.tree.dir(request.node)
+        if not folder.upper:
+            return b""
+        fd = os.open(
+            b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.tree.upper_fd(folder)
+        )
+
+        def work() -> bytes:
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            return b""
+
+        return Later(work)
+
+
+def _signed(seconds: int) -> int:
+    return seconds - (1 << 64) if seconds >> 63 else seconds
+
+
+def _sized(value: bytes, size: int) -> bytes:
+    if size == 0:
+        return protocol.size_reply(len(value))
+    if len(value) > size:
+        raise OSError(errno.ERANGE, "value is too long")
+    return value
