@@ -15,7 +15,7 @@ from collections.abc import Callable
 from lazarette.storage import beneath, extents
 from lazarette.storage.errors import Cancelled
 
-_BLOCK = 1 << 22
+BLOCK = 1 << 22
 _NO_REFLINK = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ETXTBSY)
 _IGNORED = ("trusted.overlay.", "user.overlay.", "btrfs.", "security.selinux")
 _TRAVELLING_SYSTEM = ("system.posix_acl_access", "system.posix_acl_default")
@@ -122,7 +122,7 @@ def copy_content(source: int, target: int, size: int) -> None:
 def _copy_range(source: int, target: int, start: int, end: int) -> int:
     """Copy bytes ``start`` to ``end``; where it stopped, ``end`` unless the file shrank."""
     while start < end:
-        wanted = min(_BLOCK, end - start)
+        wanted = min(BLOCK, end - start)
         try:
             done = os.copy_file_range(source, target, wanted, start, start)
         except OSError as refused:

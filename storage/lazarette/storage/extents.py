@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import struct
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 _FS_IOC_FIEMAP = 0xC020660B
 _FICLONE = 0x40049409
@@ -60,6 +62,21 @@ def extents(descriptor: int, *, sync: bool = False) -> Iterator[Extent]:
             yield Extent(logical, physical, length, bool(flags & _SHARED), not flags & _UNKNOWN)
             if flags & _LAST:
                 return
+
+
+def reflinks_work(folder: Path) -> bool:
+    """Whether files in a folder can share their content; tried, not guessed."""
+    with (
+        tempfile.TemporaryFile(dir=folder) as source,
+        tempfile.TemporaryFile(dir=folder) as target,
+    ):
+        source.write(bytes(4096))
+        source.flush()
+        try:
+            clone_content(source.fileno(), target.fileno())
+        except OSError:
+            return False
+        return True
 
 
 def clone_content(source: int, target: int) -> None:

@@ -176,6 +176,24 @@ def mount(
         os.close(descriptor)
 
 
+def reconfigure(target: AnyPath, options: Sequence[tuple[str, str | bytes | None]]) -> None:
+    """Change options of the filesystem mounted at a path, while it is in use.
+
+    Raises:
+        MountFailed: the kernel refused.
+    """
+    with _explained("reconfiguring", target):
+        context = syscalls.fspick(os.fsencode(target))
+    try:
+        with _explained("reconfiguring", target, context):
+            for key, value in options:
+                encoded = value.encode() if isinstance(value, str) else value
+                syscalls.fsconfig(context, key.encode(), encoded)
+            syscalls.fsconfig_reconfigure(context)
+    finally:
+        os.close(context)
+
+
 def attach(descriptor: int, target: AnyPath) -> None:
     """Put a detached mount at a path."""
     with _explained("mounting at", target):

@@ -24,6 +24,7 @@ _MOVE_MOUNT = 429
 _FSOPEN = 430
 _FSCONFIG = 431
 _FSMOUNT = 432
+_FSPICK = 433
 _OPENAT2 = 437
 _MOUNT_SETATTR = 442
 
@@ -44,10 +45,12 @@ _MOVE_MOUNT_F_EMPTY_PATH = 0x04
 _MOVE_MOUNT_T_EMPTY_PATH = 0x40
 _FSOPEN_CLOEXEC = 1
 _FSMOUNT_CLOEXEC = 1
+_FSPICK_CLOEXEC = 1
 
 _FSCONFIG_SET_FLAG = 0
 _FSCONFIG_SET_STRING = 1
 _FSCONFIG_CMD_CREATE = 6
+_FSCONFIG_CMD_RECONFIGURE = 7
 
 
 class Resolve(IntFlag):
@@ -175,6 +178,29 @@ def fsconfig_create(context: int) -> None:
         _FSCONFIG,
         ctypes.c_int(context),
         ctypes.c_uint(_FSCONFIG_CMD_CREATE),
+        ctypes.c_char_p(None),
+        ctypes.c_char_p(None),
+        ctypes.c_int(0),
+    )
+
+
+def fspick(path: bytes) -> int:
+    """A context to reconfigure the filesystem mounted at a path."""
+    return _syscall(
+        _FSPICK,
+        ctypes.c_int(AT_FDCWD),
+        ctypes.c_char_p(path),
+        ctypes.c_uint(_FSPICK_CLOEXEC),
+        path=path,
+    )
+
+
+def fsconfig_reconfigure(context: int) -> None:
+    """Apply what was set in a context from :func:`fspick`."""
+    _syscall(
+        _FSCONFIG,
+        ctypes.c_int(context),
+        ctypes.c_uint(_FSCONFIG_CMD_RECONFIGURE),
         ctypes.c_char_p(None),
         ctypes.c_char_p(None),
         ctypes.c_int(0),

@@ -16,12 +16,11 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
-import stat
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lazarette.storage import beneath, btrfs, extents, steps
+from lazarette.storage import beneath, btrfs, space, steps
 from lazarette.storage.changes import Change
 from lazarette.storage.clock import Clock
 from lazarette.storage.pool import Pool, PoolFormat
@@ -85,7 +84,7 @@ class BtrfsVolumeDriver:
         )
 
     def close(self) -> None:
-        """Unmount the pool; volumes stay."""
+        """See :meth:`VolumeDriver.close`; unmounts the pool."""
         if self.pool is not None:
             self.pool.close()
 
@@ -267,7 +266,7 @@ class BtrfsVolumeDriver:
         limit = self._shelf.record(name).limit
         with beneath.opened(self._shelf.location(name)) as data:
             btrfs.sync(data)
-            referenced, shared = _extents(data)
+            referenced, shared = space.tree_space(data, shared=True)
         return VolumeUsage(referenced, referenced - shared, limit)
 
     def resize(self, name: str, size: int) -> None:
@@ -301,25 +300,3 @@ def _set_nodatacow(folder: int) -> None:
     fcntl.ioctl(folder, _FS_IOC_GETFLAGS, flags)
     wanted = struct.unpack("=Q", flags)[0] | _FS_NOCOW_FL
     fcntl.ioctl(folder, _FS_IOC_SETFLAGS, struct.pack("=Q", wanted))
-
-
-def _extents(root: int) -> tuple[int, int]:
-    """Bytes of all extents below a folder, and of those that something else shares."""
-    total = shared = 0
-    seen: set[int] = set()
-    for entry in beneath.walk(root):
-        if not stat.S_ISREG(entry.status.st_mode) or entry.status.st_ino in seen:
-            continue
-        if entry.status.st_nlink > 1:
-            seen.add(entry.status.st_ino)
-        try:
-            file = os.open(entry.name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=entry.parent)
-        except FileNotFoundError:
-            continue
-        try:
-            for extent in extents.extents(file):
-                total += extent.length
-                shared += extent.length if extent.shared else 0
-        finally:
-            os.close(file)
-    return total, shared

@@ -33,7 +33,9 @@ Semantics
     V9.  A size limit, where the driver has one, is what the application sees as ENOSPC or
          EDQUOT; resizing needs no unmount.
     V10. Unknown options are refused with the list of those that are valid.
-    V11. Pools and quotas never promise space the host does not have.
+    V11. ``close`` lets go of what the driver itself holds (the mount of a pool, a watching
+         thread); volumes stay, and another process may open the driver's folder again.
+    V12. Pools and quotas never promise space the host does not have.
 
 Example::
 
@@ -85,6 +87,7 @@ class VolumeCapabilities:
         resize_grow: the size limit can be raised while mounted.
         resize_shrink: the size limit can be lowered while mounted.
         rollback: a volume can be set back in place.
+        clone: a clone can be of the same driver; otherwise the manager copies into another.
         changes: what differences are found by.
         options: valid option names for ``create``.
         needs: kernel features it needs.
@@ -97,6 +100,7 @@ class VolumeCapabilities:
     resize_shrink: bool
     rollback: bool
     changes: ChangeSource
+    clone: bool = True
     options: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
 
@@ -163,6 +167,10 @@ class VolumeDriver(Protocol):
 
     def recover(self) -> None:
         """Undo what a killed process left half made; remount what must be mounted."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what the driver itself holds (V11)."""
         ...
 
     def create(self, name: str, options: Mapping[str, str]) -> None:

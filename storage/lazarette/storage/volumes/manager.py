@@ -19,21 +19,25 @@ import secrets
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from lazarette.storage import steps
 from lazarette.storage.changes import Change
 from lazarette.storage.clock import Clock
 from lazarette.storage.errors import (
+    Conflict,
     InUse,
     InvalidArgument,
+    LazaretteError,
     NameTaken,
     NotFound,
     Unsupported,
     VolumeNotFound,
 )
 from lazarette.storage.state import State
+from lazarette.storage.volumes import content
 from lazarette.storage.volumes.contract import (
     OpenGate,
     SnapshotInfo,
@@ -254,7 +258,10 @@ class VolumeManager:
             self._settle(int(row["id"]))
         for row in self._state.rows("SELECT DISTINCT volume FROM volume_users"):
             name = str(row["volume"])
-            self._of(name).mount(name)
+            try:
+                self._of(name).mount(name)
+            except LazaretteError as failed:
+                _log.warning("volume %s cannot be mounted again: %s", name, failed)
 
     def _repair(
         self, verb: str, driver: VolumeDriver, volume: str, detail: Mapping[str, str]
@@ -272,6 +279,8 @@ class VolumeManager:
             driver.delete_snapshot(volume, detail["snapshot"])
         elif verb == "rollback":
             driver.rollback(volume, detail["snapshot"])
+        elif verb == "fill" and recorded:
+            content.clear(driver.location(volume))
 
     # ---- life
 
@@ -303,19 +312,37 @@ class VolumeManager:
             existing = self._same(wanted, driver, options)
             if existing is not None:
                 return existing
-            chosen = self.driver(driver)
+            chosen = self._chosen(driver, options)
             with self._operation("create", chosen.capabilities.name, wanted):
                 chosen.create(wanted, options)
                 steps.reached("volume.create.made")
                 self._record(wanted, chosen.capabilities.name, options, labels, anonymous)
         return self.get(wanted)
 
+    def _chosen(self, driver: str, options: Mapping[str, str]) -> VolumeDriver:
+        """The driver to make a volume with; Docker's local driver takes its kind as options.
+
+        Raises:
+            Unsupported: the local driver's options ask for a network filesystem.
+        """
+        kind = options.get("type", "")
+        if driver not in ("", "local") or not {"type", "o", "device"} & set(options):
+            return self.driver(driver)
+        if kind == "tmpfs":
+            return self.driver("tmpfs")
+        if kind in ("", "none", "bind"):
+            return self.driver("bind")
+        raise Unsupported(
+            f'the volume type "{kind}" is not supported', hint="mount it and bind the folder"
+        )
+
     def _same(self, name: str, driver: str, options: Mapping[str, str]) -> Volume | None:
         try:
             existing = self.get(name)
         except VolumeNotFound:
             return None
-        if driver and self.driver(driver).capabilities.name != existing.driver:
+        named = driver not in ("", "local")
+        if named and self.driver(driver).capabilities.name != existing.driver:
             raise WrongDriver(
                 f"create {name}: a volume of that name exists with the driver {existing.driver}"
             )
@@ -484,6 +511,7 @@ class VolumeManager:
                 return {members[0]: self.driver(driver).snapshot(members[0], snapshot, gate)}
             return self.driver(driver).snapshot_group(members, snapshot, gate)
         made: dict[str, SnapshotInfo] = {}
+        started = self._clock.monotonic_ns()
         held = OpenGate()  # the manager itself holds the real one meanwhile
         try:
             gate.close()
@@ -497,7 +525,8 @@ class VolumeManager:
                 for name in members:
                     self.driver(driver).delete_snapshot(name, snapshot)
             raise
-        return made
+        pause = self._clock.monotonic_ns() - started
+        return {name: replace(info, pause_ns=pause) for name, info in made.items()}
 
     def snapshots(self, name: str) -> Sequence[SnapshotInfo]:
         """The snapshots of a volume, oldest first."""
@@ -524,8 +553,17 @@ class VolumeManager:
         snapshot: str | None,
         name: str,
         labels: Mapping[str, str] | None = None,
+        driver: str = "",
     ) -> Volume:
         """Make a volume that starts as another one is, or was at a snapshot.
+
+        Args:
+            source: the volume to start from.
+            snapshot: one of its snapshots, or None for its present state.
+            name: of the new volume.
+            labels: of the new volume.
+            driver: of the new volume; by default the same, or the host's default where the
+                source's driver has no clones.  Another driver costs a copy.
 
         Raises:
             NameTaken: the name exists.
@@ -535,11 +573,33 @@ class VolumeManager:
             origin = self.get(source)
             if self._state.row("SELECT 1 FROM volumes WHERE name = ?", (name,)) is not None:
                 raise NameTaken(f"clone {source}: a volume {name} exists already")
-            with self._operation("clone", origin.driver, name):
-                self.driver(origin.driver).clone(source, snapshot, name)
+            own = self.driver(origin.driver)
+            fallback = own if own.capabilities.clone else self.driver("")
+            target = self.driver(driver) if driver else fallback
+            kind = target.capabilities.name
+            with self._operation("clone", kind, name):
+                if target is own and own.capabilities.clone:
+                    own.clone(source, snapshot, name)
+                    options = origin.options
+                else:
+                    options = {}
+                    target.create(name, options)
+                    self._copy_into(own, source, snapshot, target.mount(name))
+                    target.unmount(name)
                 steps.reached("volume.clone.made")
-                self._record(name, origin.driver, origin.options, labels or {}, False)
+                self._record(name, kind, options, labels or {}, False)
         return self.get(name)
+
+    def _copy_into(
+        self, driver: VolumeDriver, source: str, snapshot: str | None, root: Path
+    ) -> None:
+        if snapshot is None:
+            content.populate(root, driver.location(source))
+            return
+        try:
+            content.populate(root, driver.view(source, snapshot))
+        finally:
+            driver.release_view(source, snapshot)
 
     def rollback(self, name: str, snapshot: str) -> str:
         """Set a volume back in place; the id of the safety snapshot taken before.
@@ -576,6 +636,71 @@ class VolumeManager:
             ChangesUnknown: compare everything instead.
         """
         return self._of(name).changes(name, base, target)
+
+    # ---- whole contents
+
+    def populate(self, name: str, source: Path | int) -> bool:
+        """Fill an empty volume from a folder of an image, wholly or not at all (case A20).
+
+        Of two callers at once one copies and the other waits, so both find everything.
+
+        Args:
+            name: the volume, mounted by its caller.
+            source: the image's folder, a path or a descriptor.
+
+        Returns:
+            Whether the volume was empty and is filled now.
+        """
+        with self._held(name):
+            volume = self.get(name)
+            if not content.is_empty(volume.mountpoint):
+                return False
+            with self._filling(volume):
+                return content.populate(volume.mountpoint, source)
+
+    @contextmanager
+    def _filling(self, volume: Volume) -> Iterator[None]:
+        with self._operation("fill", volume.driver, volume.name):
+            try:
+                yield
+            except BaseException:
+                content.clear(volume.mountpoint)
+                raise
+            steps.reached("volume.fill.filled")
+
+    def export(self, name: str, out: BinaryIO) -> None:
+        """Write a volume as a tar, as it is at one instant."""
+        passing = f"export-{secrets.token_hex(4)}"
+        self.snapshot([name], OpenGate(), passing)
+        try:
+            content.write_tar(self.view(name, passing), out)
+        finally:
+            self.release_view(name, passing)
+            self.delete_snapshot(name, passing)
+
+    def import_(self, name: str, stream: BinaryIO) -> int:
+        """Fill an empty volume from a tar, wholly or not at all; the unpacked bytes.
+
+        Raises:
+            Conflict: the volume has content.
+            InvalidArgument: the tar is hostile or broken.
+            NoSpace: the volume is full.
+        """
+        with self._held(name):
+            volume = self.get(name)
+            driver = self.driver(volume.driver)
+            root = driver.mount(name)
+            try:
+                if not content.is_empty(root):
+                    raise Conflict(
+                        f"import {name}: the volume is not empty",
+                        hint="import into a new volume",
+                    )
+                with self._filling(volume):
+                    return content.read_tar(root, stream)
+            finally:
+                if not volume.users:
+                    driver.unmount(name)
 
     # ---- space
 

@@ -116,9 +116,8 @@ class VolumeShelf:
             NameTaken: somebody else made it meanwhile.
             NoSpace: the disk is full.
         """
-        staged = self.staging / secrets.token_hex(8)
-        (staged / "snapshots").mkdir(parents=True, mode=0o711)
-        os.chmod(staged, 0o711)
+        staged = self.stage()
+        (staged / "snapshots").mkdir(mode=0o711)
         try:
             fill(staged)
             steps.reached("shelf.make.filled")
@@ -130,6 +129,12 @@ class VolumeShelf:
             if isinstance(failed, OSError) and failed.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise NoSpace(f"making the volume {name}: the disk is full") from failed
             raise
+
+    def stage(self) -> Path:
+        """A fresh folder in which to build something."""
+        staged = self.staging / secrets.token_hex(8)
+        staged.mkdir(mode=0o711)
+        return staged
 
     def _appear(self, source: Path, name: str) -> None:
         try:
