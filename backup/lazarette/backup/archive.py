@@ -22,9 +22,15 @@ from lazarette.backup import scan
 from lazarette.backup.archive_changes import ChangedWalk, plan
 from lazarette.backup.archive_run import Notice, Progress, Run, default_threads
 from lazarette.backup.archive_walk import Walk
+from lazarette.backup.repository import marks, snapshots
 from lazarette.backup.repository.entries import Entry
+from lazarette.backup.repository.format import RepositoryDamaged
+from lazarette.backup.repository.guard import Guard, Kind, LeaseLost
+from lazarette.backup.repository.ingest import IngestStats
+from lazarette.backup.repository.references import References
 from lazarette.backup.repository.repository import Repository
 from lazarette.backup.repository.snapshots import SnapshotRecord, SnapshotStats, new_snapshot_id
+from lazarette.backup.stores.contract import BlobNotFound
 from lazarette.backup.tree import TreeReader
 from lazarette.storage.changes import Change, ChangesUnknown
 from lazarette.storage.errors import SourceMissing
@@ -145,103 +151,175 @@ def run(
         Cancelled: as asked.
         StoreUnavailable, NoSpace, …: the store failed; no snapshot was written.
     """
+    options = options or ArchiveOptions()
     _allow_many_files()
-    started = repo.clock.now_ns()
-    steady = repo.clock.monotonic_ns()
-    root = scan.open_root(source.root)
-    base = source.base_snapshot
-    work = Run(
-        repo,
-        (options or ArchiveOptions()).threads or default_threads(),
-        _trusted_before(base),
-        progress,
-        cancelled,
-    )
-    try:
-        _refuse_empty(root, source, options or ArchiveOptions())
-        entry, by_changes = _save(repo, work, source, root)
-        work.stop()
-        ingested = work.ingest.finish()
-    except BaseException:
-        work.stop()
-        work.ingest.abort()
-        raise
-    finally:
-        os.close(root)
-    _warn_shrunk(work, source, options or ArchiveOptions())
-    record = SnapshotRecord(
-        id=new_snapshot_id(),
-        time_ns=source.instant_ns or started,
-        started_ns=started,
-        host=(options or ArchiveOptions()).host or socket.gethostname(),
-        volume=source.volume,
-        root=entry,
-        tags=dict((options or ArchiveOptions()).tags),
-        consistency=source.consistency,
-        stats=SnapshotStats(
-            files=work.files,
-            entries=work.entries,
-            bytes_total=work.bytes_total,
-            bytes_read=work.bytes_read,
-            bytes_new=ingested.bytes_new,
-            bytes_sent=ingested.bytes_sent,
-            warnings=len(work.warnings),
-            duration_ns=repo.clock.monotonic_ns() - steady,
-        ),
-        meta=source.meta,
-        parent=None if base is None else base.id,
-        program="lazarette",
-        delete_after_ns=(options or ArchiveOptions()).delete_after_ns,
-    )
-    repo.commit(record)
-    outcome = Outcome.WARNINGS if work.warnings else Outcome.OK
-    return ArchiveReport(record, outcome, tuple(work.warnings), by_changes)
+    with repo.guard.hold(Kind.SHARED, f"backup of {source.volume}") as guard:
+        return _Backup(repo, source, options, guard, progress, cancelled).run()
+
+
+class _Backup:
+    """One backup under its lease.
+
+    The order of the first steps matters, see :mod:`lazarette.backup.repository.prune`: lease,
+    marks of condemned packs, index, and only then whether the base is still there.
+    """
+
+    def __init__(
+        self,
+        repo: Repository,
+        source: Source,
+        options: ArchiveOptions,
+        guard: Guard,
+        progress: Callable[[Progress], None],
+        cancelled: Callable[[], bool],
+    ) -> None:
+        self._repo = repo
+        self._source = source
+        self._options = options
+        self._guard = guard
+        self._started = repo.clock.now_ns()
+        self._steady = repo.clock.monotonic_ns()
+        self._root = scan.open_root(source.root)
+        self._condemned = marks.packs(repo.store, repo.crypt)
+        self._ingest = repo.ingest(self._condemned)
+        self._base = self._usable_base()
+        self._work = Run(
+            repo,
+            self._ingest,
+            options.threads or default_threads(),
+            _trusted_before(self._base),
+            progress,
+            cancelled,
+        )
+
+    def run(self) -> ArchiveReport:
+        """Read, store, commit."""
+        work = self._work
+        try:
+            self._refuse_empty()
+            if self._base is not self._source.base_snapshot:
+                work.warn(b"", "the snapshot to compare with is gone, everything is read")
+            entry, by_changes = self._save()
+            work.stop()
+            ingested = self._ingest.finish()
+        except BaseException:
+            work.stop()
+            self._ingest.abort()
+            raise
+        finally:
+            os.close(self._root)
+        self._warn_shrunk()
+        record = self._record(entry, ingested)
+        self._commit(record)
+        outcome = Outcome.WARNINGS if work.warnings else Outcome.OK
+        return ArchiveReport(record, outcome, tuple(work.warnings), by_changes)
+
+    def _usable_base(self) -> SnapshotRecord | None:
+        """The base, if all it refers to will stay (see the prune protocol)."""
+        base = self._source.base_snapshot
+        if base is None:
+            return None
+        try:
+            self._repo.store.stat(snapshots.name_of(base.id))
+            if not self._condemned:
+                return base
+            for _, ids in References(self._repo.reader).of(base.root):
+                if not all(self._ingest.index.known(ids)):
+                    return None
+        except (BlobNotFound, RepositoryDamaged):
+            return None
+        return base
+
+    def _record(self, entry: Entry, ingested: IngestStats) -> SnapshotRecord:
+        work, source, options = self._work, self._source, self._options
+        return SnapshotRecord(
+            id=new_snapshot_id(),
+            time_ns=source.instant_ns or self._started,
+            started_ns=self._started,
+            host=options.host or socket.gethostname(),
+            volume=source.volume,
+            root=entry,
+            tags=dict(options.tags),
+            consistency=source.consistency,
+            stats=SnapshotStats(
+                files=work.files,
+                entries=work.entries,
+                bytes_total=work.bytes_total,
+                bytes_read=work.bytes_read,
+                bytes_new=ingested.bytes_new,
+                bytes_sent=ingested.bytes_sent,
+                warnings=len(work.warnings),
+                duration_ns=self._repo.clock.monotonic_ns() - self._steady,
+            ),
+            meta=source.meta,
+            parent=None if self._base is None else self._base.id,
+            program="lazarette",
+            delete_after_ns=options.delete_after_ns,
+        )
+
+    def _commit(self, record: SnapshotRecord) -> None:
+        """Write the snapshot; take it back if the lease ran out and something is gone."""
+        self._guard.check()
+        self._repo.commit(record)
+        try:
+            self._guard.check()
+        except LeaseLost:
+            if not self._holds(record):
+                self._repo.forget([record.id])
+                raise
+
+    def _holds(self, record: SnapshotRecord) -> bool:
+        fresh = Repository.open(self._repo.store, self._repo.keys, self._repo.clock)
+        fresh.refresh()
+        try:
+            return all(
+                all(fresh.index.known(ids)) for _, ids in References(fresh.reader).of(record.root)
+            )
+        except RepositoryDamaged:
+            return False
+
+    def _save(self) -> tuple[Entry, bool]:
+        source, work, base = self._source, self._work, self._base
+        mounts = scan.mounts_beneath(source.root)
+        reader = None if base is None else TreeReader(self._repo.reader, base)
+        if base is not None and reader is not None and source.changes is not None:
+            try:
+                changed = plan(source.changes, self._root, reader)
+            except ChangesUnknown as lost:
+                work.warn(b"", f"the record of changes is lost, all files are compared: {lost}")
+            else:
+                with closing(ChangedWalk(work, reader, mounts)) as walk:
+                    return walk.apply(os.dup(self._root), base, changed), True
+        with closing(Walk(work, reader, mounts)) as whole:
+            return whole.whole(os.dup(self._root), None if base is None else base.root), False
+
+    def _refuse_empty(self) -> None:
+        base = self._source.base_snapshot
+        if base is None or self._options.allow_empty or not base.root.content:
+            return
+        with os.scandir(self._root) as listing:
+            if next(listing, None) is None:
+                raise SourceMissing(
+                    f"source {self._source.root} is empty, but was not in snapshot {base.id[:12]}",
+                    hint="check that it is mounted; allow an empty source if it is meant",
+                )
+
+    def _warn_shrunk(self) -> None:
+        base, work = self._base, self._work
+        if base is None:
+            return
+        for what, now, before in (
+            ("files", work.files, base.stats.files),
+            ("bytes", work.bytes_total, base.stats.bytes_total),
+        ):
+            if now < before * self._options.shrink_warning:
+                work.warn(b"", f"only {now} of {before} {what} of the snapshot before are left")
 
 
 def _trusted_before(base: SnapshotRecord | None) -> int:
     if base is None:
         return 0
     return min(base.time_ns, base.started_ns) - YOUNG_NS
-
-
-def _save(repo: Repository, work: Run, source: Source, root: int) -> tuple[Entry, bool]:
-    mounts = scan.mounts_beneath(source.root)
-    base = source.base_snapshot
-    reader = None if base is None else TreeReader(repo.reader, base)
-    if base is not None and reader is not None and source.changes is not None:
-        try:
-            changed = plan(source.changes, root, reader)
-        except ChangesUnknown as lost:
-            work.warn(b"", f"the record of changes is lost, all files are compared: {lost}")
-        else:
-            with closing(ChangedWalk(work, reader, mounts)) as walk:
-                return walk.apply(os.dup(root), base, changed), True
-    with closing(Walk(work, reader, mounts)) as whole:
-        return whole.whole(os.dup(root), None if base is None else base.root), False
-
-
-def _refuse_empty(root: int, source: Source, options: ArchiveOptions) -> None:
-    base = source.base_snapshot
-    if base is None or options.allow_empty or not base.root.content:
-        return
-    with os.scandir(root) as listing:
-        if next(listing, None) is None:
-            raise SourceMissing(
-                f"source {source.root} is empty, but was not in snapshot {base.id[:12]}",
-                hint="check that it is mounted; allow an empty source if it is meant",
-            )
-
-
-def _warn_shrunk(work: Run, source: Source, options: ArchiveOptions) -> None:
-    base = source.base_snapshot
-    if base is None:
-        return
-    for what, now, before in (
-        ("files", work.files, base.stats.files),
-        ("bytes", work.bytes_total, base.stats.bytes_total),
-    ):
-        if now < before * options.shrink_warning:
-            work.warn(b"", f"only {now} of {before} {what} of the snapshot before are left")
 
 
 def _allow_many_files() -> None:

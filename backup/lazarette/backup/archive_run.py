@@ -11,6 +11,7 @@ from lazarette.backup.archive_files import FileJob
 from lazarette.backup.archive_frame import Frame
 from lazarette.backup.repository.entries import Entry, Extra, Kind, encode_page, paginate
 from lazarette.backup.repository.format import RepositoryDamaged
+from lazarette.backup.repository.ingest import Ingest
 from lazarette.backup.repository.packs import TREE
 from lazarette.backup.repository.repository import Repository
 from lazarette.backup.tree import TreeReader
@@ -67,6 +68,7 @@ class Run:
 
     Args:
         repo: where to.
+        ingest: takes the chunks.
         threads: worker threads.
         trusted_before_ns: an inode changed at or after this time is read again even if it
             looks the same.
@@ -82,6 +84,7 @@ class Run:
     def __init__(
         self,
         repo: Repository,
+        ingest: Ingest,
         threads: int,
         trusted_before_ns: int,
         progress: Callable[[Progress], None],
@@ -91,7 +94,7 @@ class Run:
         self._trusted_before_ns = trusted_before_ns
         self._progress = progress
         self._cancelled = cancelled
-        self.ingest = repo.ingest()
+        self.ingest = ingest
         self._trees = self.ingest.lane(TREE)
         self._workers = Workers(self.ingest, repo.crypt, threads, self._finished)
         self._threads = threads

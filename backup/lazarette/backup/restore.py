@@ -16,7 +16,8 @@ from pathlib import Path
 
 from lazarette.backup.archive import Outcome
 from lazarette.backup.archive_run import Notice, default_threads
-from lazarette.backup.repository.entries import Kind
+from lazarette.backup.repository.entries import Kind as InodeKind
+from lazarette.backup.repository.guard import Kind
 from lazarette.backup.repository.repository import Repository
 from lazarette.backup.repository.snapshots import SnapshotRecord
 from lazarette.backup.restore_content import Writer
@@ -156,12 +157,23 @@ def run(
         Cancelled: as asked.
         StoreUnavailable: the store does not answer.
     """
-    options = options or RestoreOptions()
+    with repo.guard.hold(Kind.SHARED, f"restore of {snapshot.id[:12]}"):
+        repo.refresh()
+        return _restore(repo, snapshot, target, options or RestoreOptions(), progress, cancelled)
+
+
+def _restore(
+    repo: Repository,
+    snapshot: SnapshotRecord,
+    target: Path,
+    options: RestoreOptions,
+    progress: Callable[[RestoreProgress], None],
+    cancelled: Callable[[], bool],
+) -> RestoreReport:
     steady = repo.clock.monotonic_ns()
-    repo.ready()
     tree = TreeReader(repo.reader, snapshot)
     top = tree.lookup(options.strip)
-    if top.kind != Kind.DIRECTORY:
+    if top.kind != InodeKind.DIRECTORY:
         raise PathNotFound(f"{options.strip!r} is no directory in the snapshot")
     include = tuple(path.strip(b"/") for path in options.include)
     for path in include:

@@ -16,7 +16,13 @@ from lazarette.backup.repository.format import (
 from lazarette.backup.repository.index import Index, Location
 from lazarette.backup.repository.packs import TREE, open_block, pack_cipher
 from lazarette.backup.repository.treecache import TreeCache
-from lazarette.backup.stores.contract import BlobNotFound, BlobStore, Buffer
+from lazarette.backup.stores.contract import (
+    BlobNotFound,
+    BlobStore,
+    Buffer,
+    DamagedBlob,
+    ShortBlob,
+)
 
 _CIPHERS = 256
 
@@ -67,12 +73,20 @@ class ChunkReader:
         location = self.locate(chunk)
         data: Buffer = self._payload(location)
         if location.patch:
-            data = patches.assemble(patches.decode(data), self._stored_pages)
+            data = self.assemble(data)
         if self._crypt.chunk_id(data) != chunk:
             raise RepositoryDamaged(
                 f"chunk {chunk.hex()} in pack {location.pack.hex()} is not what its id says"
             )
         return data
+
+    def assemble(self, payload: Buffer) -> bytes:
+        """The chunk a patch's payload stands for.
+
+        Raises:
+            RepositoryDamaged: it is malformed, or a chunk it needs is lost.
+        """
+        return patches.assemble(patches.decode(payload), self._stored_pages)
 
     def locate(self, chunk: bytes) -> Location:
         """Where a chunk is.
@@ -135,6 +149,8 @@ class ChunkReader:
             raise ChunkMissing(
                 f"pack {location.pack.hex()} is gone", hint="run laz repo check, then repair"
             ) from None
+        except (ShortBlob, DamagedBlob) as bad:
+            raise RepositoryDamaged(f"pack {location.pack.hex()} is damaged: {bad}") from bad
 
     def _cipher(self, pack: bytes) -> AESGCM:
         with self._lock:

@@ -37,6 +37,7 @@ PACKS = "packs/"
 INDEXES = "index/"
 SNAPSHOTS = "snapshots/"
 CONDEMNED = "condemned/"
+LOST = "lost/"
 
 _SEALED_MAGIC = b"LAZSEAL"
 _SEALED_HEAD = struct.Struct("<7sB16sB")

@@ -131,6 +131,13 @@ class Index:
             self._segments = self._compact([*self._segments, _join(segments)])
             self._fresh = {}
 
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._segments, self._fresh = (), {}
+            self._packs, self._numbers, self._needs = [], {}, {}
+            self._blocks = 0
+
     def _rows_of(self, record: PackRecord) -> _Segment:
         blocks = record.block_array()
         chunks = record.chunk_array()
@@ -236,6 +243,55 @@ class Index:
                 total |= _present(segment, high, low)
         return [bool(one) for one in total]
 
+    def consolidate(self) -> None:
+        """Make one sorted segment of everything, so that rows have numbers."""
+        with self._lock:
+            segments = list(self._segments)
+            if self._fresh:
+                segments.append(self._fresh_segment())
+            self._segments = (_join(segments),) if segments else (_join([_empty_segment()]),)
+            self._fresh = {}
+
+    def rows(self, ids: bytes) -> np.ndarray:
+        """Row numbers of several ids (16 bytes each, joined), -1 where unknown.
+
+        Needs :meth:`consolidate` before, and nothing added since.
+        """
+        (segment,) = self._segments
+        high, low = _split(np.frombuffer(ids, "V16"))
+        if not len(segment):
+            return np.full(len(high), -1)
+        at = np.minimum(np.searchsorted(segment.high, high), len(segment) - 1)
+        same = segment.high[at] == high
+        exact = same & (segment.low[at] == low)
+        for row in np.flatnonzero(same & ~exact):
+            found = segment.find(int(high[row]), int(low[row]))
+            at[row], exact[row] = max(found, 0), found >= 0
+        return np.where(exact, at, -1)
+
+    def row_lengths(self) -> np.ndarray:
+        """Stored payload length (before compression) of each row."""
+        lengths: np.ndarray = self._segments[0].length & np.uint32(PATCH_BIT - 1)
+        return lengths
+
+    def row_packs(self) -> np.ndarray:
+        """Number of the pack (in :meth:`packs`) each row is in."""
+        packs: np.ndarray = self._block_pack[self._segments[0].block]
+        return packs
+
+    def row_costs(self) -> np.ndarray:
+        """Stored bytes each row accounts for: its share of its block."""
+        blocks = self._segments[0].block
+        rows = self._block_rows[blocks]
+        share: np.ndarray = self.row_lengths() * (rows[:, 1] / np.maximum(rows[:, 2], 1))
+        return share
+
+    def row_ids(self, rows: np.ndarray) -> bytes:
+        """Ids of rows, joined."""
+        segment = self._segments[0]
+        pairs = np.stack((segment.high[rows], segment.low[rows]), axis=1)
+        return pairs.astype(">u8").tobytes()
+
     def needs(self, chunk: bytes) -> tuple[bytes, ...]:
         """Ids of the chunks a patch takes pages from; empty for a plain chunk."""
         return self._needs.get(chunk, ())
@@ -260,6 +316,16 @@ class Index:
             for at in range(0, len(joined), ID_SIZE):
                 yield joined[at : at + ID_SIZE]
         yield from list(self._fresh)
+
+
+def _empty_segment() -> _Segment:
+    return _Segment(
+        np.zeros(0, np.uint64),
+        np.zeros(0, np.uint64),
+        np.zeros(0, np.uint32),
+        np.zeros(0, np.uint32),
+        np.zeros(0, np.uint32),
+    )
 
 
 def _present(segment: _Segment, high: np.ndarray, low: np.ndarray) -> np.ndarray:

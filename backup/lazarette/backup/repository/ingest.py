@@ -11,9 +11,10 @@ Order of writes, which makes a crash at any instant harmless:
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 from lazarette.backup.repository.format import Crypt, pack_name
 from lazarette.backup.repository.index import Index
@@ -26,6 +27,7 @@ PACK_SIZE = 16 << 20
 TREE_PACK_SIZE = 4 << 20
 TREE_BLOCK_SIZE = 128 << 10
 SPAN = 1 << 20
+"""Plain bytes of a block of a large file."""
 INDEX_EVERY = 8
 """Packs after which an index object is written during a run."""
 
@@ -114,6 +116,18 @@ class Lane:
             self._ingest.send(data, record)
 
 
+class Listing(Protocol):
+    """Writes index objects."""
+
+    def write_index(self, records: Sequence[PackRecord]) -> tuple[list[str], int]:
+        """List packs; returns the names of the objects and their size."""
+        ...
+
+    def withdraw_index(self, names: Sequence[str]) -> None:
+        """Delete index objects whose packs are all listed elsewhere."""
+        ...
+
+
 class Ingest:
     """Everything one run adds to a repository.
 
@@ -123,8 +137,9 @@ class Ingest:
         index: grows by what is written.
         clock: for the records' times.
         trees: local copies of packs of directories.
-        write_index: writes an index object of records and returns its name and size.
+        listing: writes index objects.
         uploads: packs being sent at once.
+        also: another index that grows too.
     """
 
     def __init__(
@@ -134,15 +149,17 @@ class Ingest:
         index: Index,
         clock: Clock,
         trees: TreeCache,
-        write_index: Callable[[Sequence[PackRecord]], tuple[list[str], int]],
+        listing: Listing,
         uploads: int = 2,
+        also: Index | None = None,
     ) -> None:
         self._store = store
         self._crypt = crypt
-        self._index = index
+        self.index = index
+        self._also = also if also is not index else None
         self._clock = clock
         self._trees = trees
-        self._write_index = write_index
+        self._listing = listing
         self._claimed: dict[bytes, object] = {}
         self._lanes: list[Lane] = []
         self._lock = threading.Lock()
@@ -164,14 +181,14 @@ class Ingest:
 
     def claim(self, chunk: bytes) -> bool:
         """Whether the caller is to store a chunk: nobody has it and nobody else is at it."""
-        if chunk in self._claimed or chunk in self._index:
+        if chunk in self._claimed or chunk in self.index:
             return False
         token = object()
         return self._claimed.setdefault(chunk, token) is token
 
     def claim_many(self, ids: bytes, chunks: Sequence[bytes]) -> list[bool]:
         """:meth:`claim` for several chunks at once; ``ids`` are the same joined."""
-        known = self._index.known(ids)
+        known = self.index.known(ids)
         claimed = self._claimed
         wanted = []
         for chunk, there in zip(chunks, known, strict=True):
@@ -184,7 +201,7 @@ class Ingest:
 
     def has(self, chunk: bytes) -> bool:
         """Whether a chunk is stored or about to be."""
-        return chunk in self._claimed or chunk in self._index
+        return chunk in self._claimed or chunk in self.index
 
     def new_builder(self, kind: int) -> PackBuilder:
         """An empty pack."""
@@ -220,7 +237,9 @@ class Ingest:
             self._store.put(pack_name(record.pack), data)
             if record.kind == TREE:
                 self._trees.add(record.pack, data)
-            self._index.add([record])
+            self.index.add([record])
+            if self._also is not None:
+                self._also.add([record])
             ids = record.chunk_array()["id"].tobytes()
             for at in range(0, len(ids), 16):
                 self._claimed.pop(ids[at : at + 16], None)
@@ -232,7 +251,7 @@ class Ingest:
                 if due:
                     self._unlisted = 0
             if due:
-                names, size = self._write_index(due)
+                names, size = self._listing.write_index(due)
                 with self._lock:
                     self._interim += names
                     self._bytes_sent += size
@@ -250,10 +269,9 @@ class Ingest:
         self._pool.shutdown(wait=True)
         self._raise_failed()
         if self._records:
-            _, size = self._write_index(self._records)
+            _, size = self._listing.write_index(self._records)
             self._bytes_sent += size
-            for name in self._interim:
-                self._store.delete(name)
+            self._listing.withdraw_index(self._interim)
         return IngestStats(
             sum(lane.chunks_new for lane in self._lanes),
             sum(lane.bytes_new for lane in self._lanes),
@@ -265,4 +283,4 @@ class Ingest:
         """Stop; what is written already is found and used by the next run."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         if self._unlisted:
-            self._write_index(self._records[-self._unlisted :])
+            self._listing.write_index(self._records[-self._unlisted :])

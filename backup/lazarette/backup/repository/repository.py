@@ -8,10 +8,10 @@ from pathlib import Path
 
 import msgspec
 
-from lazarette.backup.repository import indexes, snapshots
+from lazarette.backup.repository import check, indexes, marks, snapshots
+from lazarette.backup.repository.check import CheckReport
 from lazarette.backup.repository.chunks import ChunkReader
 from lazarette.backup.repository.format import (
-    CONDEMNED,
     CONFIG,
     INDEXES,
     VERSION,
@@ -20,6 +20,7 @@ from lazarette.backup.repository.format import (
     seal,
     unseal,
 )
+from lazarette.backup.repository.guard import Guards, Kind, NoGuards
 from lazarette.backup.repository.index import Index
 from lazarette.backup.repository.ingest import Ingest
 from lazarette.backup.repository.keys import MasterKeys
@@ -69,8 +70,10 @@ class Repository:
         clock: Clock,
         config: Config,
         cache_dir: Path | None,
+        guards: Guards | None = None,
     ) -> None:
         self.store = store
+        self.guard: Guards = guards or NoGuards()
         self.keys = keys
         self.crypt = crypt = Crypt(keys)
         self.clock = clock
@@ -81,6 +84,7 @@ class Repository:
         self.index = Index()
         self.reader = ChunkReader(store, crypt, self.index, trees=self.trees)
         self._seen: set[str] = set()
+        self._marks: set[str] = set()
         self._lock = threading.RLock()
 
     @staticmethod
@@ -136,30 +140,47 @@ class Repository:
         return Repository(store, keys, clock, config, cache_dir)
 
     def refresh(self) -> None:
-        """Take in index objects written since the last call.
+        """Bring the index up to date with the store.
+
+        What is written since is added; when something was taken away (a prune was there), the
+        index is built anew.
 
         Raises:
             RepositoryDamaged: an index object is not what was written.
         """
         with self._lock:
-            while True:
-                listed = indexes.names(self.store)
-                merged = False
-                for name in listed:
-                    if name in self._seen:
-                        continue
-                    records = indexes.read(self.store, self.crypt, name, self._objects)
-                    if records is None:
-                        merged = True
-                        continue
-                    self.index.add(records)
-                    self._seen.add(name)
-                if not merged:
-                    break
+            condemned = marks.load(self.store, self.crypt)
+            listed = set(indexes.names(self.store))
+            if self._seen - listed or self._marks - condemned.keys():
+                self.index.clear()
+                self._seen.clear()
+            listed = set(self._read_into(self.index, self._seen, None))
+            # A condemned pack may still hold what a very young snapshot refers to.
+            for mark in condemned.values():
+                self.index.add(record for record in mark.records if record.blocks)
+            self._marks = set(condemned)
             if self._objects is not None:
-                for stale in self._objects.names() - set(listed):
+                for stale in self._objects.names() - listed:
                     if stale.startswith(INDEXES):
                         self._objects.drop(stale)
+
+    def _read_into(self, index: Index, seen: set[str], without: set[bytes] | None) -> list[str]:
+        while True:
+            listed = indexes.names(self.store)
+            merged = False
+            for name in listed:
+                if name in seen:
+                    continue
+                records = indexes.read(self.store, self.crypt, name, self._objects)
+                if records is None:
+                    merged = True
+                    continue
+                if without:
+                    records = [record for record in records if record.pack not in without]
+                index.add(records)
+                seen.add(name)
+            if not merged:
+                return listed
 
     def ready(self) -> None:
         """Load the index unless that was done."""
@@ -167,24 +188,49 @@ class Repository:
             if not self._seen:
                 self.refresh()
 
-    def ingest(self, uploads: int = 2) -> Ingest:
-        """A way to add chunks; see :class:`Ingest`."""
-        self.ready()
+    def forget_index(self, names: set[str]) -> None:
+        """Start over with the index: packs listed in some of its objects are gone."""
+        with self._lock:
+            if names & self._seen:
+                self.index.clear()
+                self._seen.clear()
+
+    def ingest(self, condemned: set[bytes] | None = None, uploads: int = 2) -> Ingest:
+        """A way to add chunks; see :class:`Ingest`.
+
+        Args:
+            condemned: packs about to be deleted: what only they hold is stored again.
+            uploads: packs sent at once.
+        """
+        self.refresh()
+        known = self.index
+        if condemned:
+            known = Index()
+            self._read_into(known, set(), condemned)
         return Ingest(
             self.store,
             self.crypt,
-            self.index,
+            known,
             self.clock,
             self.trees,
-            self._write_index,
+            self,
             uploads,
+            self.index,
         )
 
-    def _write_index(self, records: Sequence[PackRecord]) -> tuple[list[str], int]:
+    def write_index(self, records: Sequence[PackRecord]) -> tuple[list[str], int]:
+        """List packs that were written; returns the names of the objects and their size."""
         names, size = indexes.write(self.store, self.crypt, records)
         with self._lock:
             self._seen.update(names)
         return names, size
+
+    def withdraw_index(self, names: Sequence[str]) -> None:
+        """Delete index objects whose packs are all listed elsewhere."""
+        for name in names:
+            self.store.delete(name)
+        with self._lock:
+            self._seen.difference_update(names)
 
     def snapshots(self, volume: str | None = None) -> list[SnapshotRecord]:
         """All snapshots, oldest first; those of one volume if it is named.
@@ -253,9 +299,10 @@ class Repository:
             if self._objects is not None:
                 self._objects.drop(snapshots.name_of(snapshot))
 
-    def condemned(self) -> set[str]:
-        """Names of the marks of packs about to be deleted."""
-        return {info.name for info in self.store.list(CONDEMNED)}
+    def check(self, read_data: float = 0.0) -> CheckReport:
+        """See :func:`lazarette.backup.repository.check.run`."""
+        with self.guard.hold(Kind.SHARED, "check"):
+            return check.run(self.store, self.crypt, read_data)
 
     def close(self) -> None:
         """Let go of the store."""
