@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +73,8 @@ class ImageStore:
 
     Attributes:
         users: asked which containers use an image (its id); set by the engine.
+        holders: asked for chain ids that stay although no image has them (build cache);
+            to be set before :meth:`recover`.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class ImageStore:
         self.blobs = BlobStore(root)
         self.layers = LayerStore(layers, self.blobs, state, limits)
         self.users: Callable[[str], Sequence[ImageUse]] = _nobody
+        self.holders: list[Callable[[], Collection[str]]] = []
         self._state = state
         self._configs: dict[str, ImageConfig] = {}
         self._lock = threading.RLock()
@@ -302,7 +305,9 @@ class ImageStore:
             if self._working:
                 return []
             images = self.all()
-            removed = self.layers.remove_unused({chain for i in images for chain in i.chain})
+            used = {chain for i in images for chain in i.chain}
+            used.update(chain for holder in self.holders for chain in holder())
+            removed = self.layers.remove_unused(used)
             live = self.layers.live_blobs()
             for image in images:
                 live |= {image.id, image.manifest}
