@@ -55,7 +55,7 @@ class PoolFormat(Enum):
 # second would be in the same file.
 _MKFS = {
     PoolFormat.BTRFS: ("mkfs.btrfs", "-q", "-f", "-K", "-m", "single", "-n", "4096"),
-    PoolFormat.XFS: ("mkfs.xfs", "-q", "-f", "-K", "-m", "reflink=1"),
+    PoolFormat.XFS: ("mkfs.xfs", "-q", "-f", "-K", "-m", "reflink=1", "-s", "size=4096"),
 }
 _OPTIONS: dict[PoolFormat, tuple[tuple[str, str | None], ...]] = {
     PoolFormat.BTRFS: (("discard", "async"), ("ssd", None)),

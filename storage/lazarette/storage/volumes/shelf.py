@@ -223,7 +223,9 @@ class VolumeShelf:
         steps.reached("shelf.delete_snapshot.unlisted")
         if not (folder / snapshot).exists():
             return False
-        self.discard(folder / snapshot)
+        # not by way of the trash: a read-only subvolume cannot be moved, and without its
+        # record a half deleted snapshot is a leftover already
+        self.destroy(folder / snapshot)
         return True
 
     # ---- use

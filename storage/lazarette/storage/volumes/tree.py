@@ -225,7 +225,10 @@ class TreeVolumeDriver(ABC):
         staged.mkdir(mode=0o700)
         self._copy(origin, staged)
         steps.reached("tree.rollback.staged")
-        exchange(staged, self.location(name))
+        data = self.location(name)
+        exchange(staged, data)
+        status = origin.stat()
+        os.utime(data, ns=(status.st_atime_ns, status.st_mtime_ns))  # xfs moves it on a change
         steps.reached("tree.rollback.exchanged")
         self._shelf.discard(staged)
 
