@@ -77,8 +77,10 @@ class BridgeDriver:
             for pool in network.spec.pools
             if pool.gateway and pool.network.version in _versions(network)
         ]
-        if any(":" in address for address, _ in wanted):
-            with self._host.entered():
+        with self._host.entered():
+            for version in _versions(network):
+                sysctl.forward(version)
+            if network.spec.enable_ipv6:
                 sysctl.write(f"ipv6/conf/{name}/disable_ipv6", "0", needed=False)
         stale = [
             nl.address_delete(index, address, prefix)

@@ -25,6 +25,8 @@ from lazarette.runtime.networks import ipam, namespaces, resolvconf, sysctl
 from lazarette.runtime.networks import netlink as nl
 from lazarette.runtime.networks.bridge import BridgeDriver
 from lazarette.runtime.networks.contract import NetworkDriver
+from lazarette.runtime.networks.directory import Directory
+from lazarette.runtime.networks.dns import Resolver, Upstream
 from lazarette.runtime.networks.firewall import Firewall, Forward
 from lazarette.runtime.networks.model import (
     DEFAULT_NETWORK,
@@ -77,12 +79,14 @@ class Sandbox:
         endpoints: by network id, in the order they were made.
         held: host ports held for it.
         forwards: what the firewall does for them.
+        dns: resolvers the container was given, instead of the host's.
     """
 
     path: Path
     endpoints: dict[str, Endpoint] = field(default_factory=dict)
     held: list[HeldPort] = field(default_factory=list)
     forwards: list[Forward] = field(default_factory=list)
+    dns: tuple[str, ...] = ()
 
 
 class NetworkManager:
@@ -107,16 +111,18 @@ class NetworkManager:
         self._folder = exec_root / "netns"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._prefix = "lz" + hashlib.sha256(bridge.encode()).hexdigest()[:4]
-        self._host = NetNamespace.current()
-        self._netlink = nl.Netlink()
+        self.host = NetNamespace.current()
+        self.netlink = nl.Netlink()
         self._firewall = Firewall(f"lazarette-{bridge}")
-        self._ports = HostPorts(self._host)
+        self._ports = HostPorts(self.host)
+        self._directory = Directory()
+        self._resolver = Resolver(self._directory, self.host)
         self._records = NetworkRecords(state)
-        self._live = LiveRecords(exec_root)
+        self.live = LiveRecords(exec_root)
         self._drivers: dict[str, NetworkDriver] = {
-            "bridge": BridgeDriver(self._host, self._netlink),
+            "bridge": BridgeDriver(self.host, self.netlink),
         }
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._rules = threading.Lock()
         self._networks: dict[str, Network] = {}
         self._spaces: dict[str, list[ipam.AddressSpace]] = {}
@@ -129,12 +135,10 @@ class NetworkManager:
         Args:
             active: ids of containers that run; sandboxes of all others are removed.
         """
-        with self._lock:
+        with self.lock:
             for network in self._records.load():
                 self._know(network)
             self._predefine()
-            with self._host.entered():
-                sysctl.write("ipv4/ip_forward", "1")
             for network in self._networks.values():
                 self._make_again(network)
             self._recover_sandboxes(active)
@@ -143,11 +147,12 @@ class NetworkManager:
 
     def close(self) -> None:
         """Let go of sockets and files; networks, endpoints and rules stay."""
+        self._resolver.close()
         self._ports.close()
         self._firewall.close()
-        self._netlink.close()
-        self._host.close()
-        self._live.close()
+        self.netlink.close()
+        self.host.close()
+        self.live.close()
 
     def _predefine(self) -> None:
         names = {network.name for network in self._networks.values()}
@@ -174,18 +179,25 @@ class NetworkManager:
             log.warning("network %s cannot be brought up: %s", network.name, error)
 
     def _recover_sandboxes(self, active: Collection[str]) -> None:
-        for endpoint in self._live.endpoints():
+        for endpoint in self.live.endpoints():
             path = self._folder / endpoint.container
             if endpoint.container in active and namespaces.is_bound(path):
                 sandbox = self._sandboxes.setdefault(endpoint.container, Sandbox(path))
                 sandbox.endpoints[endpoint.network] = endpoint
                 self._note(endpoint)
+                if self._has_names(endpoint):
+                    self._directory.add(endpoint)
             else:
-                self._live.forget_container(endpoint.container)
-        for container, bindings in self._live.ports().items():
+                self.live.forget_container(endpoint.container)
+        for container, dns in self.live.dns().items():
+            if container in self._sandboxes:
+                self._sandboxes[container].dns = tuple(dns)
+        for container in self._sandboxes:
+            self._resolve(container)
+        for container, bindings in self.live.ports().items():
             known = self._sandboxes.get(container)
             if known is None:
-                self._live.forget_container(container)
+                self.live.forget_container(container)
                 continue
             known.held = self._ports.hold_again(bindings)
             known.forwards = self._forwards(container, bindings)
@@ -205,14 +217,14 @@ class NetworkManager:
         }
         stray = [
             link.name
-            for link in nl.links(self._netlink)
+            for link in nl.links(self.netlink)
             if link.name.startswith(self._prefix) and link.name not in wanted
         ]
-        self._netlink.run([nl.link_delete(name) for name in stray])
+        self.netlink.run([nl.link_delete(name) for name in stray])
 
     def _rebuild(self) -> None:
         """Make the firewall's table anew from what is known."""
-        with self._rules, self._lock:
+        with self._rules, self.lock:
             segments = [
                 segment
                 for network in self._networks.values()
@@ -224,7 +236,7 @@ class NetworkManager:
 
     def networks(self) -> list[Network]:
         """All networks, oldest first."""
-        with self._lock:
+        with self.lock:
             return sorted(self._networks.values(), key=lambda network: network.created_ns)
 
     def inspect(self, ref: str) -> Network:
@@ -234,7 +246,7 @@ class NetworkManager:
             NetworkNotFound: there is none.
             InvalidArgument: the beginning fits several.
         """
-        with self._lock:
+        with self.lock:
             if ref in self._networks:
                 return self._networks[ref]
             for network in self._networks.values():
@@ -250,7 +262,7 @@ class NetworkManager:
     def endpoints(self, ref: str) -> list[Endpoint]:
         """The active endpoints of a network."""
         network = self.inspect(ref)
-        with self._lock:
+        with self.lock:
             return [
                 sandbox.endpoints[network.id]
                 for sandbox in self._sandboxes.values()
@@ -270,7 +282,7 @@ class NetworkManager:
             raise Forbidden(f"operation is not permitted on predefined {spec.name} network")
         if not _NAME.fullmatch(spec.name):
             raise InvalidArgument(f"invalid network name: {spec.name or 'it is empty'}")
-        with self._lock:
+        with self.lock:
             network = self._add(spec)
             driver = self._drivers.get(network.driver)
         try:
@@ -291,7 +303,7 @@ class NetworkManager:
             NetworkInUse: it has endpoints or is predefined.
         """
         network = self.inspect(ref)
-        with self._lock:
+        with self.lock:
             if not network.user_defined:
                 raise NetworkInUse(f"{network.name} is a pre-defined network and cannot be removed")
             users = [
@@ -406,7 +418,7 @@ class NetworkManager:
 
     def _host_routes(self) -> list[IPNetwork]:
         taken: list[IPNetwork] = []
-        for route in nl.routes(self._netlink, socket.AF_INET):
+        for route in nl.routes(self.netlink, socket.AF_INET):
             if not route.destination.endswith("/0"):
                 taken.append(ipaddress.ip_network(route.destination))
         for server in resolvconf.of_host().nameservers:
@@ -423,7 +435,7 @@ class NetworkManager:
         ]
 
     def _drop(self, network: Network) -> None:
-        with self._lock:
+        with self.lock:
             self._networks.pop(network.id, None)
             self._spaces.pop(network.id, None)
         driver = self._drivers.get(network.driver)
@@ -440,7 +452,7 @@ class NetworkManager:
         """
         path = self._folder / container
         namespaces.create(path, _furnish)
-        with self._lock:
+        with self.lock:
             self._sandboxes.setdefault(container, Sandbox(path))
         return path
 
@@ -461,7 +473,7 @@ class NetworkManager:
         try:
             for request in requests:
                 network = self.inspect(request.network)
-                with self._lock:
+                with self.lock:
                     known = self._sandbox(container).endpoints.get(network.id)
                 if known is None:
                     known = self._join(container, network, request)
@@ -481,7 +493,7 @@ class NetworkManager:
             EndpointExists: it is in it already.
         """
         network = self.inspect(ref)
-        with self._lock:
+        with self.lock:
             if network.id in self._sandbox(container).endpoints:
                 name = request.name or container[:12]
                 raise EndpointExists(
@@ -498,7 +510,7 @@ class NetworkManager:
             EndpointNotFound: it is not in it.
         """
         network = self.inspect(ref)
-        with self._lock:
+        with self.lock:
             sandbox = self._sandboxes.get(container)
             endpoint = sandbox.endpoints.get(network.id) if sandbox else None
         if endpoint is None:
@@ -509,25 +521,31 @@ class NetworkManager:
         self._route(container)
         self._retarget(container)
 
+    def containers(self) -> list[str]:
+        """Ids of containers that have a sandbox."""
+        with self.lock:
+            return list(self._sandboxes)
+
     def of_container(self, container: str) -> list[Endpoint]:
         """A container's endpoints."""
-        with self._lock:
+        with self.lock:
             sandbox = self._sandboxes.get(container)
             return list(sandbox.endpoints.values()) if sandbox else []
 
     def teardown(self, container: str) -> None:
         """Give back all a container has: ports, endpoints, namespace.  None is fine."""
-        with self._lock:
+        with self.lock:
             sandbox = self._sandboxes.get(container)
         if sandbox is None:
             namespaces.remove(self._folder / container)
             return
+        self._resolver.stop(container)
         self.unpublish(container)
         for endpoint in list(sandbox.endpoints.values()):
             self._leave(endpoint)
-        with self._lock:
+        with self.lock:
             self._sandboxes.pop(container, None)
-        self._live.forget_container(container)
+        self.live.forget_container(container)
         namespaces.remove(sandbox.path)
 
     def _sandbox(self, container: str) -> Sandbox:
@@ -540,11 +558,11 @@ class NetworkManager:
         driver = self._drivers.get(network.driver)
         if driver is None or network.spec.config_only:
             raise Forbidden(f"container cannot be connected to network {network.name}")
-        with self._lock:
+        with self.lock:
             sandbox = self._sandbox(container)
             endpoint = self._plan(container, sandbox, network, request, driver)
             sandbox.endpoints[network.id] = endpoint
-            self._live.save_endpoint(endpoint)
+            self.live.save_endpoint(endpoint)
         try:
             with NetNamespace.at(sandbox.path) as namespace:
                 driver.join(network, endpoint, namespace)
@@ -552,6 +570,9 @@ class NetworkManager:
         except BaseException:
             self._forget(endpoint)
             raise
+        if self._has_names(endpoint):
+            self._directory.add(endpoint)
+            self._resolve(container)
         self._tell(network, "connect", container=container)
         return endpoint
 
@@ -620,7 +641,7 @@ class NetworkManager:
                     space.note(address)
 
     def _leave(self, endpoint: Endpoint) -> None:
-        with self._lock:
+        with self.lock:
             network = self._networks.get(endpoint.network)
             sandbox = self._sandboxes.get(endpoint.container)
         if network is not None and sandbox is not None:
@@ -637,11 +658,12 @@ class NetworkManager:
             self._tell(network, "disconnect", container=endpoint.container)
 
     def _forget(self, endpoint: Endpoint) -> None:
-        with self._lock:
+        self._directory.remove(endpoint)
+        with self.lock:
             sandbox = self._sandboxes.get(endpoint.container)
             if sandbox is not None:
                 sandbox.endpoints.pop(endpoint.network, None)
-            self._live.forget_endpoint(endpoint)
+            self.live.forget_endpoint(endpoint)
             for space in self._spaces.get(endpoint.network, []):
                 for address in (endpoint.ip, endpoint.ipv6):
                     if address and parse_ip(address) in space.subnet:
@@ -649,7 +671,7 @@ class NetworkManager:
 
     def _gateway_endpoint(self, container: str) -> Endpoint | None:
         """The endpoint a container's way out goes through, as Docker chooses it."""
-        with self._lock:
+        with self.lock:
             sandbox = self._sandboxes.get(container)
             able = (
                 [e for e in sandbox.endpoints.values() if e.gateway or e.ipv6_gateway]
@@ -661,7 +683,7 @@ class NetworkManager:
     def _route(self, container: str) -> None:
         """Set the default routes of a sandbox."""
         chosen = self._gateway_endpoint(container)
-        with self._lock:
+        with self.lock:
             path = self._sandbox(container).path
         with NetNamespace.at(path) as namespace, namespace.entered():
             inside = nl.Netlink()
@@ -703,7 +725,7 @@ class NetworkManager:
         endpoint = self._gateway_endpoint(container)
         if endpoint is None or not ports:
             return []
-        with self._lock:
+        with self.lock:
             default = self._networks[endpoint.network].spec.options.get(OPTION_HOST_ADDRESS, "")
         if default and default != "0.0.0.0":
             ports = [
@@ -714,41 +736,41 @@ class NetworkManager:
         try:
             bindings = [each.binding for each in held]
             forwards = self._forwards(container, bindings)
-            with self._lock:
+            with self.lock:
                 sandbox = self._sandbox(container)
-                self._live.save_ports(container, bindings)
+                self.live.save_ports(container, bindings)
             self._expose(endpoint)
             with self._rules:
                 self._firewall.add(forwards)
-                with self._lock:
+                with self.lock:
                     sandbox.held, sandbox.forwards = held, forwards
         except BaseException:
-            self._live.save_ports(container, [])
+            self.live.save_ports(container, [])
             self._ports.release(held)
             raise
         return bindings
 
     def _expose(self, endpoint: Endpoint) -> None:
-        with self._lock:
+        with self.lock:
             driver = self._drivers[self._networks[endpoint.network].driver]
         driver.expose(endpoint)
 
     def unpublish(self, container: str) -> None:
         """Take a container's host ports back; none is fine."""
-        with self._lock:
+        with self.lock:
             sandbox = self._sandboxes.get(container)
         if sandbox is None or not (sandbox.held or sandbox.forwards):
             return
         with self._rules:
             self._firewall.withdraw(sandbox.forwards)
-            with self._lock:
+            with self.lock:
                 held, sandbox.held, sandbox.forwards = sandbox.held, [], []
         self._ports.release(held)
-        self._live.save_ports(container, [])
+        self.live.save_ports(container, [])
 
     def published(self, container: str) -> list[PortBinding]:
         """The ports a container has on the host."""
-        with self._lock:
+        with self.lock:
             sandbox = self._sandboxes.get(container)
             return [each.binding for each in sandbox.held] if sandbox else []
 
@@ -776,7 +798,7 @@ class NetworkManager:
     def _retarget(self, container: str) -> None:
         """The way out may have changed: send published ports to the right address."""
         with self._rules:
-            with self._lock:
+            with self.lock:
                 sandbox = self._sandbox(container)
                 old = sandbox.forwards
                 new = self._forwards(container, [each.binding for each in sandbox.held])
@@ -795,7 +817,16 @@ class NetworkManager:
         search: Sequence[str] = (),
         options: Sequence[str] = (),
     ) -> bytes:
-        """The ``/etc/resolv.conf`` for a container as it is attached now."""
+        """The ``/etc/resolv.conf`` for a container as it is attached now.
+
+        The embedded resolver asks the servers given here from then on; ask again after
+        :meth:`connect`, which may bring the resolver in.
+        """
+        with self.lock:
+            sandbox = self._sandboxes.get(container)
+        if sandbox is not None and sandbox.dns != tuple(dns):
+            sandbox.dns = tuple(dns)
+            self.live.save_dns(container, list(dns))
         embedded = any(self._has_names(endpoint) for endpoint in self.of_container(container))
         conf = resolvconf.for_container(
             resolvconf.of_host(), embedded=embedded, dns=dns, search=search, options=options
@@ -811,8 +842,27 @@ class NetworkManager:
                     entries.append((address, hostname))
         return entries
 
+    def _resolve(self, container: str) -> None:
+        """Serve names to a container that is in a network with names."""
+        with self.lock:
+            sandbox = self._sandbox(container)
+            wanted = any(self._has_names(endpoint) for endpoint in sandbox.endpoints.values())
+        if wanted and not self._resolver.serves(container):
+            namespace = NetNamespace.at(sandbox.path)
+            self._resolver.start(container, namespace, lambda: self._upstream(container))
+
+    def _upstream(self, container: str) -> Upstream:
+        """Whom the embedded resolver asks: nobody, for a container without a way out."""
+        with self.lock:
+            sandbox = self._sandboxes.get(container)
+        if sandbox is not None and sandbox.dns:
+            return Upstream(sandbox.dns, inside=True)
+        if self._gateway_endpoint(container) is None:
+            return Upstream()
+        return Upstream(resolvconf.of_host().nameservers)
+
     def _has_names(self, endpoint: Endpoint) -> bool:
-        with self._lock:
+        with self.lock:
             network = self._networks.get(endpoint.network)
         return network is not None and network.user_defined
 

@@ -68,15 +68,24 @@ class NetNamespace:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def enter(self) -> None:
+        """Step into it, in this thread, for good."""
+        _call("setns", self.descriptor, CLONE_NEWNET)
+
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Run the block in it, in this thread alone; never ``await`` inside."""
         with NetNamespace.current() as home:
-            _call("setns", self.descriptor, CLONE_NEWNET)
+            self.enter()
             try:
                 yield
             finally:
-                _call("setns", home.descriptor, CLONE_NEWNET)
+                home.enter()
+
+
+def unshare() -> None:
+    """Step, in this thread, into a new empty namespace."""
+    _call("unshare", CLONE_NEWNET)
 
 
 def in_new_thread(work: Callable[[], T]) -> T:
@@ -111,7 +120,7 @@ def create(path: Path, prepare: Callable[[], None]) -> None:
         return
 
     def work() -> None:
-        _call("unshare", CLONE_NEWNET)
+        unshare()
         prepare()
         os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o444))
         _call("mount", b"/proc/thread-self/ns/net", os.fsencode(path), b"none", MS_BIND, None)

@@ -30,7 +30,8 @@ CREATE TABLE endpoints (
     body BLOB NOT NULL,
     PRIMARY KEY (container, network)
 ) STRICT;
-CREATE TABLE ports (container TEXT PRIMARY KEY, body BLOB NOT NULL) STRICT
+CREATE TABLE ports (container TEXT PRIMARY KEY, body BLOB NOT NULL) STRICT;
+CREATE TABLE dns (container TEXT PRIMARY KEY, body BLOB NOT NULL) STRICT
 """
 
 
@@ -67,18 +68,19 @@ class LiveRecords:
         self._state = State(folder / "networks.db")
         self._state.rows("PRAGMA synchronous=OFF")
         self._state.migrate("live", [_LIVE])
-        self._expire(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        self.expire(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
 
     def close(self) -> None:
         """Close the database."""
         self._state.close()
 
-    def _expire(self, boot: str) -> None:
+    def expire(self, boot: str) -> None:
+        """Drop all that was kept during another boot."""
         row = self._state.row("SELECT id FROM boot")
         if row is not None and row["id"] == boot:
             return
         with self._state.write() as db:
-            for table in ("boot", "endpoints", "ports"):
+            for table in ("boot", "endpoints", "ports", "dns"):
                 db.execute(f"DELETE FROM {table}")
             db.execute("INSERT INTO boot VALUES (?)", (boot,))
 
@@ -122,8 +124,22 @@ class LiveRecords:
             else:
                 db.execute("DELETE FROM ports WHERE container = ?", (container,))
 
+    def dns(self) -> dict[str, list[str]]:
+        """Resolvers containers were given."""
+        rows = self._state.rows("SELECT container, body FROM dns")
+        return {row["container"]: msgspec.json.decode(row["body"], type=list[str]) for row in rows}
+
+    def save_dns(self, container: str, servers: list[str]) -> None:
+        """Keep a container's resolvers."""
+        with self._state.write() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO dns VALUES (?, ?)",
+                (container, msgspec.json.encode(servers)),
+            )
+
     def forget_container(self, container: str) -> None:
         """Drop all of a container."""
         with self._state.write() as db:
             db.execute("DELETE FROM endpoints WHERE container = ?", (container,))
             db.execute("DELETE FROM ports WHERE container = ?", (container,))
+            db.execute("DELETE FROM dns WHERE container = ?", (container,))

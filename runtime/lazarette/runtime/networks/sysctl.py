@@ -33,3 +33,20 @@ def write(name: str, value: str, *, needed: bool = True) -> None:
                 f"set net/{name} to {value}: {error.strerror}",
                 hint=f"set net.{name.replace('/', '.')}={value} on the host yourself",
             ) from error
+
+
+def forward(version: int) -> None:
+    """Have the host route between its interfaces, as networks need.
+
+    A host that forwards IPv6 stops listening to its router, unless told to go on: that is
+    done for the interfaces that listen now.
+    """
+    if version == 4:
+        write("ipv4/ip_forward", "1")
+        return
+    if read("ipv6/conf/all/forwarding") in ("1", ""):
+        return
+    for interface in (_ROOT / "ipv6/conf").iterdir():
+        if read(f"ipv6/conf/{interface.name}/accept_ra") == "1":
+            write(f"ipv6/conf/{interface.name}/accept_ra", "2", needed=False)
+    write("ipv6/conf/all/forwarding", "1")
