@@ -207,7 +207,9 @@ class Api:
             return await self._answer(request)
         except LazaretteError as error:
             return error_response(error)
-        except (ConnectionResetError, web.HTTPException):
+        except ConnectionResetError:
+            return web.Response(status=499)  # the client is gone: nobody reads it
+        except web.HTTPException:
             raise
         except Exception:
             log.exception("%s %s failed", request.method, request.path)

@@ -1,0 +1,300 @@
+"""conmon: the small process that keeps a container's ends while the daemon may go.
+
+One conmon a container, another one an exec session.  It holds the terminal or pipes,
+writes the log, passes data to and from attached clients through a SEQPACKET socket, and
+leaves the exit code in a file.  Its folder is the bundle: ``config.json``, ``attach``,
+``ctl``, pid files and, after the end, a file named like the container with the exit code.
+
+Protocol (conmon 2.1): a byte on the start pipe lets it go on; on the sync pipe it then
+says ``{"data": PID}`` or ``{"data": -1, "message": …}``.  With ``--exec-attach`` it says
+``{"data": 0}`` on the attach pipe first and waits for a second byte.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from lazarette.runtime.containers.errors import MonitorFailed, StartFailed
+from lazarette.runtime.containers.oci import OciRuntime
+from lazarette.storage import process
+
+PACKET = 8192 + 1
+STDOUT, STDERR = 2, 3
+
+
+class _Sync(msgspec.Struct):
+    data: int
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Started:
+    """A container or exec process that was made: its pid and its monitor's."""
+
+    pid: int
+    monitor_pid: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a monitor is started.
+
+    Attributes:
+        container: id for the runtime.
+        unique: id of this monitor: the container's, or the exec session's.
+        folder: the bundle.
+        log: path of the log, None to keep none.
+        tty: the process gets a terminal.
+        stdin: the process gets a stdin.
+        leave_stdin_open: a client that leaves does not end stdin.
+        exec_spec: process file of an exec session.
+    """
+
+    container: str
+    unique: str
+    folder: Path
+    log: Path | None = None
+    tty: bool = False
+    stdin: bool = False
+    leave_stdin_open: bool = False
+    exec_spec: Path | None = None
+
+
+class Monitor:
+    """Starts monitors.
+
+    Args:
+        conmon: the program.
+        runtime: what it runs containers with.
+    """
+
+    def __init__(self, conmon: str, runtime: OciRuntime) -> None:
+        self._conmon = conmon
+        self._runtime = runtime
+
+    async def launch(self, launch: Launch) -> Started:
+        """Make a container (not yet started) or run an exec session without clients.
+
+        Raises:
+            StartFailed: the runtime could not; with Docker's exit code for it.
+            MonitorFailed: conmon itself failed.
+        """
+        session = await asyncio.to_thread(self._spawn, launch)
+        try:
+            return await session.finish(launch.folder)
+        finally:
+            session.close()
+
+    async def prepare_exec(self, launch: Launch) -> Session:
+        """Start an exec session that waits for :meth:`Session.go`, so that clients can
+        attach before its first byte.
+
+        Raises:
+            MonitorFailed: conmon itself failed.
+        """
+        session = await asyncio.to_thread(self._spawn, launch, True)
+        try:
+            await session.wait_attachable()
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def _spawn(self, launch: Launch, attach: bool = False) -> Session:
+        program = self._runtime.creator if launch.exec_spec is None else self._runtime.program
+        folder = launch.folder
+        argv = [
+            self._conmon, "--api-version", "1",
+            "-c", launch.container, "-u", launch.unique, "-n", launch.unique[:12],
+            "-r", program, "--runtime-arg", "--root", "--runtime-arg", str(self._runtime.root),
+            "-b", str(folder), "-p", str(folder / "pid"), "-P", str(folder / "conmon.pid"),
+            "--exit-dir", str(folder), "-0", str(folder), "--full-attach",
+            "--log-level", "error", "--no-sync-log",
+            "-l", "none" if launch.log is None else f"k8s-file:{launch.log}",
+        ]  # fmt: skip
+        if launch.tty:
+            argv.append("-t")
+        if launch.stdin:
+            argv.append("-i")
+        if launch.leave_stdin_open:
+            argv.append("--leave-stdin-open")
+        if launch.exec_spec is not None:
+            argv += ["-e", "--exec-process-spec", str(launch.exec_spec)]
+            if attach:
+                argv.append("--exec-attach")
+        sync_read, sync_write = os.pipe()
+        start_read, start_write = os.pipe()
+        attach_read, attach_write = os.pipe()
+        env = {
+            "PATH": os.environ.get("PATH", os.defpath),
+            "TZ": "UTC",
+            "_OCI_SYNCPIPE": str(sync_write),
+            "_OCI_STARTPIPE": str(start_read),
+        }
+        if attach:
+            env["_OCI_ATTACHPIPE"] = str(attach_write)
+        session = Session(sync_read, start_write, attach_read)
+        try:
+            child = process.spawn(
+                argv, env=env, cwd=str(folder), pass_fds=(sync_write, start_read, attach_write)
+            )
+        except BaseException:
+            session.close()
+            raise
+        finally:
+            for fd in (sync_write, start_read, attach_write):
+                os.close(fd)
+        os.write(start_write, b"x")
+        child.wait()  # conmon goes to the background at once
+        if child.returncode != 0:
+            session.close()
+            raise MonitorFailed(f"conmon ended with code {child.returncode} at start")
+        return session
+
+
+class Session:
+    """The daemon's ends of a monitor's pipes while it starts."""
+
+    def __init__(self, sync: int, start: int, attach: int) -> None:
+        self._sync, self._start, self._attach = sync, start, attach
+
+    async def wait_attachable(self) -> None:
+        """Wait until clients can connect to the exec session's socket."""
+        said = await _read_line(self._attach)
+        if not said:
+            raise MonitorFailed("conmon ended before its exec session could be attached to")
+
+    def go(self) -> None:
+        """Let the waiting exec session run."""
+        os.write(self._start, b"x")
+
+    async def finish(self, folder: Path) -> Started:
+        """Wait for the pid.
+
+        Raises:
+            StartFailed: the runtime could not start it.
+            MonitorFailed: conmon died.
+        """
+        said = await _read_line(self._sync)
+        if not said:
+            raise MonitorFailed("conmon ended without a word")
+        sync = msgspec.json.decode(said, type=_Sync)
+        if sync.data < 0:
+            raise start_failure(sync.message)
+        monitor = int((folder / "conmon.pid").read_text())
+        return Started(sync.data, monitor)
+
+    def close(self) -> None:
+        """Close the pipes."""
+        for fd in (self._sync, self._start, self._attach):
+            if fd >= 0:
+                os.close(fd)
+        self._sync = self._start = self._attach = -1
+
+
+async def _read_line(fd: int) -> bytes:
+    """Read from a pipe until a newline or its end, without a thread."""
+    loop = asyncio.get_running_loop()
+    os.set_blocking(fd, False)
+    collected = b""
+    done: asyncio.Future[None] = loop.create_future()
+
+    def readable() -> None:
+        nonlocal collected
+        try:
+            part = os.read(fd, 65536)
+        except BlockingIOError:
+            return
+        collected += part
+        if (not part or b"\n" in part) and not done.done():
+            done.set_result(None)
+
+    loop.add_reader(fd, readable)
+    try:
+        await done
+    finally:
+        loop.remove_reader(fd)
+    return collected.strip()
+
+
+def start_failure(message: str) -> StartFailed:
+    """The runtime's words as the error clients know (exit codes 125 to 128)."""
+    text = re.sub(r"\s+", " ", message).strip()
+    low = text.lower()
+    program = re.search(
+        r"(?:executable file|exec:?) [`\"']?([^`'\"]+)[`'\"]?:? (?:not found|in)", text
+    )
+    name = program[1] if program else ""
+    if "executable file" in low and "not found" in low:
+        tail = f'exec: "{name}": executable file not found in $PATH' if name else text
+        return StartFailed(_wrap(tail), 127)
+    if "no such file or directory" in low:
+        return StartFailed(_wrap(text), 127)
+    refusals = ("permission denied", "is a directory", "exec format error", "not permitted")
+    if any(refusal in low for refusal in refusals):
+        return StartFailed(_wrap(text), 126)
+    return StartFailed(_wrap(text), 128)
+
+
+def _wrap(text: str) -> str:
+    return (
+        "failed to create task for container: failed to create shim task: OCI runtime create "
+        f"failed: {text}: unknown"
+    )
+
+
+def connect(folder: Path) -> socket.socket:
+    """A connection to a monitor's attach socket, whatever the length of its path.
+
+    Raises:
+        OSError: the monitor is gone.
+    """
+    directory = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+    try:
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        try:
+            made.connect(f"/proc/self/fd/{directory}/attach")
+        except BaseException:
+            made.close()
+            raise
+        return made
+    finally:
+        os.close(directory)
+
+
+def resize(folder: Path, height: int, width: int) -> None:
+    """Set the size of the terminal.
+
+    Raises:
+        OSError: the monitor is gone.
+    """
+    _control(folder, f"1 {height} {width}\n")
+
+
+def reopen_log(folder: Path) -> None:
+    """Make the monitor open its log anew, after the old one was renamed."""
+    _control(folder, "2 0 0\n")
+
+
+def _control(folder: Path, line: str) -> None:
+    fd = os.open(folder / "ctl", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        os.write(fd, line.encode())
+    finally:
+        os.close(fd)
+
+
+def read_exit(folder: Path, unique: str) -> int | None:
+    """The exit code the monitor left, None when there is none (yet)."""
+    try:
+        text = (folder / unique).read_text().strip()
+    except FileNotFoundError:
+        return None
+    return int(text) if text.lstrip("-").isdigit() else None
