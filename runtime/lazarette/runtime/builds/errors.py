@@ -29,7 +29,7 @@ class Location:
 class DockerfileError(InvalidArgument):
     """The Dockerfile cannot be understood, or asks for what cannot be."""
 
-    number = 340
+    number = 360
 
     def __init__(self, message: str, where: Location | None = None, *, hint: str = "") -> None:
         self.bare = message
@@ -53,7 +53,7 @@ class StepFailed(InternalError):
         where: the instruction.
     """
 
-    number = 341
+    number = 361
     http_status = 500
 
     def __init__(
@@ -76,16 +76,16 @@ class StepFailed(InternalError):
 class ContextError(InvalidArgument):
     """The build context is hostile, broken or lacks what was asked of it."""
 
-    number = 342
+    number = 362
 
 
 class StageNotFound(InvalidArgument):
     """No stage of that name or number."""
 
-    number = 343
+    number = 363
 
 
 class CacheRecordNotFound(NotFound):
     """No build cache record of that id."""
 
-    number = 344
+    number = 364
