@@ -17,6 +17,7 @@ from lazarette.runtime.images.errors import BadArchive, NoSuchPlatform
 from lazarette.runtime.images.model import Platform, RunConfig, parse_platform
 from lazarette.runtime.images.progress import Message, Sink, failure
 from lazarette.runtime.images.reference import Reference
+from lazarette.runtime.images.registries import Registries
 from lazarette.runtime.images.removal import Removed, Remover
 from lazarette.runtime.images.store import ImageStore
 from lazarette.storage.errors import InvalidArgument, LazaretteError, Unsupported
@@ -48,26 +49,6 @@ class Committer(Protocol):
 
     async def __call__(self, request: CommitRequest) -> str:
         """The new image's id."""
-        ...
-
-
-class Registry(Protocol):
-    """Pull and push, as the routes here need them."""
-
-    async def pull(
-        self, name: Reference, *, auth: str, platform: Platform | None, progress: Sink
-    ) -> None:
-        """Fetch an image and tag it."""
-        ...
-
-    async def push(
-        self, name: Reference, *, auth: str, platform: Platform | None, progress: Sink
-    ) -> None:
-        """Send an image, or every tag of a repository when the name has none."""
-        ...
-
-    async def search(self, term: str, *, limit: int, auth: str) -> list[dict[str, object]]:
-        """Ask a registry's index."""
         ...
 
 
@@ -129,7 +110,7 @@ class ImageRoutes:
     """
 
     def __init__(
-        self, store: ImageStore, registry: Registry | None, committer: Committer | None
+        self, store: ImageStore, registry: Registries | None, committer: Committer | None
     ) -> None:
         self._store = store
         self._remover = Remover(store)
@@ -256,9 +237,7 @@ class ImageRoutes:
         source = call.text("fromSrc")
         if source:
             return await self._import(call, source)
-        name = target(call.text("fromImage"), call.text("tag"))
-        if name is None:
-            raise InvalidArgument("invalid reference format")
+        name = pull_target(call.text("fromImage"), call.text("tag"))
         registry, platform = self._registry_or_error(), _platform(call)
         auth = call.request.headers.get("X-Registry-Auth", "")
 
@@ -326,13 +305,13 @@ class ImageRoutes:
             author=call.text("author"),
             pause=call.flag("pause", True),
         )
-        with self._store.working():
+        async with self._store.adding():
             image_id = await self._committer(request)
             if name is not None:
                 await asyncio.to_thread(self._store.tag, image_id, name)
         return json_response({"Id": image_id}, 201)
 
-    def _registry_or_error(self) -> Registry:
+    def _registry_or_error(self) -> Registries:
         if self._registry is None:
             raise Unsupported("this engine reaches no registries")
         return self._registry
@@ -341,7 +320,7 @@ class ImageRoutes:
 def routes(
     store: ImageStore,
     *,
-    registry: Registry | None = None,
+    registry: Registries | None = None,
     committer: Committer | None = None,
 ) -> list[Route]:
     """The routes of the image group.
@@ -378,6 +357,18 @@ def target(repository: str, tag: str) -> Reference | None:
     if tag:
         return name.with_digest(tag) if reference.is_digest(tag) else name.with_tag(tag)
     return name.with_default_tag()
+
+
+def pull_target(image: str, tag: str) -> Reference:
+    """``fromImage`` and ``tag`` as what to pull; without a tag, all tags are meant.
+
+    Raises:
+        InvalidReference: malformed.
+    """
+    name = reference.parse(image)
+    if not tag:
+        return name
+    return name.with_digest(tag) if reference.is_digest(tag) else name.with_tag(tag)
 
 
 def _platform(call: Call) -> Platform | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -66,15 +67,18 @@ class BlobStore:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._final = root / "sha256"
-        self._ingest = root / "ingest"
+        self.ingest = root / "ingest"
         self.partial = root / "partial"
-        for folder in (self._final, self._ingest, self.partial):
+        for folder in (self._final, self.ingest, self.partial):
             folder.mkdir(parents=True, exist_ok=True)
 
     def recover(self) -> None:
         """Remove what was being written when the last process died."""
-        for left in self._ingest.iterdir():
-            left.unlink()
+        for left in self.ingest.iterdir():
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
 
     def path(self, digest: str) -> Path:
         """Where a blob is or would be.
@@ -93,6 +97,10 @@ class BlobStore:
     def size(self, digest: str) -> int:
         """Bytes of a stored blob."""
         return self.path(digest).stat().st_size
+
+    def stored(self, digest: str) -> Blob:
+        """A stored blob by its digest."""
+        return Blob(digest, self.size(digest))
 
     def read(self, digest: str) -> bytes:
         """A small blob, verified.
@@ -140,7 +148,7 @@ class BlobStore:
         Raises:
             DigestMismatch: it has another one.
         """
-        handle, name = tempfile.mkstemp(dir=self._ingest)
+        handle, name = tempfile.mkstemp(dir=self.ingest)
         with os.fdopen(handle, "wb", buffering=0) as file:
             try:
                 writer = BlobWriter(file)

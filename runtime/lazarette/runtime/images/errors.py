@@ -97,3 +97,12 @@ class PruneRunning(Conflict):
 
     def __init__(self) -> None:
         super().__init__("a prune operation is already running")
+
+
+class NoSuchTag(NotFound):
+    """Nothing of that name is here to push."""
+
+    number = 391
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"An image does not exist locally with the tag: {name}")

@@ -37,8 +37,8 @@ MIGRATIONS = (
         tar_size INTEGER NOT NULL, size INTEGER NOT NULL) STRICT;
     CREATE INDEX image_layers_diff_id ON image_layers (diff_id);
     CREATE TABLE layer_blobs (
-        diff_id TEXT NOT NULL, digest TEXT NOT NULL, size INTEGER NOT NULL,
-        PRIMARY KEY (diff_id, digest)) STRICT
+        diff_id TEXT NOT NULL, repository TEXT NOT NULL, digest TEXT NOT NULL,
+        size INTEGER NOT NULL, PRIMARY KEY (diff_id, repository)) STRICT
     """,
 )
 
@@ -232,13 +232,18 @@ class LayerStore:
         """Digests of the blobs that layers need."""
         return {row["blob"] for row in self._state.rows("SELECT blob FROM image_layers")}
 
-    def remember_blob(self, diff_id: str, blob: Blob) -> None:
-        """Note that a registry's blob is the compressed form of a tar."""
+    def remember_blob(self, diff_id: str, repository: str, blob: Blob) -> None:
+        """Note which blob of a repository is the compressed form of a tar."""
         with self._state.write() as db:
             db.execute(
-                "INSERT OR REPLACE INTO layer_blobs VALUES (?, ?, ?)",
-                (diff_id, blob.digest, blob.size),
+                "INSERT OR REPLACE INTO layer_blobs VALUES (?, ?, ?, ?)",
+                (diff_id, repository, blob.digest, blob.size),
             )
+
+    def remembered_blobs(self, diff_id: str) -> dict[str, Blob]:
+        """Blobs of that tar in repositories, by the repository's full name."""
+        rows = self._state.rows("SELECT * FROM layer_blobs WHERE diff_id = ?", (diff_id,))
+        return {row["repository"]: Blob(row["digest"], row["size"]) for row in rows}
 
     @contextmanager
     def open_tar(self, layer: Layer) -> Iterator[BinaryIO]:

@@ -162,6 +162,13 @@ class Manifest(msgspec.Struct, kw_only=True, rename="camel"):
     layers: list[Descriptor]
 
 
+class Kind(msgspec.Struct, rename="camel"):
+    """As much of a manifest or index as tells which of the two it is."""
+
+    media_type: str = ""
+    manifests: list[msgspec.Raw] | None = None
+
+
 class Index(msgspec.Struct, kw_only=True, rename="camel"):
     """Several manifests, usually one for each platform."""
 

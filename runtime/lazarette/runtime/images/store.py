@@ -15,10 +15,11 @@ All methods may be called from any thread and block; the API calls them in threa
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -223,6 +224,18 @@ class ImageStore:
             with self._lock:
                 self._working -= 1
             self.collect()
+
+    @asynccontextmanager
+    async def adding(self) -> AsyncIterator[None]:
+        """:meth:`working`, for the event loop: what is collected at its end is so in a thread."""
+        with self._lock:
+            self._working += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._working -= 1
+            await asyncio.to_thread(self.collect)
 
     def add(self, config: bytes, *, parent: str = "", manifest: str = "") -> Image:
         """Make an image visible; its layers must have been added.  Within :meth:`working`.

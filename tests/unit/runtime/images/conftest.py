@@ -23,8 +23,6 @@ async def reopen(tmp_path: Path) -> AsyncIterator[Callable[[], ImageStore]]:
     events = EventBus(clock)
 
     def make(limits: UnpackLimits | None = None) -> ImageStore:
-        while opened:
-            opened.pop().close()
         state = State(tmp_path / "state.db")
         opened.append(state)
         driver = OverlayLayerDriver(tmp_path / "layers", clock)
