@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+_WINDOW = 64 << 10
+
 
 @dataclass(frozen=True)
 class Node:
@@ -70,25 +72,22 @@ def _xattrs(place: bytes) -> tuple[tuple[str, bytes], ...]:
 def _digest(name: bytes, directory: int) -> str:
     digest = hashlib.sha256()
     descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=directory)
-    with open(descriptor, "rb") as file:
+    try:
         size = os.fstat(descriptor).st_size
         at = 0
         while at < size:
             try:
-                at = os.lseek(descriptor, at, os.SEEK_DATA)
+                data_at = os.lseek(descriptor, at, os.SEEK_DATA)
             except OSError:
                 break
-            end = os.lseek(descriptor, at, os.SEEK_HOLE)
-            while at < end:
-                data = os.pread(descriptor, min(1 << 20, end - at), at)
-                if not data:
-                    break
-                stripped = data.rstrip(b"\0")
-                if stripped:
-                    digest.update(b"%d:" % at + stripped)
-                at += len(data)
+            at = data_at // _WINDOW * _WINDOW
+            data = os.pread(descriptor, _WINDOW, at)
+            if data.strip(b"\0"):
+                digest.update(b"%d:" % at + data)
+            at += _WINDOW
         digest.update(b"%d" % size)
-        del file
+    finally:
+        os.close(descriptor)
     return digest.hexdigest()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lazarette.backup import scan
 from lazarette.backup.archive_frame import Frame
@@ -18,7 +18,7 @@ from lazarette.backup.archive_walk import Walk
 from lazarette.backup.repository.entries import Entry, Extra, Kind
 from lazarette.backup.repository.snapshots import SnapshotRecord
 from lazarette.backup.tree import PathNotFound, TreeReader
-from lazarette.storage.changes import Change, ChangeKind, ChangesUnknown
+from lazarette.storage.changes import ByteRange, Change, ChangeKind, ChangesUnknown
 
 
 @dataclass
@@ -39,21 +39,44 @@ def plan(changes: Iterator[Change], root: int, base: TreeReader) -> Node:
         ChangesUnknown: the record is not complete.
     """
     top = Node()
-    linked: dict[int, Change] = {}
+    linked: dict[int, tuple[ByteRange, ...] | None] = {}
+    names: dict[int, list[Node]] = {}
     for change in changes:
-        _insert(top, change)
+        node = _insert(top, change)
         if change.kind is not ChangeKind.REMOVED and change.path:
             status = _status(root, change.path)
             if status is not None and status.st_nlink > 1:
-                linked[status.st_ino] = change
+                known = linked.get(status.st_ino, ())
+                linked[status.st_ino] = _union(known, change.ranges)
+                names.setdefault(status.st_ino, []).append(node)
     if linked:
         for path, entry in base.walk():
-            change_of = linked.get(entry.inode)
-            if change_of is not None and entry.extra is not None and entry.extra.links > 1:
+            if entry.inode in linked and entry.extra is not None and entry.extra.links > 1:
                 node = _node(top, path)
                 if node.change is None:
-                    node.change = Change(ChangeKind.MODIFIED, path, None, change_of.ranges)
+                    node.change = Change(ChangeKind.MODIFIED, path)
+                names[entry.inode].append(node)
+    for inode, nodes in names.items():
+        for node in nodes:
+            if node.change is not None:
+                node.change = replace(node.change, ranges=linked[inode])
     return top
+
+
+def _union(
+    one: tuple[ByteRange, ...] | None, other: tuple[ByteRange, ...] | None
+) -> tuple[ByteRange, ...] | None:
+    """Ranges that cover both, ascending and disjoint; None stands for everything."""
+    if one is None or other is None:
+        return None
+    joined: list[ByteRange] = []
+    for part in sorted((*one, *other), key=lambda part: part.offset):
+        if joined and part.offset <= joined[-1].end:
+            end = max(joined[-1].end, part.end)
+            joined[-1] = ByteRange(joined[-1].offset, end - joined[-1].offset)
+        else:
+            joined.append(part)
+    return tuple(joined)
 
 
 def _status(root: int, path: bytes) -> os.stat_result | None:
@@ -82,7 +105,7 @@ def _node(top: Node, path: bytes) -> Node:
     return node
 
 
-def _insert(top: Node, change: Change) -> None:
+def _insert(top: Node, change: Change) -> Node:
     if b".." in change.path.split(b"/"):
         raise ChangesUnknown(f"the record of changes has an impossible path {change.path!r}")
     if change.origin is not None:
@@ -93,14 +116,13 @@ def _insert(top: Node, change: Change) -> None:
     before = node.change
     if before is None or before.kind is ChangeKind.REMOVED:
         node.change = change
-        return
+        return node
     if change.kind is ChangeKind.REMOVED:
-        return
-    ranges = None
-    if before.ranges is not None and change.ranges is not None:
-        ranges = tuple(sorted((*before.ranges, *change.ranges), key=lambda one: one.offset))
+        return node
+    ranges = _union(before.ranges, change.ranges)
     kind = before.kind if before.kind is not ChangeKind.MODIFIED else change.kind
     node.change = Change(kind, change.path, before.origin or change.origin, ranges)
+    return node
 
 
 @dataclass
