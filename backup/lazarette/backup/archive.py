@@ -153,7 +153,7 @@ def run(
     """
     options = options or ArchiveOptions()
     _allow_many_files()
-    with repo.guard.hold(Kind.SHARED, f"backup of {source.volume}") as guard:
+    with repo.guard.hold(Kind.ADD, f"backup of {source.volume}") as guard:
         return _Backup(repo, source, options, guard, progress, cancelled).run()
 
 
@@ -259,7 +259,7 @@ class _Backup:
 
     def _commit(self, record: SnapshotRecord) -> None:
         """Write the snapshot; take it back if the lease ran out and something is gone."""
-        self._guard.check()
+        self._guard.confirm()
         self._repo.commit(record)
         try:
             self._guard.check()

@@ -157,7 +157,7 @@ def run(
         Cancelled: as asked.
         StoreUnavailable: the store does not answer.
     """
-    with repo.guard.hold(Kind.SHARED, f"restore of {snapshot.id[:12]}"):
+    with repo.guard.hold(Kind.READ, f"restore of {snapshot.id[:12]}"):
         repo.refresh()
         return _restore(repo, snapshot, target, options or RestoreOptions(), progress, cancelled)
 

@@ -129,7 +129,7 @@ def run(
         Cancelled: as asked; nothing is lost.
     """
     options = options or PruneOptions()
-    with repo.guard.hold(Kind.EXCLUSIVE, "prune") as guard:
+    with repo.guard.hold(Kind.MAINTAIN, "prune") as guard:
         report = PruneReport()
         if not options.dry_run:
             _sweep_all(repo, guard, report)

@@ -20,10 +20,11 @@ from lazarette.backup.repository.format import (
     seal,
     unseal,
 )
-from lazarette.backup.repository.guard import Guards, Kind, NoGuards
+from lazarette.backup.repository.guard import Guards, Kind, LeaseGuards
 from lazarette.backup.repository.index import Index
 from lazarette.backup.repository.ingest import Ingest
 from lazarette.backup.repository.keys import MasterKeys
+from lazarette.backup.repository.leases import Leases
 from lazarette.backup.repository.packs import PackRecord
 from lazarette.backup.repository.snapshots import SnapshotRecord
 from lazarette.backup.repository.treecache import ObjectCache, TreeCache
@@ -73,7 +74,7 @@ class Repository:
         guards: Guards | None = None,
     ) -> None:
         self.store = store
-        self.guard: Guards = guards or NoGuards()
+        self.guard: Guards = guards or LeaseGuards(Leases(store, clock))
         self.keys = keys
         self.crypt = crypt = Crypt(keys)
         self.clock = clock
@@ -103,6 +104,7 @@ class Repository:
             )
         except AlreadyThere:
             raise NameTaken(f"there is a repository at {store.url} already") from None
+        Leases.create(store)
         return Repository(store, keys, clock, config, cache_dir)
 
     @staticmethod
@@ -301,7 +303,7 @@ class Repository:
 
     def check(self, read_data: float = 0.0) -> CheckReport:
         """See :func:`lazarette.backup.repository.check.run`."""
-        with self.guard.hold(Kind.SHARED, "check"):
+        with self.guard.hold(Kind.READ, "check"):
             return check.run(self.store, self.crypt, read_data)
 
     def close(self) -> None:
