@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _VERSIONED = re.compile(r"^/v(\d+)\.(\d+)(/.*)$")
+_CLIENT_LEFT = 499
 _FALSE = frozenset({"", "0", "no", "false", "none"})
 
 

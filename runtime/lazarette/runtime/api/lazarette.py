@@ -1,0 +1,281 @@
+"""Routes under ``/lazarette/v1``: repositories, backups, restores, policies, recovery.
+
+Long work answers a JSON object a line: ``{"phase", "done", "total", …}`` while it goes on,
+then one with the outcome, or ``{"error": {"message", "hint", "code"}}``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Literal
+
+import msgspec
+from aiohttp import web
+
+from lazarette.backup.jobs.model import CheckJob, Failure, Progress, StoreAccess
+from lazarette.runtime.api.http import Call, Route, empty, json_response, stream
+from lazarette.runtime.protection.backups import encode_run
+from lazarette.runtime.protection.restores import encode_point
+from lazarette.runtime.protection.service import Protection
+from lazarette.storage.errors import InternalError, InvalidArgument, LazaretteError
+
+log = logging.getLogger(__name__)
+
+_V1 = "/lazarette/v1"
+
+
+class RepositoryBody(msgspec.Struct):
+    """A repository to make (``init``) or to know (``adopt``)."""
+
+    access: StoreAccess
+    name: str = ""
+    mode: Literal["init", "adopt"] = "init"
+
+
+class BackupBody(msgspec.Struct):
+    """Volumes to back up as they are at one instant."""
+
+    volumes: list[str]
+    repository: str = ""
+    labels: dict[str, str] = {}
+
+
+class RestoreBody(msgspec.Struct):
+    """A point of a volume's past to bring back."""
+
+    volume: str
+    point: str = "latest"
+    into: str = ""
+    repository: str = ""
+
+
+class PolicyBody(msgspec.Struct):
+    """A policy of a volume; what is left empty keeps its default."""
+
+    every: str = ""
+    cron: str = ""
+    zone: str = ""
+    keep: str = ""
+    repository: str = ""
+    consistency: str = ""
+
+
+class RecoverBody(msgspec.Struct):
+    """A host to bring back from a bucket and a recovery kit."""
+
+    access: StoreAccess
+    name: str = ""
+    volumes: list[str] = []
+    start: bool = True
+    dry_run: bool = False
+
+
+class CheckBody(msgspec.Struct):
+    """How thorough a check is: the share of stored data to read, 0 to 1."""
+
+    read_data: float = 0.0
+
+
+Tell = Callable[[object], Awaitable[None]]
+
+
+class ProtectionRoutes:
+    """Handlers of everything that keeps volumes safe."""
+
+    def __init__(self, protection: Protection) -> None:
+        self._protection = protection
+
+    def routes(self) -> list[Route]:
+        """All routes."""
+        return [
+            Route("GET", _V1 + "/repositories", self.repositories),
+            Route("POST", _V1 + "/repositories", self.add_repository),
+            Route("DELETE", _V1 + "/repositories/{name}", self.remove_repository),
+            Route("POST", _V1 + "/repositories/{name}/kit", self.new_kit),
+            Route("POST", _V1 + "/repositories/{name}/check", self.check),
+            Route("POST", _V1 + "/backups", self.back_up),
+            Route("GET", _V1 + "/backups", self.points),
+            Route("GET", _V1 + "/runs", self.runs),
+            Route("POST", _V1 + "/restores", self.restore),
+            Route("GET", _V1 + "/policies", self.policies),
+            Route("GET", _V1 + "/policies/{volume}", self.policy),
+            Route("PUT", _V1 + "/policies/{volume}", self.set_policy),
+            Route("DELETE", _V1 + "/policies/{volume}", self.remove_policy),
+            Route("GET", _V1 + "/status", self.status),
+            Route("POST", _V1 + "/recover", self.recover),
+        ]
+
+    async def repositories(self, call: Call) -> web.StreamResponse:
+        """Known repositories; no secrets."""
+        return json_response(
+            [
+                {"name": known.name, "id": known.id, "url": known.access.url}
+                for known in self._protection.repositories.list()
+            ]
+        )
+
+    async def add_repository(self, call: Call) -> web.StreamResponse:
+        """Make or adopt a repository; a new one's recovery kit is in the answer, once."""
+        body = await call.json(RepositoryBody)
+        book = self._protection.repositories
+        if body.mode == "adopt":
+            known = await asyncio.to_thread(book.adopt, body.name, body.access)
+            return json_response({"name": known.name, "id": known.id}, 201)
+        kit = await asyncio.to_thread(book.init, body.name, body.access)
+        return json_response({"kit": kit.text(), "qr": kit.qr_terminal()}, 201)
+
+    async def remove_repository(self, call: Call) -> web.StreamResponse:
+        """Forget a repository here."""
+        await asyncio.to_thread(self._protection.repositories.remove, call.path["name"])
+        return empty()
+
+    async def new_kit(self, call: Call) -> web.StreamResponse:
+        """A further recovery kit."""
+        kit = await asyncio.to_thread(self._protection.repositories.new_kit, call.path["name"])
+        return json_response({"kit": kit.text(), "qr": kit.qr_terminal()}, 201)
+
+    async def check(self, call: Call) -> web.StreamResponse:
+        """Verify a repository."""
+        body = await call.json(CheckBody)
+
+        async def work(tell: Tell) -> object:
+            return await self._protection.run_job(
+                call.path["name"], CheckJob(body.read_data), _teller(tell)
+            )
+
+        return await _long(call, work)
+
+    async def back_up(self, call: Call) -> web.StreamResponse:
+        """Back volumes up."""
+        body = await call.json(BackupBody)
+        if not body.volumes:
+            raise InvalidArgument("a backup needs at least one volume")
+
+        async def work(tell: Tell) -> object:
+            show = _teller(tell)
+            runs = await self._protection.backups.run(
+                body.volumes,
+                repository=body.repository,
+                labels=body.labels,
+                show=lambda volume, progress: show(progress),
+            )
+            return {"runs": [encode_run(run) for run in runs]}
+
+        return await _long(call, work)
+
+    async def points(self, call: Call) -> web.StreamResponse:
+        """Restore points in a repository."""
+        found = await self._protection.restores.points(
+            call.text("volume") or None, call.text("repository")
+        )
+        return json_response([encode_point(record) for record in found])
+
+    async def runs(self, call: Call) -> web.StreamResponse:
+        """The newest runs, of one volume or all."""
+        book, volume = self._protection.backups.runs, call.text("volume")
+        found = book.of_volume(volume) if volume else book.recent()
+        return json_response([encode_run(run) for run in found])
+
+    async def restore(self, call: Call) -> web.StreamResponse:
+        """Bring a volume back."""
+        body = await call.json(RestoreBody)
+
+        async def work(tell: Tell) -> object:
+            done = await self._protection.restores.restore(
+                body.volume,
+                body.point,
+                into=body.into,
+                repository=body.repository,
+                show=_teller(tell),
+            )
+            return msgspec.to_builtins(done)
+
+        return await _long(call, work)
+
+    async def policies(self, call: Call) -> web.StreamResponse:
+        """All policies with what applies and the next run."""
+        return json_response(self._protection.policies.describe_all())
+
+    async def policy(self, call: Call) -> web.StreamResponse:
+        """The policy of a volume."""
+        return json_response(self._protection.policies.describe(call.path["volume"]))
+
+    async def set_policy(self, call: Call) -> web.StreamResponse:
+        """Give a volume a policy."""
+        body = await call.json(PolicyBody)
+        await self._protection.policies.set(
+            call.path["volume"],
+            every=body.every,
+            cron=body.cron,
+            zone=body.zone,
+            keep=body.keep,
+            repository=body.repository,
+            consistency=body.consistency,
+        )
+        return json_response(self._protection.policies.describe(call.path["volume"]))
+
+    async def remove_policy(self, call: Call) -> web.StreamResponse:
+        """Take a volume's policy away; its backups stay."""
+        await self._protection.policies.remove(call.path["volume"])
+        return empty()
+
+    async def status(self, call: Call) -> web.StreamResponse:
+        """How safe each volume is."""
+        return json_response(await self._protection.status())
+
+    async def recover(self, call: Call) -> web.StreamResponse:
+        """Bring a host back."""
+        body = await call.json(RecoverBody)
+
+        async def work(tell: Tell) -> object:
+            return await self._protection.recovery.recover(
+                body.access,
+                name=body.name,
+                volumes=body.volumes,
+                start=body.start,
+                dry_run=body.dry_run,
+                tell=tell,
+            )
+
+        return await _long(call, work)
+
+
+def _teller(tell: Tell) -> Callable[[Progress], None]:
+    """A plain callback that passes progress on to a stream, the newest only."""
+    pending: set[asyncio.Task[None]] = set()
+
+    def show(progress: Progress) -> None:
+        task = asyncio.ensure_future(tell(progress))
+        pending.add(task)
+        task.add_done_callback(pending.discard)
+
+    return show
+
+
+def _failure(error: LazaretteError) -> object:
+    return msgspec.to_builtins(Failure(type(error).number, error.message, error.hint))
+
+
+async def _long(call: Call, work: Callable[[Tell], Awaitable[object]]) -> web.StreamResponse:
+    """Answer work that takes long; it goes on when the client leaves."""
+    answer = await stream(call, "application/x-ndjson")
+    lock = asyncio.Lock()
+
+    async def tell(value: object) -> None:
+        async with lock:
+            try:
+                await answer.write(msgspec.json.encode(value) + b"\n")
+            except ConnectionResetError:
+                return
+
+    try:
+        await tell({"result": await asyncio.shield(asyncio.ensure_future(work(tell)))})
+    except LazaretteError as error:
+        await tell({"error": _failure(error)})
+    except Exception:
+        log.exception("%s %s failed", call.request.method, call.request.path)
+        await tell({"error": _failure(InternalError("internal error, see the daemon's log"))})
+    await answer.write_eof()
+    return answer

@@ -1,0 +1,34 @@
+"""All routes of a daemon, in the order they are tried."""
+
+from __future__ import annotations
+
+from lazarette.runtime.api import containers, exec, images, system
+from lazarette.runtime.api.http import Route
+from lazarette.runtime.api.lazarette import ProtectionRoutes
+from lazarette.runtime.api.networks import NetworkRoutes
+from lazarette.runtime.api.volumes import VolumeRoutes
+from lazarette.runtime.containers.attachments import ContainerAttachments
+from lazarette.runtime.engine import Engine
+
+
+def all_routes(engine: Engine) -> list[Route]:
+    """The Engine API and ours."""
+
+    def referrers(volume: str) -> list[str]:
+        return [one.id for one in engine.containers.using_volume(volume)]
+
+    attachments = ContainerAttachments(engine.containers, engine.networks)
+    volumes = VolumeRoutes(engine.volumes, engine.containers, referrers, engine.events)
+    return [
+        *system.routes(
+            engine.containers, engine.images, engine.volumes, engine.networks, engine.id
+        ),
+        *containers.routes(engine.containers),
+        *exec.routes(engine.containers),
+        *images.routes(engine.images),
+        *NetworkRoutes(
+            engine.networks, ContainerAttachments(engine.containers, engine.networks)
+        ).routes(),
+        *volumes.routes(),
+        *ProtectionRoutes(engine.protection).routes(),
+    ]

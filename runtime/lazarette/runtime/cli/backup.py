@@ -1,0 +1,265 @@
+"""Commands for backups and restores."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from typing import cast
+
+import click
+
+from lazarette.backup.jobs.model import BackupJob, RestoreJob
+from lazarette.runtime.cli import local, output
+from lazarette.runtime.cli.client import Json
+from lazarette.runtime.cli.context import Session, json_option, pass_session
+from lazarette.runtime.cli.secrets import secret_options, store_access
+from lazarette.storage.errors import EXIT_FAULT, EXIT_OK, EXIT_WARNINGS, InvalidArgument, registry
+
+_NS = 1_000_000_000
+
+
+@click.group("backup")
+def backup() -> None:
+    """Back up volumes and folders."""
+
+
+@backup.command("run")
+@click.option("--repo", "repository", default="", help="Name of a repository the daemon knows.")
+@click.option("--label", "labels", multiple=True, help="KEY=VALUE")
+@json_option
+@click.argument("volumes", nargs=-1, required=True)
+@pass_session
+def run(
+    session: Session,
+    volumes: tuple[str, ...],
+    repository: str,
+    labels: tuple[str, ...],
+    as_json: bool,
+) -> int:
+    """Back up volumes as they are at one instant, while their containers run."""
+    body = {
+        "volumes": volumes,
+        "repository": repository,
+        "labels": {k: v for k, _, v in (item.partition("=") for item in labels)},
+    }
+    done = follow(session, "/backups", body, f"backup {' '.join(volumes)}", as_json)
+    runs = cast(list[Json], done["runs"])
+    if as_json:
+        output.write_json(runs)
+    else:
+        for one in runs:
+            _show_run(one)
+    return max(_exit_code(one) for one in runs)
+
+
+def follow(session: Session, path: str, body: object, title: str, as_json: bool) -> Json:
+    """Run long work in the daemon behind a progress bar; its result."""
+    with output.Bar(title, quiet=as_json) as bar:
+        for record in session.daemon.follow("POST", path, body):
+            if "result" in record:
+                return cast(Json, record["result"])
+            bar.show(record)
+    raise InvalidArgument(f"the daemon ended {title} without a result", hint="laz status")
+
+
+def _exit_code(run: Json) -> int:
+    outcome = run["outcome"]
+    if outcome == "ok":
+        return EXIT_OK
+    if outcome == "warnings":
+        return EXIT_WARNINGS
+    failure = cast(dict[str, object] | None, cast(Json, run["result"]).get("failure"))
+    kind = registry().get(cast(int, failure["code"])) if failure else None
+    return kind.exit_code if kind else EXIT_FAULT
+
+
+def _show_run(run: Json) -> None:
+    result = cast(dict[str, object], run["result"])
+    if run["outcome"] not in ("ok", "warnings"):
+        failure = cast(dict[str, str] | None, result.get("failure"))
+        output.write_error(
+            f"backup of {run['volume']} {run['outcome']}: "
+            f"{failure['message'] if failure else 'unknown'}",
+            failure.get("hint", "") if failure else "",
+        )
+        return
+    size = {
+        key: output.size_text(cast(int, result[key]))
+        for key in ("bytes_total", "bytes_read", "bytes_sent")
+    }
+    click.echo(
+        f"{run['volume']}@{str(run['snapshot'])[:12]}  {run['consistency']}-consistent, "
+        f"writers held {output.duration_text(cast(int, run['pause_ns']))}; "
+        f"volume {size['bytes_total']}, read {size['bytes_read']}, "
+        f"sent {size['bytes_sent']} in "
+        f"{output.duration_text(cast(int, result['duration_ns']))}"
+    )
+    for warning in cast(list[str], result["warnings"]):
+        click.echo(f"warning: {output.printable(warning)}", err=True)
+
+
+@backup.command("ls")
+@click.option("--repo", "repository", default="", help="A repository's name, or its URL.")
+@secret_options
+@json_option
+@click.argument("volume", required=False)
+@pass_session
+def ls(
+    session: Session,
+    volume: str | None,
+    repository: str,
+    key_file: str | None,
+    kit: str | None,
+    as_json: bool,
+) -> None:
+    """List restore points."""
+    if _is_url(repository):
+        from lazarette.runtime.protection.restores import encode_point
+
+        with local.opened(store_access(repository, key_file, kit)) as opened:
+            found: list[Json] = [encode_point(record) for record in opened.snapshots(volume)]
+    else:
+        found = session.daemon.ask_list("/backups", volume=volume or "", repository=repository)
+    if as_json:
+        output.write_json(found)
+        return
+    rows = []
+    for one in found:
+        stats = cast(dict[str, int], one["stats"])
+        rows.append(
+            (
+                f"{one['volume']}@{str(one['id'])[:12]}",
+                when(cast(int, one["time_ns"])),
+                str(one["consistency"]),
+                output.size_text(stats.get("bytes_total", 0)),
+                output.size_text(stats.get("bytes_read", 0)),
+                output.size_text(stats.get("bytes_sent", 0)),
+            )
+        )
+    output.write_table(("POINT", "TIME", "CONSISTENCY", "SIZE", "READ", "SENT"), rows)
+
+
+def when(ns: int) -> str:
+    """A wall-clock time for a person, with its zone."""
+    return f"{datetime.fromtimestamp(ns // _NS, UTC):%Y-%m-%d %H:%M:%SZ}" if ns else "never"
+
+
+def _is_url(text: str) -> bool:
+    return "://" in text or text.startswith(("/", "."))
+
+
+@backup.command("path")
+@click.option("--repo", "url", required=True, help="The repository's URL.")
+@click.option("--name", default=None, help="Name its snapshots carry; default: the path.")
+@click.option("--tag", "tags", multiple=True, help="KEY=VALUE")
+@secret_options
+@json_option
+@click.argument("folder", type=click.Path(exists=True, file_okay=False))
+def path(
+    folder: str,
+    url: str,
+    name: str | None,
+    tags: tuple[str, ...],
+    key_file: str | None,
+    kit: str | None,
+    as_json: bool,
+) -> int:
+    """Back up a folder; needs no daemon."""
+    import socket
+
+    root = os.path.abspath(folder)
+    job = BackupJob(
+        root=root,
+        volume=name or root,
+        host=socket.gethostname(),
+        base="latest",
+        labels={k: v for k, _, v in (item.partition("=") for item in tags)},
+    )
+    result = local.perform(job, store_access(url, key_file, kit), f"backup {root}", as_json)
+    if as_json:
+        output.write_json(result)
+    else:
+        click.echo(
+            f"{result.snapshot[:12]}  {output.size_text(result.bytes_total)} in "
+            f"{result.files} files, read {output.size_text(result.bytes_read)}, "
+            f"sent {output.size_text(result.bytes_sent)} in "
+            f"{output.duration_text(result.duration_ns)}"
+        )
+    return local.finish(result)
+
+
+@click.command("restore")
+@click.option("--repo", "repository", default="", help="A repository's name, or its URL.")
+@click.option("--as", "into", default="", help="Restore into a new volume of this name.")
+@click.option("--to", "folder", default=None, help="Restore into a folder; needs no daemon.")
+@click.option("--include", "paths", multiple=True, help="Only this path (repeatable).")
+@click.option("--in-place", is_flag=True, help="Change what is in the folder into the snapshot.")
+@secret_options
+@json_option
+@click.argument("point", metavar="VOLUME@POINT|SNAPSHOT")
+@pass_session
+def restore(
+    session: Session,
+    point: str,
+    repository: str,
+    into: str,
+    folder: str | None,
+    paths: tuple[str, ...],
+    in_place: bool,
+    key_file: str | None,
+    kit: str | None,
+    as_json: bool,
+) -> int:
+    """Bring back a volume (VOLUME@latest, VOLUME@ID, VOLUME@'TIME'), or a folder."""
+    if folder is not None:
+        return _restore_folder(
+            point, repository, folder, list(paths), in_place, (key_file, kit), as_json
+        )
+    volume, _, moment = point.partition("@")
+    body = {"volume": volume, "point": moment or "latest", "into": into, "repository": repository}
+    done = follow(session, "/restores", body, f"restore {volume}", as_json)
+    if as_json:
+        output.write_json(done)
+    elif done.get("safety"):
+        click.echo(
+            f"{done['volume']}: restored; undo with: "
+            f"laz volume rollback {done['volume']} {done['safety']}"
+        )
+    else:
+        click.echo(str(done["volume"]))
+    return _exit_code({"outcome": cast(Json, done["result"])["outcome"], "result": done["result"]})
+
+
+def _restore_folder(
+    point: str,
+    url: str,
+    folder: str,
+    paths: list[str],
+    in_place: bool,
+    secret: tuple[str | None, str | None],
+    as_json: bool,
+) -> int:
+    if not _is_url(url):
+        raise InvalidArgument("restore --to needs --repo URL")
+    access = store_access(url, *secret)
+    volume, _, moment = point.partition("@")
+    with local.opened(access) as opened:
+        if moment:
+            from lazarette.runtime.protection.restores import choose_point
+
+            snapshot = choose_point(opened.snapshots(volume), moment).id
+        else:
+            snapshot = opened.snapshot(point).id
+    job = RestoreJob(snapshot, os.path.abspath(folder), in_place, paths)
+    result = local.perform(job, access, f"restore to {folder}", as_json)
+    if as_json:
+        output.write_json(result)
+    else:
+        click.echo(
+            f"{snapshot[:12]}  {output.size_text(result.bytes_total)} in "
+            f"{output.duration_text(result.duration_ns)}"
+        )
+    return local.finish(result)
+
+
+COMMANDS = (backup, restore)

@@ -1,0 +1,141 @@
+"""The connection of the command line to a daemon.
+
+docker-py is the client: it knows unix sockets, TLS, ssh, streams and hijacking.  Calls
+under ``/lazarette/v1`` go through the same session.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import cast
+
+import docker
+import docker.errors
+import msgspec
+import requests
+
+from lazarette.runtime.config import DEFAULT_HOST
+from lazarette.storage.errors import InternalError, LazaretteError, Unavailable, registry
+
+Json = Mapping[str, object]
+
+_BY_STATUS = {400: 101, 401: 102, 403: 103, 404: 104, 409: 105, 501: 107, 503: 108, 507: 109}
+_TIMEOUT_S = 600
+
+
+class _Failure(msgspec.Struct):
+    message: str = ""
+    hint: str = ""
+    code: int = 0
+
+
+def default_host() -> str:
+    """``LAZ_HOST``, else ``DOCKER_HOST``, else the daemon's own default socket."""
+    return os.environ.get("LAZ_HOST") or os.environ.get("DOCKER_HOST") or DEFAULT_HOST
+
+
+def failure(body: bytes, status: int) -> LazaretteError:
+    """The error behind an answer of the daemon, of the class it was raised as there."""
+    try:
+        told = msgspec.json.decode(body, type=_Failure)
+    except msgspec.DecodeError:
+        told = _Failure(message=body.decode(errors="replace").strip() or f"HTTP status {status}")
+    kind = registry().get(told.code or _BY_STATUS.get(status, 111), InternalError)
+    error = LazaretteError.__new__(kind)
+    LazaretteError.__init__(error, told.message, hint=told.hint)
+    return error
+
+
+class Daemon(docker.APIClient):
+    """One daemon.
+
+    Args:
+        host: its address, ``unix://PATH``, ``tcp://HOST:PORT`` or ``ssh://…``.
+
+    Raises:
+        Unavailable: nobody listens there.
+    """
+
+    def __init__(self, host: str) -> None:
+        self.address = host
+        try:
+            super().__init__(base_url=host, version="1.44", timeout=_TIMEOUT_S, tls=_tls(host))
+        except docker.errors.DockerException as bad:
+            raise Unavailable(f"no daemon at {host}: {bad}", hint="start lazd") from bad
+
+    def call(self, method: str, path: str, body: object = None, **query: str) -> bytes:
+        """One call under ``/lazarette/v1``; the answer's body.
+
+        Raises:
+            LazaretteError: the error the daemon answered.
+            Unavailable: nobody listens.
+        """
+        with self._send(method, path, body, query, stream=False) as answer:
+            return cast(bytes, answer.content)
+
+    def ask(self, method: str, path: str, body: object = None, **query: str) -> Json:
+        """One call whose answer is a JSON object."""
+        raw = self.call(method, path, body, **query)
+        return msgspec.json.decode(raw or b"{}", type=dict[str, object])
+
+    def ask_list(self, path: str, **query: str) -> list[Json]:
+        """One GET whose answer is a JSON list of objects."""
+        found = msgspec.json.decode(
+            self.call("GET", path, None, **query), type=list[dict[str, object]]
+        )
+        return list(found)
+
+    def follow(self, method: str, path: str, body: object = None, **query: str) -> Iterator[Json]:
+        """A call that answers a JSON object a line; an ``error`` line is raised."""
+        with self._send(method, path, body, query, stream=True) as answer:
+            for line in answer.iter_lines(chunk_size=1):
+                if not line:
+                    continue
+                record = msgspec.json.decode(line, type=dict[str, object])
+                if "error" in record:
+                    raise failure(msgspec.json.encode(record["error"]), 500)
+                yield record
+
+    def _send(
+        self, method: str, path: str, body: object, query: Mapping[str, str], stream: bool
+    ) -> requests.Response:
+        data = None if body is None else msgspec.json.encode(body)
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        url = f"{self.base_url}/lazarette/v1{path}"
+        try:
+            answer = self.request(
+                method,
+                url,
+                data=data,
+                params=query,
+                headers=headers,
+                stream=stream,
+                timeout=_TIMEOUT_S,
+            )
+        except requests.exceptions.ConnectionError as gone:
+            raise unreachable(self.address) from gone
+        if answer.status_code >= 400:
+            with answer:
+                raise failure(answer.content, answer.status_code)
+        return answer
+
+
+def unreachable(host: str) -> Unavailable:
+    """The error for a daemon that does not answer."""
+    return Unavailable(
+        f"cannot connect to the daemon at {host}",
+        hint="start lazd, or name its socket with -H or LAZ_HOST",
+    )
+
+
+def _tls(host: str) -> docker.tls.TLSConfig | bool:
+    """Mutual TLS from ``DOCKER_TLS_VERIFY`` and ``DOCKER_CERT_PATH``, as docker reads them."""
+    if not host.startswith("tcp://") or not os.environ.get("DOCKER_TLS_VERIFY"):
+        return False
+    folder = os.environ.get("DOCKER_CERT_PATH") or os.path.expanduser("~/.docker")
+    return docker.tls.TLSConfig(
+        client_cert=(f"{folder}/cert.pem", f"{folder}/key.pem"),
+        ca_cert=f"{folder}/ca.pem",
+        verify=True,
+    )

@@ -1,0 +1,270 @@
+"""Commands for images and registries."""
+
+from __future__ import annotations
+
+import sys
+from typing import cast
+
+import click
+
+from lazarette.runtime.cli import output
+from lazarette.runtime.cli.client import Daemon, Json
+from lazarette.runtime.cli.context import Session, json_option, pass_session
+from lazarette.storage.errors import InternalError
+
+
+def _show_stream(lines: object, quiet: bool) -> None:
+    """Print a progress stream; an error in it is raised."""
+    for line in cast(list[dict[str, object]], lines):
+        if "error" in line:
+            raise InternalError(str(line["error"]))
+        if quiet:
+            continue
+        if "stream" in line:
+            click.echo(str(line["stream"]), nl=False)
+        elif line.get("status") and not line.get("progressDetail"):
+            where = f"{line['id']}: " if line.get("id") else ""
+            click.echo(f"{where}{line['status']}")
+
+
+def pull_image(daemon: Daemon, reference: str, *, quiet: bool) -> None:
+    """Pull an image, showing progress.
+
+    Raises:
+        InternalError: the registry has no such image, or refused.
+    """
+    name, tag = reference, None
+    if "@" not in reference and ":" not in reference.rpartition("/")[2]:
+        tag = "latest"
+    _show_stream(daemon.pull(name, tag=tag, stream=True, decode=True), quiet)
+
+
+@click.command("pull")
+@click.option("-q", "--quiet", is_flag=True)
+@click.argument("reference")
+@pass_session
+def pull(session: Session, reference: str, quiet: bool) -> None:
+    """Fetch an image from a registry."""
+    pull_image(session.daemon, reference, quiet=quiet)
+
+
+@click.command("push")
+@click.option("-q", "--quiet", is_flag=True)
+@click.argument("reference")
+@pass_session
+def push(session: Session, reference: str, quiet: bool) -> None:
+    """Send an image to a registry."""
+    _show_stream(session.daemon.push(reference, stream=True, decode=True), quiet)
+
+
+@click.command("images")
+@click.option("-a", "--all", "everything", is_flag=True)
+@click.option("-q", "--quiet", is_flag=True)
+@json_option
+@pass_session
+def images(session: Session, everything: bool, quiet: bool, as_json: bool) -> None:
+    """List images."""
+    found = cast(list[Json], session.daemon.images(all=everything))
+    if as_json:
+        output.write_json(found)
+    elif quiet:
+        for one in found:
+            click.echo(str(one["Id"]).removeprefix("sha256:")[:12])
+    else:
+        rows = []
+        for one in found:
+            for tag in cast(list[str], one["RepoTags"]) or ["<none>:<none>"]:
+                name, _, label = tag.rpartition(":")
+                rows.append(
+                    (
+                        name,
+                        label,
+                        str(one["Id"]).removeprefix("sha256:")[:12],
+                        output.size_text(cast(int, one["Size"])),
+                    )
+                )
+        output.write_table(("REPOSITORY", "TAG", "IMAGE ID", "SIZE"), rows)
+
+
+@click.command("rmi")
+@click.option("-f", "--force", is_flag=True)
+@click.argument("references", nargs=-1, required=True)
+@pass_session
+def rmi(session: Session, references: tuple[str, ...], force: bool) -> None:
+    """Remove images."""
+    for reference in references:
+        for line in session.daemon.remove_image(reference, force=force):
+            for kind, name in line.items():
+                click.echo(f"{kind}: {name}")
+
+
+@click.command("tag")
+@click.argument("source")
+@click.argument("target")
+@pass_session
+def tag(session: Session, source: str, target: str) -> None:
+    """Give an image another name."""
+    name, colon, label = target.rpartition(":")
+    if not colon or "/" in label:
+        name, label = target, "latest"
+    session.daemon.tag(source, name, label)
+
+
+@click.command("load")
+@click.option("-i", "--input", "path", default="-", help="File; - for standard input.")
+@click.option("-q", "--quiet", is_flag=True)
+@pass_session
+def load(session: Session, path: str, quiet: bool) -> None:
+    """Load images from an archive."""
+    with click.open_file(path, "rb") as source:
+        _show_stream(session.daemon.load_image(source, quiet=quiet), quiet=False)
+
+
+@click.command("save")
+@click.option("-o", "--output", "path", default="-", help="File; - for standard output.")
+@click.argument("reference")
+@pass_session
+def save(session: Session, reference: str, path: str) -> None:
+    """Write an image as an archive."""
+    with click.open_file(path, "wb") as out:
+        for chunk in session.daemon.get_image(reference):
+            out.write(chunk)
+
+
+@click.command("import")
+@click.option("-c", "--change", "changes", multiple=True, help="A Dockerfile instruction.")
+@click.argument("path")
+@click.argument("reference", required=False)
+@pass_session
+def import_(session: Session, path: str, reference: str | None, changes: tuple[str, ...]) -> None:
+    """Make an image of a root filesystem tar."""
+    name, _, label = (reference or "").partition(":")
+    query: list[tuple[str, str]] = [("fromSrc", "-"), ("repo", name), ("tag", label)]
+    query += [("changes", change) for change in changes]
+    daemon = session.daemon
+    source = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
+    with (
+        source,
+        daemon.post(
+            f"{daemon.base_url}/v{daemon.api_version}/images/create",
+            params=query,
+            data=source,
+            stream=True,
+        ) as answer,
+    ):
+        if answer.status_code >= 400:
+            from lazarette.runtime.cli.client import failure
+
+            raise failure(answer.content, answer.status_code)
+        import msgspec
+
+        _show_stream((msgspec.json.decode(line) for line in answer.iter_lines() if line), False)
+
+
+@click.command("history")
+@click.argument("reference")
+@json_option
+@pass_session
+def history(session: Session, reference: str, as_json: bool) -> None:
+    """Show how an image was made."""
+    found = session.daemon.history(reference)
+    if as_json:
+        output.write_json(found)
+    else:
+        output.write_table(
+            ("IMAGE", "CREATED BY", "SIZE"),
+            [
+                (
+                    str(one["Id"]).removeprefix("sha256:")[:12],
+                    str(one["CreatedBy"])[:60],
+                    output.size_text(int(one["Size"])),
+                )
+                for one in found
+            ],
+        )
+
+
+@click.command("commit")
+@click.option("-a", "--author", default="")
+@click.option("-m", "--message", default="")
+@click.option("-c", "--change", "changes", multiple=True)
+@click.argument("container")
+@click.argument("reference", required=False)
+@pass_session
+def commit(
+    session: Session,
+    container: str,
+    reference: str | None,
+    author: str,
+    message: str,
+    changes: tuple[str, ...],
+) -> None:
+    """Make an image of a container."""
+    name, _, label = (reference or "").partition(":")
+    made = session.daemon.commit(
+        container, name or None, label or None, message, author, changes=list(changes)
+    )
+    click.echo(made["Id"])
+
+
+@click.command("build", context_settings={"help_option_names": ["--help"]})
+@click.option("-t", "--tag", "tags", multiple=True)
+@click.option("-f", "--file", "dockerfile", default=None)
+@click.option("--build-arg", "args", multiple=True, help="NAME=VALUE")
+@click.option("--target", default=None)
+@click.option("--no-cache", is_flag=True)
+@click.option("--pull", "pull_base", is_flag=True)
+@click.option("-q", "--quiet", is_flag=True)
+@click.argument("context", default=".")
+@pass_session
+def build(
+    session: Session,
+    context: str,
+    tags: tuple[str, ...],
+    dockerfile: str | None,
+    args: tuple[str, ...],
+    target: str | None,
+    no_cache: bool,
+    pull_base: bool,
+    quiet: bool,
+) -> None:
+    """Make an image from a Dockerfile."""
+    given = {key: value for key, _, value in (item.partition("=") for item in args)}
+    daemon = session.daemon
+    _show_stream(
+        daemon.build(
+            path=context,
+            tag=tags[0] if tags else None,
+            dockerfile=dockerfile,
+            buildargs=given or None,
+            target=target or "",
+            nocache=no_cache,
+            pull=pull_base,
+            rm=True,
+            decode=True,
+            quiet=quiet,
+        ),
+        quiet,
+    )
+    for extra in tags[1:]:
+        name, _, label = extra.partition(":")
+        daemon.tag(tags[0], name, label or "latest")
+
+
+@click.command("login")
+@click.option("-u", "--username", required=True)
+@click.option("--password-stdin", is_flag=True, help="Read the password from standard input.")
+@click.argument("registry", default="")
+@pass_session
+def login(session: Session, registry: str, username: str, password_stdin: bool) -> None:
+    """Check credentials of a registry and keep them."""
+    password = (
+        sys.stdin.readline().rstrip("\n")
+        if password_stdin
+        else click.prompt("Password", hide_input=True)
+    )
+    session.daemon.login(username, password, registry=registry or None, reauth=True)
+    click.echo("Login Succeeded")
+
+
+COMMANDS = (pull, push, images, rmi, tag, load, save, import_, history, commit, build)

@@ -1,0 +1,95 @@
+"""``laz``: the command line, thin over the daemon's API and the backup library."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+
+import click
+import docker.errors
+import requests
+
+from lazarette.runtime.cli import (
+    backup,
+    client,
+    containers,
+    images,
+    networks,
+    output,
+    policies,
+    recovery,
+    repositories,
+    system,
+    volumes,
+)
+from lazarette.runtime.cli.context import Session
+from lazarette.storage.errors import EXIT_FAULT, EXIT_USAGE, LazaretteError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("-H", "--host", default=None, help="The daemon's address (LAZ_HOST, DOCKER_HOST).")
+@click.version_option(package_name="lazarette")
+@click.pass_context
+def laz(context: click.Context, host: str | None) -> None:
+    """Container volumes that protect themselves."""
+    context.obj = Session(host or client.default_host())
+
+
+for _group in (
+    containers,
+    images,
+    volumes,
+    networks,
+    system,
+    backup,
+    repositories,
+    policies,
+    recovery,
+):
+    for _command in _group.COMMANDS:
+        laz.add_command(_command)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command line and exit with its code; no traceback reaches a person."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run a command line; its exit code."""
+    try:
+        code = laz.main(args=list(argv), prog_name="laz", standalone_mode=False)
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.Abort:
+        output.write_error("interrupted", "")
+        return 130
+    except click.ClickException as bad:
+        bad.show()
+        return EXIT_USAGE
+    except LazaretteError as error:
+        output.write_error(error.message, error.hint)
+        return error.exit_code
+    except docker.errors.APIError as error:
+        return _api_error(error)
+    except requests.exceptions.ConnectionError:
+        error_ = client.unreachable(client.default_host())
+        output.write_error(error_.message, error_.hint)
+        return error_.exit_code
+    except (docker.errors.DockerException, OSError) as error:
+        output.write_error(str(error), "")
+        return EXIT_FAULT
+    return code if isinstance(code, int) else 0
+
+
+def _api_error(error: docker.errors.APIError) -> int:
+    """An error of the Engine's own routes, told as our own are."""
+    answer = error.response
+    if answer is None:
+        output.write_error(str(error.explanation or error), "")
+        return EXIT_FAULT
+    told = client.failure(answer.content, answer.status_code)
+    output.write_error(told.message or str(error.explanation), told.hint)
+    return told.exit_code

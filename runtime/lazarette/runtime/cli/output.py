@@ -1,0 +1,107 @@
+"""How the command line speaks: tables, sizes, progress, JSON, one line for an error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_NS = 1_000_000_000
+
+
+def size_text(size: int) -> str:
+    """A size in bytes for a person: ``1.5 GiB``."""
+    value = float(size)
+    for unit in _UNITS:
+        if abs(value) < 1024 or unit == _UNITS[-1]:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")
+
+
+def duration_text(ns: int) -> str:
+    """A duration for a person: ``3.2 ms``, ``1.4 s``, ``2 min 5 s``."""
+    if ns < _NS:
+        return f"{ns / 1e6:.1f} ms"
+    if ns < 60 * _NS:
+        return f"{ns / _NS:.1f} s"
+    minutes, rest = divmod(ns // _NS, 60)
+    return f"{minutes} min {rest} s"
+
+
+def printable(text: str) -> str:
+    """Text without control characters, so that a file name cannot steer a terminal (A1)."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def name_text(name: bytes) -> str:
+    """A file name for a person: undecodable and control bytes are escaped."""
+    return printable(name.decode("utf-8", "backslashreplace"))
+
+
+def write_json(value: object) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
+
+
+def write_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Columns padded to their widest cell, as docker prints them."""
+    lines = [list(heads), *[[printable(cell) for cell in row] for row in rows]]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        sys.stdout.write("   ".join(cells).rstrip() + "\n")
+
+
+def write_error(message: str, hint: str) -> None:
+    """One line for what failed, one for what to do next, on standard error."""
+    sys.stderr.write(f"laz: {printable(message)}\n")
+    if hint:
+        sys.stderr.write(f"hint: {printable(hint)}\n")
+
+
+class Bar:
+    """A progress bar with rate and time left; silent when nobody watches.
+
+    Args:
+        title: what is being done.
+        quiet: never draw (``--json``).
+    """
+
+    def __init__(self, title: str, quiet: bool = False) -> None:
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=quiet or not console.is_terminal,
+        )
+        self._task = self._progress.add_task(title, total=None)
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, record: Mapping[str, object]) -> None:
+        """Move to what a progress record says (``done`` and ``total`` bytes)."""
+        done, total = record.get("done"), record.get("total")
+        if isinstance(done, int) and isinstance(total, int):
+            self._progress.update(self._task, completed=done, total=max(total, done) or None)

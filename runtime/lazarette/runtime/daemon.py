@@ -1,0 +1,194 @@
+"""``lazd``: the daemon.
+
+Killed or stopped, it leaves containers, mounts and jobs as they are and finds them again
+at its next start; ``--stop-containers`` or ``POST /lazarette/v1/shutdown`` ends them too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import signal
+import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import click
+from aiohttp import web
+
+from lazarette.runtime.api.http import Api, Call, Route, empty
+from lazarette.runtime.api.routes import all_routes
+from lazarette.runtime.api.server import TlsFiles, serve
+from lazarette.runtime.config import (
+    DEFAULT_DATA_ROOT,
+    DEFAULT_EXEC_ROOT,
+    DEFAULT_HOST,
+    Config,
+)
+from lazarette.runtime.engine import Engine
+from lazarette.storage.clock import SystemClock
+from lazarette.storage.errors import Conflict, InvalidArgument, LazaretteError, NotRoot
+
+log = logging.getLogger("lazarette")
+
+_CONFIG_KEYS = ("volume_driver", "layer_driver", "runtime", "bridge")
+_CONFIG_LISTS = ("insecure_registries", "registry_mirrors", "labels")
+
+
+class AlreadyRunning(Conflict):
+    """Another daemon holds the data root."""
+
+    number = 373
+    exit_code = 52
+
+
+@click.command()
+@click.option(
+    "--data-root",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_DATA_ROOT,
+    show_default=True,
+    help="What survives a reboot.",
+)
+@click.option(
+    "--exec-root",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_EXEC_ROOT,
+    show_default=True,
+    help="What does not.",
+)
+@click.option("-H", "--host", "hosts", multiple=True, help="unix://PATH or tcp://HOST:PORT")
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    help="TOML file of settings.",
+)
+@click.option("--bridge", default=None, help="Name of the default bridge.")
+@click.option("--tlscacert", default=None, help="Clients must have a certificate of this CA.")
+@click.option("--tlscert", default=None)
+@click.option("--tlskey", default=None)
+@click.option("--stop-containers", is_flag=True, help="Stop the containers at the end.")
+@click.option("--debug", is_flag=True)
+def lazd(
+    data_root: Path,
+    exec_root: Path,
+    hosts: tuple[str, ...],
+    config_file: Path | None,
+    bridge: str | None,
+    tlscacert: str | None,
+    tlscert: str | None,
+    tlskey: str | None,
+    stop_containers: bool,
+    debug: bool,
+) -> None:
+    """The Lazarette daemon."""
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    for noisy in ("botocore", "boto3", "urllib3", "asyncio", "apscheduler", "pyroute2"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if os.geteuid() != 0:
+        raise NotRoot("lazd needs root", hint="run it as root")
+    config = Config(
+        data_root=data_root.absolute(),
+        exec_root=exec_root.absolute(),
+        hosts=hosts or (DEFAULT_HOST,),
+    )
+    if config_file is not None:
+        config = with_file(config, config_file)
+    if bridge is not None:
+        config = replace(config, bridge=bridge)
+    tls = (
+        TlsFiles(Path(tlscert), Path(tlskey), Path(tlscacert))
+        if tlscacert and tlscert and tlskey
+        else None
+    )
+    with _only_one(config.data_root):
+        asyncio.run(_run(config, tls, stop_containers))
+
+
+def with_file(config: Config, path: Path) -> Config:
+    """Settings of a TOML file over those of the command line's defaults.
+
+    Raises:
+        InvalidArgument: it cannot be read, or has an unknown key.
+    """
+    try:
+        given = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as bad:
+        raise InvalidArgument(f"config file {path} cannot be read: {bad}") from bad
+    for key, value in given.items():
+        if key in _CONFIG_KEYS and isinstance(value, str):
+            config = replace(config, **{key: value})  # type: ignore[arg-type]
+        elif key in _CONFIG_LISTS and isinstance(value, list):
+            config = replace(config, **{key: tuple(map(str, value))})  # type: ignore[arg-type]
+        else:
+            raise InvalidArgument(
+                f"config file {path}: unknown key {key} or wrong type",
+                hint=f"known keys: {', '.join(_CONFIG_KEYS + _CONFIG_LISTS)}",
+            )
+    return config
+
+
+@contextmanager
+def _only_one(data_root: Path) -> Iterator[None]:
+    data_root.mkdir(parents=True, exist_ok=True, mode=0o711)
+    lock = os.open(data_root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as held:
+        raise AlreadyRunning(
+            f"another daemon uses {data_root}", hint="give this one its own --data-root"
+        ) from held
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+async def _run(config: Config, tls: TlsFiles | None, stop_containers: bool) -> None:
+    ended = asyncio.Event()
+    shutdown = stop_containers
+
+    async def end_all(call: Call) -> web.StreamResponse:
+        nonlocal shutdown
+        shutdown = True
+        ended.set()
+        return empty(202)
+
+    engine = Engine(config, SystemClock())
+    await engine.start()
+    routes = [*all_routes(engine), Route("POST", "/lazarette/v1/shutdown", end_all)]
+    server = await serve(config.hosts, Api(routes), tls)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    log.info("listening on %s", ", ".join(config.hosts))
+    await ended.wait()
+    await server.close()
+    await engine.stop(shutdown)
+
+
+def main() -> None:
+    """Run the daemon; no traceback reaches a person."""
+    try:
+        lazd.main(standalone_mode=False)
+    except click.ClickException as bad:
+        bad.show()
+        sys.exit(2)
+    except click.Abort:
+        sys.exit(130)
+    except LazaretteError as error:
+        sys.stderr.write(f"lazd: {error.message}\n")
+        if error.hint:
+            sys.stderr.write(f"hint: {error.hint}\n")
+        sys.exit(error.exit_code)

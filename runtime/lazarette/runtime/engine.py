@@ -1,0 +1,174 @@
+"""The engine: the only place that wires drivers, stores, services and the clock."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from lazarette.runtime.config import Config
+from lazarette.runtime.containers import recover
+from lazarette.runtime.containers.manager import ContainerManager
+from lazarette.runtime.containers.networking import Networking
+from lazarette.runtime.events import EventBus
+from lazarette.runtime.hands import EngineHands, StoreArchives
+from lazarette.runtime.images.store import ImageStore
+from lazarette.runtime.networks.manager import NetworkManager
+from lazarette.runtime.protection.backups import BackupService
+from lazarette.runtime.protection.describe import Describer
+from lazarette.runtime.protection.images import ImageKeep
+from lazarette.runtime.protection.jobs import JobRunner
+from lazarette.runtime.protection.policies import PolicyBook
+from lazarette.runtime.protection.recovery import HostRecovery
+from lazarette.runtime.protection.repositories import RepositoryBook
+from lazarette.runtime.protection.restores import RestoreService
+from lazarette.runtime.protection.runs import RunBook
+from lazarette.runtime.protection.service import Protection
+from lazarette.storage.clock import Clock
+from lazarette.storage.files import write_atomic
+from lazarette.storage.layers.overlay import OverlayLayerDriver
+from lazarette.storage.state import State
+from lazarette.storage.volumes.bind import BindVolumeDriver
+from lazarette.storage.volumes.btrfs import BtrfsVolumeDriver
+from lazarette.storage.volumes.contract import VolumeDriver
+from lazarette.storage.volumes.manager import VolumeManager
+from lazarette.storage.volumes.tmpfs import TmpfsVolumeDriver
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """All services of one daemon; made by :meth:`start`, ended by :meth:`stop`.
+
+    Args:
+        config: where it keeps things.
+        clock: time.
+
+    Attributes:
+        id: of this engine, for ever.
+    """
+
+    def __init__(self, config: Config, clock: Clock) -> None:
+        for folder in (config.data_root, config.exec_root):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o711)
+        self.config = config
+        self.clock = clock
+        self.state = State(config.state_file)
+        config.state_file.chmod(0o600)
+        self.id = _identity(config.data_root / "engine-id")
+        self.events = EventBus(clock)
+        self._make_storage()
+        self._make_runtime()
+        self._make_protection()
+
+    def _make_storage(self) -> None:
+        config = self.config
+        self.layers = OverlayLayerDriver(config.data_root / "layers", self.clock)
+        root = config.data_root / "volumes"
+        drivers: dict[str, VolumeDriver] = {
+            "btrfs": BtrfsVolumeDriver(root / "btrfs", self.clock),
+            "tmpfs": TmpfsVolumeDriver(root / "tmpfs", self.clock),
+            "bind": BindVolumeDriver(root / "bind", self.clock),
+        }
+        self.volumes = VolumeManager(self.state, drivers, self.clock, "btrfs")
+
+    def _make_runtime(self) -> None:
+        config = self.config
+        self.images = ImageStore(
+            config.data_root / "images", self.layers, self.state, self.events, self.clock
+        )
+        self.networks = NetworkManager(
+            self.state, config.exec_root, config.bridge, self.events, self.clock
+        )
+        self.containers = ContainerManager(
+            config,
+            self.state,
+            self.images,
+            self.layers,
+            self.volumes,
+            Networking(self.networks),
+            self.events,
+            self.clock,
+        )
+
+    def _make_protection(self) -> None:
+        root = self.config.data_root
+        jobs = JobRunner(root / "jobs")
+        repositories = RepositoryBook(root / "repositories", root / "cache", self.clock)
+        policies = PolicyBook(self.state, self.volumes, self.clock)
+        keep = ImageKeep(
+            StoreArchives(self.images), repositories, jobs, self.config.exec_root / "images"
+        )
+        describer = Describer(self.volumes, self.containers, self.networks, policies)
+        backups = BackupService(
+            self.volumes,
+            self.containers,
+            repositories,
+            RunBook(self.state, self.clock),
+            jobs,
+            describer,
+            keep,
+            self.config.exec_root / "changes",
+            self.events,
+            self.clock,
+        )
+        restores = RestoreService(self.volumes, repositories, jobs, self.state)
+        hands = EngineHands(self.images, keep, self.networks, self.containers)
+        recovery = HostRecovery(repositories, restores, self.volumes, hands)
+        self.protection = Protection(
+            self.volumes, repositories, backups, restores, policies, recovery, jobs
+        )
+
+    async def start(self) -> None:
+        """Repair what an earlier daemon left, find its containers, follow the policies."""
+        await asyncio.to_thread(self.layers.recover)
+        await asyncio.to_thread(self.volumes.recover)
+        await asyncio.to_thread(self.images.recover)
+        running = recover.load(self.containers)
+        await asyncio.to_thread(self.networks.recover, running)
+        await recover.resume(self.containers)
+        await self.protection.start()
+
+    async def stop(self, shutdown: bool) -> None:
+        """Let go of everything; containers go on unless ``shutdown`` is asked for.
+
+        Args:
+            shutdown: stop all containers (their timeout honoured), unmount volumes and
+                pools, take networks down.
+        """
+        async with AsyncExitStack() as ending:
+            ending.callback(self.state.close)
+            if shutdown:
+                ending.push_async_callback(self._unmount)
+            ending.callback(self.networks.close)
+            ending.push_async_callback(self.containers.close)
+            if shutdown:
+                ending.push_async_callback(self._stop_containers)
+            ending.push_async_callback(self.protection.stop)
+
+    async def _stop_containers(self) -> None:
+        running = [one for one in self.containers.all() if one.state.running]
+        stopped = await asyncio.gather(
+            *(self.containers.lifecycle.stop(one) for one in running), return_exceptions=True
+        )
+        for one, fault in zip(running, stopped, strict=True):
+            if isinstance(fault, BaseException):
+                log.error("container %s does not stop: %s", one.name, fault)
+
+    async def _unmount(self) -> None:
+        await asyncio.to_thread(self._unmount_all)
+
+    def _unmount_all(self) -> None:
+        for volume in self.volumes.list():
+            self.volumes.driver(volume.driver).unmount(volume.name)
+        for driver in self.volumes.drivers.values():
+            driver.close()
+
+
+def _identity(path: Path) -> str:
+    """The engine's id: made at its first start, 36 characters as Docker's."""
+    if not path.exists():
+        write_atomic(path, str(uuid.uuid4()).encode(), 0o644)
+    return path.read_text()

@@ -1,0 +1,1 @@
+"""Volumes kept safe: repositories, backup and restore runs, policies, host recovery."""

@@ -1,0 +1,286 @@
+"""Backups of volumes: snapshot at one instant, then a job that ships what changed.
+
+A run goes through these steps, each recorded before the next, so that a daemon killed in
+between knows at its next start what to undo or to wait for::
+
+    begin ──▶ snapshot (writers held for an instant) ──▶ job ──▶ end
+                                                          │
+               the snapshot of a good run is kept as the base of the next one, so that
+               only what changed since is read; the one before it is deleted
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from lazarette.backup.jobs.changelog import write_changes
+from lazarette.backup.jobs.model import BackupJob, Failure, Progress, Request, Result
+from lazarette.runtime.events import EventBus
+from lazarette.runtime.protection.definitions import Definitions
+from lazarette.runtime.protection.jobs import JobRunner
+from lazarette.runtime.protection.repositories import RepositoryBook
+from lazarette.runtime.protection.runs import Run, RunBook
+from lazarette.storage.changes import ChangesUnknown
+from lazarette.storage.clock import Clock
+from lazarette.storage.errors import Conflict, LazaretteError
+from lazarette.storage.volumes.contract import SnapshotInfo, SnapshotKind, WriteGate
+from lazarette.storage.volumes.manager import VolumeManager
+
+log = logging.getLogger(__name__)
+
+LOCAL_PREFIX = "backup-"
+Show = Callable[[str, Progress], None]
+
+
+class BackupRunning(Conflict):
+    """A backup of the volume is under way."""
+
+    number = 371
+    exit_code = 51
+
+
+class Writers(Protocol):
+    """Who writes volumes: the containers."""
+
+    def gate_for(self, volumes: Sequence[str]) -> WriteGate:
+        """A gate that holds every container using one of the volumes."""
+        ...
+
+
+class Describes(Protocol):
+    """Knows what belongs to a volume."""
+
+    def of_volume(self, name: str) -> Definitions:
+        """Definitions of the volume, its containers and networks."""
+        ...
+
+
+class KeepsImages(Protocol):
+    """Stores images beside the volumes."""
+
+    async def keep(self, image_id: str, names: list[str], repository: str) -> None:
+        """Store an image unless the repository has it."""
+        ...
+
+
+class BackupService:
+    """Runs backups.
+
+    Args:
+        volumes: the volumes.
+        writers: holds those who write them.
+        repositories: where to.
+        runs: the record.
+        jobs: starts the processes.
+        describer: definitions to keep with a volume's data.
+        keep: stores the images its containers are made of.
+        scratch: folder for change records.
+        events: told about every run.
+        clock: time.
+    """
+
+    def __init__(
+        self,
+        volumes: VolumeManager,
+        writers: Writers,
+        repositories: RepositoryBook,
+        runs: RunBook,
+        jobs: JobRunner,
+        describer: Describes,
+        keep: KeepsImages,
+        scratch: Path,
+        events: EventBus,
+        clock: Clock,
+    ) -> None:
+        self._volumes = volumes
+        self._writers = writers
+        self._repositories = repositories
+        self.runs = runs
+        self._jobs = jobs
+        self._describer = describer
+        self._keep = keep
+        self._scratch = scratch
+        self._events = events
+        self._clock = clock
+        self._busy: set[str] = set()
+        self._adopted: set[asyncio.Task[None]] = set()
+        scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    async def run(
+        self,
+        volumes: Sequence[str],
+        *,
+        repository: str = "",
+        trigger: str = "manual",
+        labels: dict[str, str] | None = None,
+        show: Show = lambda volume, progress: None,
+    ) -> list[Run]:
+        """Back up volumes as they are at one instant; returns when all jobs have ended.
+
+        Raises:
+            VolumeNotFound: one of them does not exist.
+            RepositoryUnknown: no such repository.
+            BackupRunning: one of them is being backed up.
+        """
+        known = self._repositories.get(repository)
+        for volume in volumes:
+            self._volumes.get(volume)
+        with self._claim(volumes):
+            group = secrets.token_hex(8)
+            local = LOCAL_PREFIX + group
+            ids = {volume: secrets.token_hex(16) for volume in volumes}
+            for volume, run_id in ids.items():
+                self.runs.begin(run_id, volume, known.name, trigger, local)
+            try:
+                taken = await asyncio.to_thread(self._snapshot, volumes, local)
+            except LazaretteError as error:
+                for run_id in ids.values():
+                    await self._finish(run_id, _failed(error))
+                raise
+            for volume, info in taken.items():
+                self.runs.snapshot_taken(
+                    ids[volume], info.pause_ns, info.created_ns, consistency(info)
+                )
+            await asyncio.gather(
+                *(self._ship(ids[volume], labels or {}, show) for volume in volumes)
+            )
+        return [run for run_id in ids.values() if (run := self.runs.get(run_id)) is not None]
+
+    async def recover(self) -> None:
+        """Take up the runs an earlier daemon left: wait for living jobs, undo the rest."""
+        for run in self.runs.unfinished():
+            job = self._jobs.find(run.id)
+            if job is None:
+                gone = Failure(111, "the daemon ended before the backup's job began")
+                await self._finish(run.id, Result("failed", failure=gone))
+            else:
+                self._busy.add(run.volume)
+                task = asyncio.create_task(self._take_up(run))
+                self._adopted.add(task)
+                task.add_done_callback(self._adopted.discard)
+
+    async def _take_up(self, run: Run) -> None:
+        job = self._jobs.find(run.id)
+        assert job is not None
+        try:
+            await self._finish(run.id, await self._jobs.watch(job, lambda progress: None))
+        finally:
+            self._busy.discard(run.volume)
+
+    def _claim(self, volumes: Sequence[str]) -> ExitStack:
+        held = ExitStack()
+        for volume in volumes:
+            if volume in self._busy:
+                held.close()
+                raise BackupRunning(
+                    f"a backup of {volume} is running", hint="wait for it: laz backup ls"
+                )
+            self._busy.add(volume)
+            held.callback(self._busy.discard, volume)
+        return held
+
+    def _snapshot(self, volumes: Sequence[str], local: str) -> dict[str, SnapshotInfo]:
+        gate = self._writers.gate_for(volumes)
+        return self._volumes.snapshot(volumes, gate, local)
+
+    async def _ship(self, run_id: str, labels: dict[str, str], show: Show) -> None:
+        run = self.runs.get(run_id)
+        assert run is not None
+        try:
+            definitions = self._describer.of_volume(run.volume)
+            for container in definitions.containers:
+                await self._keep.keep(container.image_id, [container.image], run.repository)
+            request = await asyncio.to_thread(self._request, run, labels, definitions)
+            job = self._jobs.start(run.id, request)
+            result = await self._jobs.watch(job, lambda progress: show(run.volume, progress))
+        except LazaretteError as error:
+            result = _failed(error)
+        await self._finish(run.id, result)
+
+    def _request(self, run: Run, labels: dict[str, str], definitions: Definitions) -> Request:
+        view = self._volumes.view(run.volume, run.local)
+        base, changes = self._changes(run)
+        job = BackupJob(
+            root=str(view),
+            volume=run.volume,
+            host=socket.gethostname(),
+            base=base,
+            changes=changes,
+            instant_ns=run.instant_ns,
+            consistency=run.consistency,
+            labels=labels,
+            meta=definitions.text(),
+        )
+        access = self._repositories.get(run.repository).access
+        return Request(job, access, str(self._repositories.cache))
+
+    def _changes(self, run: Run) -> tuple[str, str]:
+        """The newest held base, and a file of what changed since; empty when unknown."""
+        for base in self.runs.bases(run.volume, run.repository):
+            path = self._scratch / f"{run.id}.changes"
+            try:
+                write_changes(path, self._volumes.changes(run.volume, base.local, run.local))
+            except (ChangesUnknown, LazaretteError) as error:
+                log.warning(
+                    "changes of %s since %s: %s; comparing everything",
+                    run.volume,
+                    base.local,
+                    error,
+                )
+                path.unlink(missing_ok=True)
+                return base.snapshot, ""
+            return base.snapshot, str(path)
+        return "", ""
+
+    async def _finish(self, run_id: str, result: Result) -> None:
+        self.runs.end(run_id, result)
+        await asyncio.to_thread(self._tidy, run_id)
+        run = self.runs.get(run_id)
+        assert run is not None
+        self._events.publish(
+            "backup",
+            run.outcome,
+            run.volume,
+            {"repository": run.repository, "snapshot": run.snapshot, "trigger": run.trigger},
+        )
+
+    def _tidy(self, run_id: str) -> None:
+        """Let go of what a finished run no longer needs; repeatable."""
+        run = self.runs.get(run_id)
+        assert run is not None
+        (self._scratch / f"{run.id}.changes").unlink(missing_ok=True)
+        with suppress(LazaretteError):
+            self._volumes.release_view(run.volume, run.local)
+        held = self.runs.bases(run.volume, run.repository)
+        stale = [old for old in held if old.id != run.id] if run.base_held else [run]
+        for old in stale:
+            try:
+                self._volumes.delete_snapshot(old.volume, old.local)
+            except LazaretteError as error:
+                log.warning("snapshot %s@%s is left: %s", old.volume, old.local, error)
+                continue
+            self.runs.release_base(old.id)
+        self._jobs.discard(run.id)
+
+
+def consistency(info: SnapshotInfo) -> str:
+    """What a snapshot may be called: one instant is ``crash`` consistent, else nothing is."""
+    return "none" if info.kind is SnapshotKind.UNSAFE else "crash"
+
+
+def _failed(error: LazaretteError) -> Result:
+    return Result("failed", failure=Failure(type(error).number, error.message, error.hint))
+
+
+def encode_run(run: Run) -> dict[str, object]:
+    """A run as the API shows it."""
+    return dict(msgspec.to_builtins(run))

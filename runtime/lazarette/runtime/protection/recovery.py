@@ -1,0 +1,241 @@
+"""A host from a bucket: volumes first, then networks, then the containers on them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Literal, Protocol, TypeVar
+
+import msgspec
+
+from lazarette.backup.jobs.model import StoreAccess
+from lazarette.backup.repository.snapshots import SnapshotRecord
+from lazarette.runtime.networks.model import NetworkSpec
+from lazarette.runtime.protection.definitions import (
+    ContainerDefinition,
+    Definitions,
+)
+from lazarette.runtime.protection.images import PREFIX as IMAGE_PREFIX
+from lazarette.runtime.protection.repositories import RepositoryBook
+from lazarette.runtime.protection.restores import RestoreService
+from lazarette.storage.errors import LazaretteError, VolumeNotFound
+from lazarette.storage.volumes.manager import VolumeManager
+
+Tell = Callable[[object], Awaitable[None]]
+_DEPENDS_ON = "com.docker.compose.depends_on"
+_SERVICE = "com.docker.compose.service"
+
+
+class Hands(Protocol):
+    """What recovery needs of the engine."""
+
+    async def has_container(self, name: str) -> bool:
+        """Whether a container of that name is there."""
+        ...
+
+    async def bring_network(self, network: NetworkSpec) -> None:
+        """Make a network unless it is there."""
+        ...
+
+    async def bring_image(self, reference: str, image_id: str, repository: str) -> None:
+        """Make an image available, from this host, the repository or a registry.
+
+        Raises:
+            NotFound: it is nowhere.
+        """
+        ...
+
+    async def bring_container(self, container: ContainerDefinition) -> str:
+        """Make a container of its definition; its id."""
+        ...
+
+    async def start_container(self, container_id: str) -> None:
+        """Start it."""
+        ...
+
+
+class Item(msgspec.Struct):
+    """One thing that comes back, or does not.
+
+    Attributes:
+        kind: ``volume``, ``network`` or ``container``.
+        name: of it.
+        point: the restore point it comes from.
+        result: ``planned``, ``restored``, ``started``, ``exists`` or why it failed.
+        good: nothing is left to do by hand.
+    """
+
+    kind: Literal["volume", "network", "container"]
+    name: str
+    point: str
+    result: str = "planned"
+    good: bool = True
+
+
+class Report(msgspec.Struct):
+    """How a recovery ended: ``ok``, or ``warnings`` when an item is not good."""
+
+    outcome: Literal["ok", "warnings"]
+    items: list[Item]
+
+
+class HostRecovery:
+    """Brings hosts back.
+
+    Args:
+        repositories: comes to know the bucket.
+        restores: fills volumes.
+        volumes: what is there already.
+        hands: makes networks and containers.
+    """
+
+    def __init__(
+        self,
+        repositories: RepositoryBook,
+        restores: RestoreService,
+        volumes: VolumeManager,
+        hands: Hands,
+    ) -> None:
+        self._repositories = repositories
+        self._restores = restores
+        self._volumes = volumes
+        self._hands = hands
+
+    async def recover(
+        self,
+        access: StoreAccess,
+        *,
+        name: str = "",
+        volumes: Sequence[str] = (),
+        start: bool = True,
+        dry_run: bool = False,
+        tell: Tell,
+    ) -> Report:
+        """Bring back the newest point of each volume, and what belongs to it.
+
+        What exists already is left alone and said so.
+
+        Raises:
+            Unauthenticated: credentials or kit are wrong.
+            WrongStore: there is no such bucket.
+        """
+        known = await asyncio.to_thread(self._repositories.adopt, name, access)
+        newest = newest_points(await self._restores.points(None, known.name), volumes)
+        definitions = [Definitions.parse(record.meta) for record in newest]
+        items = [await self._volume(record, known.name, dry_run, tell) for record in newest]
+        for network in unique(one for found in definitions for one in found.networks):
+            items.append(await self._network(network, dry_run))
+        containers = unique(one for found in definitions for one in found.containers)
+        for container in in_order(containers):
+            items.append(await self._container(container, known.name, start, dry_run))
+        return Report("ok" if all(item.good for item in items) else "warnings", items)
+
+    async def _volume(
+        self, record: SnapshotRecord, repository: str, dry_run: bool, tell: Tell
+    ) -> Item:
+        item = Item("volume", record.volume, record.id[:12])
+        try:
+            self._volumes.get(record.volume)
+        except VolumeNotFound:
+            pass
+        else:
+            item.result, item.good = "exists, left as it is", False
+            return item
+        if dry_run:
+            return item
+        await tell({"phase": f"volume {record.volume}"})
+        try:
+            done = await self._restores.restore(record.volume, record.id, repository=repository)
+        except LazaretteError as error:
+            item.result, item.good = error.message, False
+            return item
+        item.good = done.result.outcome == "ok"
+        item.result = "restored" if item.good else done.result.outcome
+        if done.result.failure is not None:
+            item.result = done.result.failure.message
+        return item
+
+    async def _network(self, network: NetworkSpec, dry_run: bool) -> Item:
+        item = Item("network", network.name, "")
+        if dry_run:
+            return item
+        try:
+            await self._hands.bring_network(network)
+        except LazaretteError as error:
+            item.result, item.good = error.message, False
+        else:
+            item.result = "restored"
+        return item
+
+    async def _container(
+        self, container: ContainerDefinition, repository: str, start: bool, dry_run: bool
+    ) -> Item:
+        item = Item("container", container.name, "")
+        if await self._hands.has_container(container.name):
+            item.result, item.good = "exists, left as it is", False
+            return item
+        if dry_run:
+            return item
+        try:
+            await self._hands.bring_image(container.image, container.image_id, repository)
+            made = await self._hands.bring_container(container)
+            item.result = "restored"
+            if start and container.running:
+                await self._hands.start_container(made)
+                item.result = "started"
+        except LazaretteError as error:
+            item.result, item.good = error.message, False
+        return item
+
+
+def newest_points(
+    records: Sequence[SnapshotRecord], volumes: Sequence[str] = ()
+) -> list[SnapshotRecord]:
+    """The newest snapshot of each volume, by name; only of ``volumes`` when given.
+
+    Folders backed up by hand (named by their path) and images are no volumes.
+    """
+    newest: dict[str, SnapshotRecord] = {}
+    for record in records:
+        if _is_volume(record.volume) and (not volumes or record.volume in volumes):
+            newest[record.volume] = record
+    return [newest[name] for name in sorted(newest)]
+
+
+def _is_volume(name: str) -> bool:
+    return not name.startswith(("/", IMAGE_PREFIX))
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+T = TypeVar("T", bound=_Named)
+
+
+def unique(found: Iterable[T]) -> list[T]:
+    """The last of each name, in order of their first."""
+    return list({one.name: one for one in found}.values())
+
+
+def in_order(containers: Sequence[ContainerDefinition]) -> list[ContainerDefinition]:
+    """Containers after those they depend on, by compose's labels; others as given."""
+    services = {
+        container.config.labels.get(_SERVICE, container.name): container for container in containers
+    }
+    ordered: dict[str, ContainerDefinition] = {}
+
+    def place(container: ContainerDefinition, above: frozenset[str]) -> None:
+        if container.name in ordered or container.name in above:
+            return
+        depends = container.config.labels.get(_DEPENDS_ON, "")
+        for dependency in depends.split(","):
+            needed = services.get(dependency.partition(":")[0])
+            if needed is not None:
+                place(needed, above | {container.name})
+        ordered[container.name] = container
+
+    for container in containers:
+        place(container, frozenset())
+    return list(ordered.values())

@@ -1,0 +1,226 @@
+"""Restores: a point of a volume's past as a volume again."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, tzinfo
+
+import msgspec
+
+from lazarette.backup.jobs.model import Progress, Request, RestoreJob, Result
+from lazarette.backup.repository.snapshots import SnapshotRecord
+from lazarette.runtime.protection.definitions import Definitions, VolumeDefinition
+from lazarette.runtime.protection.jobs import JobRunner
+from lazarette.runtime.protection.repositories import RepositoryBook
+from lazarette.storage.clock import NANOSECONDS
+from lazarette.storage.errors import InUse, InvalidArgument, SnapshotNotFound, VolumeNotFound
+from lazarette.storage.state import State
+from lazarette.storage.volumes.contract import OpenGate
+from lazarette.storage.volumes.manager import VolumeManager
+
+LATEST = "latest"
+_ID = re.compile(r"[0-9a-f]{4,32}")
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A finished restore: the volume, how the job ended, and the way back if there is one."""
+
+    volume: str
+    snapshot: str
+    result: Result
+    safety: str = ""
+
+
+def choose_point(
+    records: Sequence[SnapshotRecord], point: str, zone: tzinfo = UTC
+) -> SnapshotRecord:
+    """The snapshot a person means.
+
+    Args:
+        records: snapshots of one volume, oldest first.
+        point: ``latest``, the beginning of an id, or a time (``2026-11-25 10:04:30``,
+            with or without an offset): the newest snapshot at or before it.
+        zone: of times without an offset.
+
+    Raises:
+        SnapshotNotFound: none fits.
+        InvalidArgument: several ids begin so, or it is no time.
+    """
+    if not records:
+        raise SnapshotNotFound("there is no backup of this volume", hint="laz backup ls")
+    if point in ("", LATEST):
+        return records[-1]
+    if _ID.fullmatch(point):
+        found = [record for record in records if record.id.startswith(point)]
+        if len(found) > 1:
+            raise InvalidArgument(f"{len(found)} snapshots begin with {point}")
+        if found:
+            return found[0]
+    try:
+        moment = datetime.fromisoformat(point)
+    except ValueError as bad:
+        raise SnapshotNotFound(
+            f"no snapshot {point} of this volume", hint="name an id, a time or latest"
+        ) from bad
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=zone)
+    limit = int(moment.timestamp() * NANOSECONDS)
+    before = [record for record in records if record.time_ns <= limit]
+    if not before:
+        raise SnapshotNotFound(f"no backup of this volume is as old as {point}")
+    return before[-1]
+
+
+_MIGRATIONS = (
+    """
+    CREATE TABLE restores (
+        job TEXT PRIMARY KEY,
+        volume TEXT NOT NULL,
+        fresh INTEGER NOT NULL
+    ) STRICT
+    """,
+)
+
+
+class RestoreService:
+    """Brings volumes back.
+
+    A restore is written down before its volume is made; one that ended badly, with its
+    daemon or by itself, takes the half-filled volume away again.
+
+    Args:
+        volumes: the volumes.
+        repositories: where from.
+        jobs: starts the processes.
+        state: the daemon's database.
+    """
+
+    def __init__(
+        self, volumes: VolumeManager, repositories: RepositoryBook, jobs: JobRunner, state: State
+    ) -> None:
+        self._volumes = volumes
+        self._repositories = repositories
+        self._jobs = jobs
+        self._state = state
+        self._adopted: set[asyncio.Task[None]] = set()
+        state.migrate("restores", _MIGRATIONS)
+
+    async def recover(self) -> None:
+        """Take up the restores an earlier daemon left: wait for living jobs, undo the rest."""
+        for row in self._state.rows("SELECT * FROM restores"):
+            task = asyncio.create_task(
+                self._take_up(str(row["job"]), str(row["volume"]), bool(row["fresh"]))
+            )
+            self._adopted.add(task)
+            task.add_done_callback(self._adopted.discard)
+
+    async def _take_up(self, job_id: str, volume: str, fresh: bool) -> None:
+        job = self._jobs.find(job_id)
+        result = Result("failed")
+        if job is not None:
+            result = await self._jobs.watch(job, lambda progress: None)
+        await asyncio.to_thread(self._settle, job_id, volume, fresh, result)
+
+    async def points(self, volume: str | None, repository: str = "") -> list[SnapshotRecord]:
+        """The snapshots in a repository, oldest first."""
+        opened = await asyncio.to_thread(self._repositories.open, repository)
+        return await asyncio.to_thread(opened.snapshots, volume)
+
+    async def restore(
+        self,
+        volume: str,
+        point: str = LATEST,
+        *,
+        into: str = "",
+        repository: str = "",
+        show: Callable[[Progress], None] = lambda progress: None,
+    ) -> Restored:
+        """Restore a point of ``volume`` into a new volume, or over one nobody uses.
+
+        An existing volume keeps a safety snapshot of what it was.  A new one that could
+        not be filled is removed again.
+
+        Raises:
+            SnapshotNotFound: no such point.
+            InUse: the target is mounted.
+        """
+        target = into or volume
+        record = choose_point(await self.points(volume, repository), point)
+        try:
+            existing = self._volumes.get(target)
+        except VolumeNotFound:
+            existing = None
+        if existing is not None and existing.users:
+            raise InUse(
+                f"volume {target} is used by {', '.join(existing.users)}",
+                hint="stop them, or restore into a new volume with --as NAME",
+            )
+        job_id, safety = secrets.token_hex(16), ""
+        with self._state.write() as db:
+            db.execute("INSERT INTO restores VALUES (?, ?, ?)", (job_id, target, existing is None))
+        result = Result("failed")
+        try:
+            if existing is None:
+                await asyncio.to_thread(self._make, target, record)
+            else:
+                safety = f"before-restore-{secrets.token_hex(4)}"
+                await asyncio.to_thread(self._volumes.snapshot, [target], OpenGate(), safety)
+            result = await self._fill(job_id, target, record, repository, bool(safety), show)
+        finally:
+            await asyncio.to_thread(self._settle, job_id, target, existing is None, result)
+        return Restored(target, record.id, result, safety)
+
+    def _make(self, target: str, record: SnapshotRecord) -> None:
+        """A new volume as the old one was; on a host without its driver, the default one."""
+        known = Definitions.parse(record.meta).volume or VolumeDefinition(target)
+        driver = known.driver if known.driver in self._volumes.drivers else ""
+        options = known.options if driver else {}
+        self._volumes.create(target, driver, options, known.labels)
+
+    async def _fill(
+        self,
+        job_id: str,
+        target: str,
+        record: SnapshotRecord,
+        repository: str,
+        in_place: bool,
+        show: Callable[[Progress], None],
+    ) -> Result:
+        folder = await asyncio.to_thread(self._volumes.mount, target, _user(job_id))
+        access = self._repositories.get(repository).access
+        job = RestoreJob(record.id, str(folder), in_place=in_place)
+        started = self._jobs.start(job_id, Request(job, access, str(self._repositories.cache)))
+        return await self._jobs.watch(started, show)
+
+    def _settle(self, job_id: str, volume: str, fresh: bool, result: Result) -> None:
+        """Let go of the volume; remove it if it was made for this and is not whole."""
+        with suppress(VolumeNotFound):
+            self._volumes.unmount(volume, _user(job_id))
+            if fresh and result.outcome not in ("ok", "warnings"):
+                self._volumes.remove(volume, force=True)
+        with self._state.write() as db:
+            db.execute("DELETE FROM restores WHERE job = ?", (job_id,))
+        self._jobs.discard(job_id)
+
+
+def _user(job_id: str) -> str:
+    return f"restore:{job_id}"
+
+
+def encode_point(record: SnapshotRecord) -> dict[str, object]:
+    """A restore point as the API shows it."""
+    return {
+        "id": record.id,
+        "volume": record.volume,
+        "host": record.host,
+        "time_ns": record.time_ns,
+        "consistency": record.consistency,
+        "labels": record.tags,
+        "stats": msgspec.to_builtins(record.stats),
+    }

@@ -1,0 +1,134 @@
+"""SIGKILL of the daemon: containers, logs and backups go on, and are found again."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import cast
+
+import pytest
+from tests.support.daemon import Daemon
+from tests.support.images import busybox_archive
+
+ROUNDS = int(os.environ.get("LAZ_KILL_ROUNDS", "6"))
+COUNTER = 'i=0; while :; do i=$((i+1)); echo "line $i"; echo $i > /data/n; sleep 0.05; done'
+
+
+@pytest.fixture
+def counting(daemon: Daemon) -> Daemon:
+    """A daemon with a container that counts into its log and its volume."""
+    daemon.laz("load", "-q", "-i", str(busybox_archive()))
+    daemon.laz("run", "-d", "--name", "c", "-v", "v1:/data", "busybox", "sh", "-c", COUNTER)
+    return daemon
+
+
+def lines(daemon: Daemon) -> list[int]:
+    told = daemon.laz("logs", "c").stdout.decode().splitlines()
+    return [int(line.removeprefix("line ")) for line in told]
+
+
+def test_container_and_log_go_on(counting: Daemon) -> None:
+    time.sleep(0.3)
+    before = lines(counting)[-1]
+    counting.kill()
+    time.sleep(0.5)
+    counting.start()
+    after = lines(counting)
+    assert after == list(range(1, after[-1] + 1)), "a line is lost or doubled"
+    assert after[-1] > before + 4, "the container stood still"
+    assert [one["State"] for one in cast(list[dict], counting.json("ps"))] == ["running"]
+    time.sleep(0.2)
+    assert lines(counting)[-1] > after[-1], "the log does not go on"
+    assert counting.laz("exec", "c", "cat", "/data/n").returncode == 0
+    counting.laz("stop", "-t", "1", "c")
+    assert cast(list[dict], counting.json("ps", "-a"))[0]["State"] == "exited"
+
+
+def test_container_that_ended_meanwhile_has_its_exit_code(daemon: Daemon) -> None:
+    daemon.laz("load", "-q", "-i", str(busybox_archive()))
+    daemon.laz("run", "-d", "--name", "c", "busybox", "sh", "-c", "sleep 0.5; echo done; exit 7")
+    daemon.kill()
+    time.sleep(1)
+    daemon.start()
+    assert daemon.laz("wait", "c").stdout.strip() == b"7"
+    assert daemon.laz("logs", "c").stdout == b"done\n"
+
+
+def test_backups_killed_at_random(counting: Daemon, tmp_path: Path) -> None:
+    """Job or daemon killed at any moment: the repository is whole, nothing is left frozen."""
+    counting.laz(
+        "exec",
+        "c",
+        "sh",
+        "-c",
+        "for i in $(seq 40); do head -c 200000 /dev/urandom > /data/f$i; done",
+    )
+    url = str(tmp_path / "repo")
+    counting.laz("repo", "init", "--kit-file", str(tmp_path / "kit"), url)
+    chosen = random.Random(os.environ.get("LAZ_KILL_SEED", "7"))
+    for turn in range(ROUNDS):
+        client = _start_backup(counting)
+        time.sleep(chosen.uniform(0, 0.8))
+        if turn % 2:
+            counting.kill()
+        else:
+            _kill_jobs(counting)
+        client.wait(60)
+        if turn % 2:
+            counting.start()
+        _settled(counting)
+        number = int(counting.laz("exec", "c", "cat", "/data/n").stdout)
+        time.sleep(0.2)
+        assert int(counting.laz("exec", "c", "cat", "/data/n").stdout) > number, "left frozen"
+    counting.laz("backup", "run", "v1")
+    runs = cast(list[dict], counting.json("volume", "snapshots", "v1"))
+    assert len(runs) == 1, "stray snapshots"
+    env = {"LAZ_KEYS": str(tmp_path / "keys")}
+    kit = ("--kit", str(tmp_path / "kit"))
+    counting.laz("repo", "check", "--read-data", "100%", url, *kit, env=env)
+    out = tmp_path / "out"
+    counting.laz("restore", "v1@latest", "--repo", url, "--to", str(out), *kit, env=env)
+    assert len(list(out.glob("f*"))) == 40
+
+
+def _start_backup(daemon: Daemon):  # type: ignore[no-untyped-def]
+    import subprocess
+
+    from tests.support.daemon import LAZ
+
+    return subprocess.Popen(
+        [str(LAZ), "-H", daemon.host, "backup", "run", "v1"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def _kill_jobs(daemon: Daemon) -> None:
+    """SIGKILL the job processes of this daemon."""
+    mark = os.fsencode(daemon.root / "data" / "jobs")
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            if mark in (entry / "cmdline").read_bytes():
+                os.kill(int(entry.name), signal.SIGKILL)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+
+
+def _settled(daemon: Daemon) -> None:
+    """Wait until no run is under way."""
+    import json
+    import subprocess
+
+    for _ in range(600):
+        told = subprocess.run(
+            ["curl", "-s", "--unix-socket", str(daemon.socket), "http://d/lazarette/v1/runs"],
+            capture_output=True,
+            check=True,
+        ).stdout
+        if all(run["outcome"] != "running" for run in json.loads(told)):
+            return
+        time.sleep(0.05)
+    raise AssertionError("a run does not end")

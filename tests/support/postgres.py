@@ -1,0 +1,128 @@
+"""A real PostgreSQL in a container: image, start, statements, invariants."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.daemon import Daemon
+
+IMAGE = "lazarette/postgres:latest"
+_DATA = "/var/lib/postgresql/data"
+_PATIENCE_S = 60.0
+
+
+def archive() -> Path:
+    """The image as a docker archive, made once on this machine."""
+    path = Path(tempfile.gettempdir()) / "lazarette-tests" / "postgres.tar"
+    path.parent.mkdir(exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            beside = path.with_suffix(".new")
+            subprocess.run(
+                [sys.executable, "-m", "lazarette.runtime.images.postgres", str(beside)],
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
+            beside.rename(path)
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Postgres:
+    """A database container of a daemon, reached through a published port."""
+
+    daemon: Daemon
+    volume: str
+    name: str
+    port: int
+
+    @classmethod
+    def run(cls, daemon: Daemon, volume: str = "pgdata", name: str = "db") -> Postgres:
+        """Load the image, start the container, wait until it answers."""
+        daemon.laz("load", "-q", "-i", str(archive()))
+        port = free_port()
+        daemon.laz(
+            "run",
+            "-d",
+            "--name",
+            name,
+            "-e",
+            "POSTGRES_PASSWORD=secret",
+            "-v",
+            f"{volume}:{_DATA}",
+            "-p",
+            f"127.0.0.1:{port}:5432",
+            IMAGE,
+        )
+        made = cls(daemon, volume, name, port)
+        made.wait()
+        return made
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "PGHOST": "127.0.0.1",
+            "PGPORT": str(self.port),
+            "PGUSER": "postgres",
+            "PGPASSWORD": "secret",
+            "PGDATABASE": "postgres",
+        }
+
+    def wait(self) -> None:
+        end = time.monotonic() + _PATIENCE_S
+        while True:
+            done = self._psql("SELECT 1")
+            if done.returncode == 0:
+                return
+            if time.monotonic() > end:
+                log = self.daemon.laz("logs", self.name, check=False)
+                raise AssertionError(f"no answer: {done.stderr.decode()}\n{log.stdout.decode()}")
+            time.sleep(0.05)
+
+    def sql(self, statement: str) -> str:
+        done = self._psql(statement)
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout.decode().strip()
+
+    def pgbench(self, *arguments: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            ["pgbench", *arguments],
+            env=self.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def check(self) -> None:
+        """Everything the database can say about its own health."""
+        self.daemon.laz(
+            "exec",
+            "-u",
+            "postgres",
+            self.name,
+            "pg_amcheck",
+            "--install-missing",
+            "--heapallindexed",
+            "-d",
+            "postgres",
+        )
+
+    def _psql(self, statement: str) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
+            ["psql", "-qAtc", statement], env=self.environment, capture_output=True, check=False
+        )

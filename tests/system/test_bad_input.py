@@ -1,0 +1,162 @@
+"""Bad input: one clear line, an exit code of its own, nothing half-made."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from tests.support.daemon import LAZ, LAZD, Daemon
+from tests.support.images import busybox_archive
+from tests.support.s3 import S3Server
+
+from lazarette.backup.repository.keys import WrongKey
+from lazarette.backup.repository.kit import WrongRecoveryKit
+from lazarette.backup.stores.contract import WrongStore
+from lazarette.runtime.daemon import AlreadyRunning
+from lazarette.storage.errors import Unauthenticated, Unavailable
+
+
+def fails(done: subprocess.CompletedProcess[bytes], code: int, *words: str) -> None:
+    """It ended with that code and one line (and a hint) that holds the words."""
+    told = done.stderr.decode()
+    assert done.returncode == code, told
+    lines = told.strip().splitlines()
+    assert "Traceback" not in told
+    assert len([line for line in lines if not line.startswith("hint:")]) == 1, told
+    for word in words:
+        assert word in told
+
+
+def laz(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [str(LAZ), *arguments], capture_output=True, check=False, env={**os.environ, **(env or {})}
+    )
+
+
+def test_no_daemon(tmp_path: Path) -> None:
+    fails(laz("-H", f"unix://{tmp_path}/none.sock", "ps"), Unavailable.exit_code, "daemon")
+
+
+def test_second_daemon_on_the_same_root(daemon: Daemon) -> None:
+    done = subprocess.run(
+        [
+            str(LAZD),
+            "--data-root",
+            str(daemon.root / "data"),
+            "--exec-root",
+            str(daemon.root / "other"),
+            "-H",
+            f"unix://{daemon.root}/other.sock",
+        ],
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == AlreadyRunning.exit_code
+    assert b"another daemon" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_unknown_things(daemon: Daemon) -> None:
+    for arguments, words in (
+        (("volume", "rm", "nothing"), "no such volume"),
+        (("volume", "snapshot", "nothing"), "no such volume"),
+        (("backup", "run", "nothing"), "no repository"),
+        (("inspect", "nothing"), "no such object"),
+        (("stop", "nothing"), "No such container"),
+        (("rmi", "nothing"), "No such image"),
+        (("volume", "create", "-d", "nosuch", "v1"), "nosuch"),
+        (("volume", "create", "-o", "colour=red", "v1"), "colour"),
+        (("volume", "create", "../escape"), "includes invalid characters"),
+    ):
+        done = daemon.laz(*arguments, check=False)
+        assert done.returncode not in (0, 1), (arguments, done.stderr)
+        assert words in done.stderr.decode(), (arguments, done.stderr)
+        assert b"Traceback" not in done.stderr
+    assert daemon.json("volume", "ls") == []
+
+
+def test_image_missing_leaves_nothing(daemon: Daemon) -> None:
+    done = daemon.laz(
+        "run", "--name", "c", "-v", "fresh:/data", "127.0.0.1:1/none:latest", "true", check=False
+    )
+    assert done.returncode not in (0, 1)
+    assert b"Traceback" not in done.stderr
+    assert daemon.json("ps", "-a") == []
+    assert daemon.json("volume", "ls") == []
+
+
+def test_name_clash(daemon: Daemon) -> None:
+    daemon.laz("load", "-q", "-i", str(busybox_archive()))
+    daemon.laz("run", "-d", "--name", "c", "busybox", "sleep", "100")
+    done = daemon.laz("run", "-d", "--name", "c", "busybox", "sleep", "100", check=False)
+    fails(done, 13 if done.returncode == 13 else done.returncode, 'name "/c" is already in use')
+    assert done.returncode not in (0, 1)
+    assert len(daemon.json("ps", "-a")) == 1  # type: ignore[arg-type]
+
+
+def test_port_taken_leaves_nothing(daemon: Daemon) -> None:
+    import socket
+
+    daemon.laz("load", "-q", "-i", str(busybox_archive()))
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        done = daemon.laz(
+            "run",
+            "-d",
+            "--name",
+            "c",
+            "-p",
+            f"127.0.0.1:{port}:80",
+            "busybox",
+            "sleep",
+            "100",
+            check=False,
+        )
+        assert done.returncode not in (0, 1)
+        assert b"Traceback" not in done.stderr
+        assert str(port).encode() in done.stderr
+    daemon.laz("start", "c")
+
+
+@pytest.mark.parametrize("daemonless", [True, False])
+def test_repository_faults(
+    daemon: Daemon, s3_server: S3Server, s3_bucket: str, tmp_path: Path, daemonless: bool
+) -> None:
+    base = ["-H", daemon.host]
+    flag = ["--no-daemon"] if daemonless else []
+    env = {**s3_server.environment, "LAZ_KEYS": str(tmp_path / "keys")}
+    wrong = {**env, "AWS_SECRET_ACCESS_KEY": "wrong"}
+    url = s3_server.url(s3_bucket, "r")
+    fails(laz(*base, "repo", "init", *flag, url, env=wrong), Unauthenticated.exit_code)
+    made = laz(*base, "repo", "init", *flag, "--kit-file", str(tmp_path / "kit"), url, env=env)
+    assert made.returncode == 0, made.stderr
+    fails(laz(*base, "repo", "init", *flag, "--name", "again", url, env=env), 13, "already")
+    missing = s3_server.url("no-such-bucket-here", "r")
+    for command in (["backup", "ls", "--repo"], ["recover"]):
+        done = laz(*base, *command, missing, "--kit", str(tmp_path / "kit"), env=env)
+        fails(done, WrongStore.exit_code)
+
+
+def test_wrong_kit(daemon: Daemon, s3_server: S3Server, s3_bucket: str, tmp_path: Path) -> None:
+    env = {**s3_server.environment, "LAZ_KEYS": str(tmp_path / "keys")}
+    urls = [s3_server.url(s3_bucket, name) for name in ("a", "b")]
+    kits = [tmp_path / "kit-a", tmp_path / "kit-b"]
+    for url, kit in zip(urls, kits, strict=True):
+        made = laz("repo", "init", "--no-daemon", "--kit-file", str(kit), url, env=env)
+        assert made.returncode == 0, made.stderr
+    other = laz("-H", daemon.host, "recover", urls[0], "--kit", str(kits[1]), env=env)
+    fails(other, WrongKey.exit_code)
+    text = kits[0].read_text()
+    line = next(one for one in text.splitlines() if one.startswith("key 1"))
+    swapped = line[:12] + ("0" if line[12] != "0" else "1") + line[13:]
+    kits[0].write_text(text.replace(line, swapped))
+    mistyped = laz("-H", daemon.host, "recover", urls[0], "--kit", str(kits[0]), env=env)
+    fails(mistyped, WrongRecoveryKit.exit_code, "key 1")
+    assert daemon.json("repo", "ls") == []
+
+
+def test_usage_errors_are_two() -> None:
+    for arguments in (("nosuch",), ("run",), ("volume", "create", "--nosuch")):
+        assert laz(*arguments).returncode == 2
