@@ -9,7 +9,13 @@ import msgspec
 from aiohttp import web
 
 from lazarette.runtime.api.exec import dimensions
-from lazarette.runtime.api.hijack import HijackedResponse, RawStream, hijack, while_connected
+from lazarette.runtime.api.hijack import (
+    HijackedResponse,
+    RawStream,
+    WebSocketStream,
+    hijack,
+    while_connected,
+)
 from lazarette.runtime.api.http import Call, Route, empty, json_response, stream
 from lazarette.runtime.containers import listing
 from lazarette.runtime.containers import monitor as conmon
@@ -52,6 +58,9 @@ def routes(manager: ContainerManager) -> list[Route]:
         Route("POST", f"{one}/resize", made.resize),
         Route("POST", f"{one}/attach", made.attach),
         Route("GET", f"{one}/logs", made.logs),
+        Route("GET", f"{one}/stats", made.stats),
+        Route("GET", f"{one}/top", made.top),
+        Route("GET", f"{one}/attach/ws", made.attach_websocket),
     ]
 
 
@@ -231,6 +240,57 @@ class ContainerRoutes:
                 await client.write(data)
 
         return write_log
+
+    async def attach_websocket(self, call: Call) -> web.StreamResponse:
+        """``GET /containers/{id}/attach/ws``: raw bytes in binary messages."""
+        container = self._container(call)
+        flags = [call.flag(name) for name in ("stdin", "stdout", "stderr")]
+        if not any(flags):
+            flags = [True, True, True]
+        attach = Attach(
+            stdin=flags[0] and container.definition.config.open_stdin,
+            stdout=flags[1],
+            stderr=flags[2],
+            tty=True,
+            detach_keys=parse_detach_keys(call.text("detachKeys")),
+        )
+        replay = self._replay(container, attach) if call.flag("logs") else None
+        socket = web.WebSocketResponse()
+
+        async def take_over() -> WebSocketStream:
+            await socket.prepare(call.request)
+            return WebSocketStream(socket)
+
+        await self._manager.attach(container, attach, replay, call.flag("stream"), take_over)
+        await socket.close()
+        return socket
+
+    async def stats(self, call: Call) -> web.StreamResponse:
+        """``GET /containers/{id}/stats``."""
+        container = self._container(call)
+        if not call.flag("stream", True):
+            first = None
+            if not call.flag("one-shot") and container.state.running:
+                first = self._manager.sample(container, None)
+                await asyncio.sleep(1)
+            return json_response(self._manager.sample(container, first))
+        response = await stream(call)
+        await while_connected(call, self._write_stats(container, response))
+        await response.write_eof()
+        return response
+
+    async def _write_stats(self, container: Container, response: web.StreamResponse) -> None:
+        before = None
+        while not container.removing:
+            before = self._manager.sample(container, before)
+            await response.write(msgspec.json.encode(before) + b"\n")
+            await asyncio.sleep(1)
+
+    async def top(self, call: Call) -> web.StreamResponse:
+        """``GET /containers/{id}/top``."""
+        container = self._container(call)
+        arguments = call.text("ps_args")
+        return json_response(await asyncio.to_thread(self._manager.top, container, arguments))
 
     async def logs(self, call: Call) -> web.StreamResponse:
         """``GET /containers/{id}/logs``."""

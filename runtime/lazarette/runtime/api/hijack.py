@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Awaitable
 from typing import TypeVar
 
-from aiohttp import web
+from aiohttp import WSMsgType, web
 from aiohttp.web_protocol import RequestHandler
 
 from lazarette.runtime.api.http import Call
@@ -130,6 +130,26 @@ class RawStream:
             raise ConnectionResetError("client is gone")
         self._transport.write(data)
         await self._protocol.drained()
+
+
+class WebSocketStream:
+    """A websocket as a client's stream: binary messages both ways."""
+
+    def __init__(self, socket: web.WebSocketResponse) -> None:
+        self._socket = socket
+
+    async def read(self) -> bytes:
+        """The next message; empty once the client closed."""
+        message = await self._socket.receive()
+        if message.type is WSMsgType.TEXT:
+            return str(message.data).encode()
+        if message.type is WSMsgType.BINARY:
+            return bytes(message.data)
+        return b""
+
+    async def write(self, data: bytes) -> None:
+        """Send a message."""
+        await self._socket.send_bytes(data)
 
 
 class HijackedResponse(web.StreamResponse):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -112,6 +114,15 @@ class Container:
         except InvalidArgument:
             rotation = Rotation()
         return ContainerLog(path, rotation)
+
+    @asynccontextmanager
+    async def files_lock(self) -> AsyncIterator[None]:
+        """Keep a container that does not run from being started while its files are open."""
+        if self.state.running:
+            yield
+            return
+        async with self.lock:
+            yield
 
     def attributes(self, **more: str) -> dict[str, str]:
         """What its events tell: labels, image, name and more."""

@@ -15,7 +15,16 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from lazarette.runtime.config import Config
-from lazarette.runtime.containers import cgroups, creation, housekeeping, names, oci, recover, spec
+from lazarette.runtime.containers import (
+    cgroups,
+    creation,
+    housekeeping,
+    names,
+    oci,
+    recover,
+    spec,
+    stats,
+)
 from lazarette.runtime.containers import monitor as conmon
 from lazarette.runtime.containers.container import Container, Places
 from lazarette.runtime.containers.errors import (
@@ -27,6 +36,7 @@ from lazarette.runtime.containers.exec import ExecSessions
 from lazarette.runtime.containers.gate import FreezerGate
 from lazarette.runtime.containers.inspect import Inspector
 from lazarette.runtime.containers.lifecycle import Lifecycle
+from lazarette.runtime.containers.membership import Membership
 from lazarette.runtime.containers.model import CreateRequest, UpdateRequest
 from lazarette.runtime.containers.monitor import Monitor
 from lazarette.runtime.containers.networking import Networking
@@ -39,6 +49,7 @@ from lazarette.runtime.containers.streams import Attach, ClientStream, pump
 from lazarette.runtime.containers.supervise import Supervisor
 from lazarette.runtime.containers.watch import FolderWatch
 from lazarette.runtime.events import EventBus
+from lazarette.runtime.networks.model import EndpointRequest, Network
 from lazarette.storage.clock import Clock
 from lazarette.storage.errors import Conflict, InUse, InvalidArgument, LazaretteError, NotFound
 from lazarette.storage.layers.contract import LayerDriver
@@ -116,6 +127,8 @@ class ContainerManager:
         self.execs = ExecSessions(self.lifecycle, self.monitor, self.facts)
         self.inspector = Inspector(networking.networks, volumes, layers, config.exec_root / "netns")
         self.supervisor = Supervisor(self)
+        self._sampler = stats.Sampler(hierarchies, clock)
+        self._membership = Membership(networking.networks, self.store, self.preparer)
         self.lifecycle.after = self.supervisor
         self._containers: dict[str, Container] = {}
         self._names: dict[str, str] = {}
@@ -391,6 +404,43 @@ class ContainerManager:
     def log_details(self, container: Container) -> bytes:
         """What ``--details`` shows before each line: labels and variables of the log options."""
         return housekeeping.log_details(container)
+
+    async def connect_network(self, container: str, request: EndpointRequest) -> None:
+        """Put a container on one more network.
+
+        Raises:
+            ContainerNotFound: no such container.
+            EndpointExists: it is on it already.
+        """
+        await self._membership.connect(self.get(container), request)
+
+    async def disconnect_network(self, container: str, network: Network, force: bool) -> None:
+        """Take a container off a network.
+
+        Raises:
+            ContainerNotFound: no such container; fine with ``force``.
+            EndpointNotFound: it is not on it.
+        """
+        try:
+            found = self.get(container)
+        except ContainerNotFound:
+            if force:
+                return
+            raise
+        await self._membership.disconnect(found, network)
+
+    def sample(self, container: Container, before: dict[str, object] | None) -> dict[str, object]:
+        """What a container uses now; see :mod:`stats`."""
+        return self._sampler.sample(container, self.preparer.group(container), before)
+
+    def top(self, container: Container, arguments: str) -> dict[str, object]:
+        """Its processes as the host's ``ps`` lists them.
+
+        Raises:
+            WrongState: it does not run.
+        """
+        self.lifecycle.require_running(container)
+        return stats.top(self.preparer.group(container), arguments)
 
     # ---- waiting and attaching
 

@@ -109,6 +109,10 @@ class Preparer:
             env=spec.environment(definition, hostname, user.home),
         )
 
+    def write_names(self, container: Container) -> None:
+        """Write the name files of a running container again: its networks changed."""
+        self._networking.write_names(container, self.hostname(container))
+
     def mount_root(self, container: Container) -> Path:
         """Mount the container's root for its run."""
         rootfs = self._layers.mount(container.definition.layer)
