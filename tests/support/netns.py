@@ -14,7 +14,6 @@ from lazarette.runtime.networks import netlink as nl
 from lazarette.runtime.networks.namespaces import NetNamespace, unshare
 
 T = TypeVar("T")
-SIOCGIFFLAGS, IFF_RUNNING = 0x8913, 0x40
 _names = itertools.count()
 
 
@@ -62,6 +61,9 @@ def cable(
         with namespace.entered(), nl.Netlink() as netlink:
             index = socket.if_nametoindex(name)
             netlink.run([nl.address_add(index, address, prefix), nl.link_set(index, "up", up=True)])
+    for namespace in (one, other):
+        with namespace.entered(), nl.Netlink() as netlink:
+            assert nl.wait_operational(netlink, socket.if_nametoindex(name), 5)
     return name
 
 

@@ -128,6 +128,8 @@ class BridgeDriver:
             if not network.option_on(OPTION_ICC):
                 self._set_port(endpoint, index, "IFLA_BRPORT_ISOLATED")
             configure(endpoint, sandbox)
+            nl.wait_operational(self._netlink, index)
+            nl.wait_operational(self._netlink, bridge)
         except BaseException:
             self._netlink.run([nl.link_delete(endpoint.host_interface)])
             raise
@@ -194,6 +196,7 @@ def configure(endpoint: Endpoint, sandbox: NetNamespace) -> None:
             messages.append(nl.address_add(index, address, 64 if ":" in address else 16))
         messages.append(nl.link_set(index, f"start {endpoint.interface}", up=True))
         inside.run(messages)
+        nl.wait_operational(inside, index)
 
 
 def _versions(network: Network) -> tuple[int, ...]:

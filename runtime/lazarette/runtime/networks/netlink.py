@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,7 @@ RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 IFF_UP = 1
+IF_OPER_UP = 6
 SOL_NETLINK, NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK = 270, 10, 11, 12
 RECEIVE_BUFFER = 1 << 20
 PATIENCE = 30.0
@@ -404,6 +406,46 @@ def addresses(netlink: Netlink, index: int = 0) -> list[tuple[int, str, int]]:
             text = entry.get_attr("IFA_LOCAL") or entry.get_attr("IFA_ADDRESS")
             found.append((int(entry["index"]), str(text), int(entry["prefixlen"])))
     return found
+
+
+def wait_operational(netlink: Netlink, index: int, seconds: float = 0.5) -> bool:
+    """Wait until an interface carries packets; False if it takes longer than that.
+
+    The kernel notices in a worker of its own that a link came up.  Until then a bridge
+    drops frames of the port, and a lost ARP request costs its sender a second.  The worker
+    and this request take the same lock, so what follows from the state has happened too.
+    """
+    request = Message(
+        f"look at link {index}", RTM_GETLINK, 0, struct.pack("=BxHiII", 0, 0, index, 0, 0)
+    )
+    deadline = time.monotonic() + seconds
+    while True:
+        found = netlink.get(request, _LinkState)
+        if found is not None and found.state == IF_OPER_UP:
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.0003)
+
+
+class _LinkState:
+    """The operational state of a link (RFC 2863), which is all that is decoded."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.state = 0
+
+    def decode(self) -> None:
+        """Find ``IFLA_OPERSTATE``."""
+        offset = HEADER.size + 16
+        while offset + 4 <= len(self._data):
+            length, kind = struct.unpack_from("=HH", self._data, offset)
+            if length < 4:
+                break
+            if kind == 16:
+                self.state = self._data[offset + 4]
+                break
+            offset += (length + 3) & ~3
 
 
 def neighbour(
