@@ -1,0 +1,1 @@
+"""Protection: what is saved when, how still it is held, what is kept, and who is told."""
