@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from lazarette.runtime.builds.tree import Tree, walk
 from lazarette.storage import beneath
 
 _CHUNK = 1 << 20
-_WILD = frozenset(b"*?[")
+_WILD = re.compile(rb"(?:[^\\]|^)(?:\\\\)*[*?\[]")
 
 
 @dataclass(frozen=True)
@@ -218,8 +219,8 @@ def select(
     """
     clean, pivot = _normal(pattern, parents)
     raw = os.fsencode(clean)
-    wild = any(char in _WILD for char in raw)
-    paths = _glob(source, raw, deep=parents) if wild else [raw.replace(b"\\", b"")]
+    wild = _is_wild(raw)
+    paths = _glob(source, raw, deep=parents) if wild else [raw]
     ignored = Ignore(exclude)
     found: list[Selected] = []
     for path in paths:
@@ -233,6 +234,11 @@ def select(
     if not found and not exclude:
         raise ContextError(f"{word} failed: no source files were specified: {pattern}")
     return found
+
+
+def _is_wild(path: bytes) -> bool:
+    """Whether it has ``*``, ``?`` or ``[`` that no backslash escapes."""
+    return _WILD.search(path) is not None
 
 
 def _missing(source: SourceTree, path: str, word: str) -> str:
@@ -293,7 +299,7 @@ def _glob(source: SourceTree, pattern: bytes, *, deep: bool) -> list[bytes]:
         if part == b"**" and deep:
             for folder in found:
                 following += _folders_below(source, folder)
-        elif any(char in _WILD for char in part):
+        elif _is_wild(part):
             regex = component_regex(os.fsdecode(part))
             for folder in found:
                 if source.tree.is_folder(folder or b"."):

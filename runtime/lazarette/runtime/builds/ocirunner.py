@@ -1,0 +1,286 @@
+"""RUN steps run by the OCI runtime itself: no monitor, no record, no log.
+
+A step's process belongs to its build, so the runtime runs in the foreground and its end
+is the step's end.  The steps of one build share a network namespace.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from threading import Event, Lock
+from typing import Final, Protocol
+
+import msgspec
+
+from lazarette.runtime.builds.errors import StepFailed
+from lazarette.runtime.builds.options import Limits
+from lazarette.runtime.builds.runner import RunMount, RunRequest
+from lazarette.runtime.containers import spec
+from lazarette.runtime.containers.model import ContainerConfig, HostConfig, Ulimit
+from lazarette.runtime.containers.oci import OciRuntime
+from lazarette.runtime.containers.record import Definition, MountPoint
+from lazarette.runtime.containers.rootfs import resolve_user
+from lazarette.runtime.networks.model import Endpoint, EndpointRequest
+from lazarette.storage import beneath, process
+from lazarette.storage.errors import Cancelled, InvalidArgument
+
+HOSTNAME: Final = "build"
+_CHUNK = 1 << 16
+_POLL_MS = 100
+_MISSING = ("not found", "No such file")
+_HOSTS = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
+
+
+class Networks(Protocol):
+    """What steps need of the network manager."""
+
+    def create_sandbox(self, container: str) -> Path:
+        """Make a network namespace; one that is there is kept."""
+        ...
+
+    def attach(self, container: str, requests: Sequence[EndpointRequest]) -> list[Endpoint]:
+        """Join it to networks."""
+        ...
+
+    def resolv_conf(self, container: str) -> bytes:
+        """Its ``/etc/resolv.conf``."""
+        ...
+
+    def teardown(self, container: str) -> None:
+        """Remove it."""
+        ...
+
+
+class _Child(Protocol):
+    """A started program."""
+
+    def wait(self) -> int: ...
+    def kill(self) -> None: ...
+
+
+class OciStepRunner:
+    """See :class:`lazarette.runtime.builds.runner.StepRunner`.
+
+    Args:
+        runtime: crun or runc.
+        facts: what the host can do.
+        folder: for bundles; short-lived.
+        cgroup_parent: path below which steps get their control groups.
+        networks: the network manager; None gives steps no network but the host's.
+    """
+
+    def __init__(
+        self,
+        runtime: OciRuntime,
+        facts: spec.HostFacts,
+        folder: Path,
+        cgroup_parent: str,
+        networks: Networks | None = None,
+    ) -> None:
+        self._runtime = runtime
+        self._facts = facts
+        self._folder = folder
+        self._cgroup_parent = cgroup_parent.strip("/")
+        self._networks = networks
+        self._lock = Lock()
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def targets(self) -> Mapping[str, bool]:
+        """See :meth:`StepRunner.targets`."""
+        folders = {"/proc": True, "/dev": True, "/sys": True}
+        return {**folders, "/etc/hosts": False, "/etc/hostname": False, "/etc/resolv.conf": False}
+
+    def run(self, request: RunRequest, output: Callable[[bytes], None], cancelled: Event) -> int:
+        """See :meth:`StepRunner.run`."""
+        bundle = self._folder / request.id
+        bundle.mkdir(mode=0o700)
+        try:
+            configuration = self._configuration(request, bundle)
+            (bundle / "config.json").write_bytes(msgspec.json.encode(configuration))
+            return self._attended(request.id, bundle, output, cancelled)
+        finally:
+            beneath.remove_path(bundle)
+
+    def release(self, sandbox: str) -> None:
+        """See :meth:`StepRunner.release`."""
+        if self._networks is not None:
+            self._networks.teardown(sandbox)
+
+    # ---- configuration
+
+    def _configuration(self, request: RunRequest, bundle: Path) -> dict[str, object]:
+        root = os.open(request.root, os.O_PATH | os.O_DIRECTORY)
+        try:
+            user = resolve_user(root, request.user)
+        except InvalidArgument as unknown:
+            raise StepFailed(unknown.message, hint=unknown.hint) from unknown
+        finally:
+            os.close(root)
+        definition = self._definition(request)
+        namespaces = {"mount": "", "pid": "", "ipc": "", "uts": ""}
+        resolver = self._network(request, namespaces)
+        made = spec.Prepared(
+            rootfs=request.root,
+            user=user,
+            cgroup=f"/{self._cgroup_parent}/{request.id}",
+            namespaces=namespaces,
+            files=self._files(request, bundle, resolver),
+            mounts=[_placed(mount) for mount in request.mounts],
+            hostname=HOSTNAME,
+            env=spec.environment(definition, HOSTNAME, user.home),
+        )
+        return spec.build(definition, made, self._facts)
+
+    @staticmethod
+    def _definition(request: RunRequest) -> Definition:
+        return Definition(
+            id=request.id,
+            name="build",
+            created_ns=0,
+            image_id="",
+            image_ref="",
+            image_layer=None,
+            config=ContainerConfig(
+                env=list(request.env), working_dir=request.cwd, user=request.user
+            ),
+            host=_host_config(request.limits, request.privileged),
+            command=list(request.argv),
+        )
+
+    def _network(self, request: RunRequest, namespaces: dict[str, str]) -> bytes:
+        """Choose the network namespace; the text of ``resolv.conf``."""
+        name = request.network or "default"
+        if name == "host":
+            return _host_resolver()
+        if name == "none" or self._networks is None:
+            namespaces["network"] = ""
+            return b""
+        if name.startswith("container:"):
+            raise StepFailed("RUN in a container's network is not offered")
+        with self._lock:
+            path = self._networks.create_sandbox(request.sandbox)
+            network = "bridge" if name == "default" else name
+            self._networks.attach(request.sandbox, [EndpointRequest(network=network)])
+            namespaces["network"] = str(path)
+            return self._networks.resolv_conf(request.sandbox)
+
+    @staticmethod
+    def _files(request: RunRequest, bundle: Path, resolver: bytes) -> dict[str, Path]:
+        hosts = _HOSTS
+        for line in request.extra_hosts:
+            name, _, address = line.partition("=" if "=" in line else ":")
+            hosts += f"{address.strip('[]')}\t{name}\n"
+        texts = {"hosts": hosts.encode(), "hostname": f"{HOSTNAME}\n".encode()}
+        texts["resolv.conf"] = resolver
+        for name, text in texts.items():
+            (bundle / name).write_bytes(text)
+        return {f"/etc/{name}": bundle / name for name in texts}
+
+    # ---- the process
+
+    def _attended(
+        self, run_id: str, bundle: Path, output: Callable[[bytes], None], cancelled: Event
+    ) -> int:
+        log = bundle / "runtime.log"
+        argv = [
+            self._runtime.creator,
+            "--root",
+            str(self._runtime.root),
+            "--log",
+            str(log),
+            "run",
+            "--bundle",
+            str(bundle),
+            run_id,
+        ]
+        reading, writing = os.pipe2(os.O_CLOEXEC)
+        try:
+            child = process.spawn(argv, stdout=writing, stderr=writing)
+        finally:
+            os.close(writing)
+        try:
+            self._forward(reading, output, cancelled, run_id)
+            code = child.wait()
+        except BaseException:
+            self._kill(run_id, child)
+            raise
+        finally:
+            os.close(reading)
+        if cancelled.is_set():
+            raise Cancelled("build cancelled")
+        self._explain(code, log)
+        return code if code >= 0 else 128 - code
+
+    def _forward(
+        self, reading: int, output: Callable[[bytes], None], cancelled: Event, run_id: str
+    ) -> None:
+        waiting = select.poll()
+        waiting.register(reading, select.POLLIN | select.POLLHUP)
+        killed = False
+        while True:
+            if cancelled.is_set() and not killed:
+                killed = True
+                self._delete(run_id)
+            if not waiting.poll(_POLL_MS):
+                continue
+            data = os.read(reading, _CHUNK)
+            if not data:
+                return
+            if not killed:
+                output(data)
+
+    def _delete(self, run_id: str) -> None:
+        process.run(self._runtime.command("delete", "--force", run_id), check=False)
+
+    def _kill(self, run_id: str, child: _Child) -> None:
+        self._delete(run_id)
+        child.kill()
+        child.wait()
+
+    @staticmethod
+    def _explain(code: int, log: Path) -> None:
+        """Tell a process that ended badly from one that could not be started."""
+        if code == 0 or not log.exists():
+            return
+        lines = log.read_text(errors="replace").strip().splitlines()
+        if not lines:
+            return
+        missing = any(sign in lines[-1] for sign in _MISSING)
+        raise StepFailed(f"starting the step failed: {lines[-1]}", 127 if missing else 126)
+
+
+def _host_config(limits: Limits, privileged: bool) -> HostConfig:
+    return HostConfig(
+        privileged=privileged,
+        memory=limits.memory,
+        memory_swap=limits.memory_swap,
+        cpu_shares=limits.cpu_shares,
+        cpu_period=limits.cpu_period,
+        cpu_quota=limits.cpu_quota,
+        cpuset_cpus=limits.cpus,
+        cpuset_mems=limits.memory_nodes,
+        shm_size=limits.shm_size,
+        ulimits=[Ulimit(name=n, soft=s, hard=h) for n, (s, h) in limits.ulimits.items()],
+    )
+
+
+def _placed(mount: RunMount) -> spec.PlacedMount:
+    point = MountPoint(
+        type="tmpfs" if mount.source is None else "bind",
+        source=str(mount.source or ""),
+        destination=mount.target,
+        rw=mount.writable,
+        recursive=False,
+        options=list(mount.options),
+    )
+    return spec.PlacedMount(point, mount.source)
+
+
+def _host_resolver() -> bytes:
+    try:
+        return Path("/etc/resolv.conf").read_bytes()
+    except OSError:
+        return b""
