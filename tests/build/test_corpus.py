@@ -1,0 +1,101 @@
+"""The conformance corpus: small Dockerfiles, each with exactly what must come of it.
+
+``corpus/*.toml`` hold the cases.  A case has a ``dockerfile`` and a ``context`` and says:
+
+- ``tree``: every entry the image has beside its base, as :meth:`Bench.tree` writes them;
+- ``config``: the whole configuration, what it has beside the base's;
+- ``history``: texts of the steps, digests as ``file:…``, empty layers marked ``(empty)``;
+- ``output``: texts of the stream, in this order;  ``absent``: texts that are not in it;
+- ``error``: a regular expression for the message of a build that must fail.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from tests.support.builds import Bench, Outcome, text_of
+from tests.support.images import PATH_ENV
+
+from lazarette.runtime.builds.options import BuildOptions, Limits, Secret
+from lazarette.storage.errors import LazaretteError
+
+CORPUS = Path(__file__).parent / "corpus"
+DIGEST = re.compile(r"(file|dir|multi):[0-9a-f]{64}")
+PREFIX = "/bin/sh -c #(nop) "
+
+
+def _cases() -> list[Any]:
+    found: list[Any] = []
+    for file in sorted(CORPUS.glob("*.toml")):
+        for case in tomllib.loads(file.read_text())["case"]:
+            found.append(pytest.param(case, id=f"{file.stem}-{case['name']}"))
+    return found
+
+
+def _options(given: Mapping[str, Any]) -> BuildOptions:
+    values = dict(given)
+    if "secrets" in values:
+        values["secrets"] = {n: Secret(v.encode()) for n, v in values["secrets"].items()}
+    if "limits" in values:
+        values["limits"] = Limits(**values["limits"])
+    for name in ("tags", "extra_hosts", "cache_from"):
+        if name in values:
+            values[name] = tuple(values[name])
+    if "entitlements" in values:
+        values["entitlements"] = frozenset(values["entitlements"])
+    return BuildOptions(**values)
+
+
+@pytest.mark.parametrize("case", _cases())
+def test_case(bench: Bench, case: dict[str, Any]) -> None:
+    options = _options(case.get("options", {}))
+    messages: list[Mapping[str, object]] = []
+    if "error" in case:
+        with pytest.raises(LazaretteError) as caught:
+            bench.build(case["dockerfile"], case.get("context"), options, messages=messages)
+        assert re.search(case["error"], caught.value.message, re.DOTALL), caught.value.message
+        _check_output(case, text_of(messages))
+        return
+    built = bench.build(case["dockerfile"], case.get("context"), options, messages=messages)
+    _check_output(case, built.text)
+    _check_image(bench, case, built)
+
+
+def _check_output(case: Mapping[str, Any], text: str) -> None:
+    at = 0
+    for part in case.get("output", []):
+        found = text.find(part, at)
+        assert found >= 0, f"{part!r} is not in the output from {at}:\n{text}"
+        at = found + len(part)
+    for part in case.get("absent", []):
+        assert part not in text
+
+
+def _check_image(bench: Bench, case: Mapping[str, Any], built: Outcome) -> None:
+    busybox = bench.images.get("busybox")
+    based = bool(built.image.chain) and built.image.chain[0] == busybox.chain[0]
+    base = busybox if based else None
+    if "tree" in case:
+        assert bench.tree(built.image, base) == sorted(case["tree"])
+    config = msgspec.to_builtins(built.image.config.run)
+    if "config" in case:
+        expected = {"Env": [PATH_ENV]} | ({"Cmd": ["sh"]} if based else {}) | case["config"]
+        expected = {key: value for key, value in expected.items() if value != "unset"}
+        assert config == expected
+    if "history" in case:
+        lines = (built.image.config.history or [])[1 if based else 0 :]
+        shown = [
+            DIGEST.sub(r"\1:…", line.created_by).removeprefix(PREFIX).strip()
+            + (" (empty)" if line.empty_layer else "")
+            for line in lines
+        ]
+        assert shown == case["history"]
+    for field in ("author", "architecture"):
+        if field in case:
+            assert getattr(built.image.config, field) == case[field]
