@@ -185,7 +185,7 @@ class Session:
         said = await _read_line(self._sync)
         if not said:
             raise MonitorFailed("conmon ended without a word")
-        sync = msgspec.json.decode(said, type=_Sync)
+        sync = msgspec.json.decode(said.splitlines()[0], type=_Sync)
         if sync.data < 0:
             raise start_failure(sync.message)
         monitor = int((folder / "conmon.pid").read_text())
