@@ -23,6 +23,7 @@ from lazarette.backup.archive_changes import ChangedWalk, plan
 from lazarette.backup.archive_run import Notice, Progress, Run, default_threads
 from lazarette.backup.archive_walk import Walk
 from lazarette.backup.repository import marks, snapshots
+from lazarette.backup.repository.chunks import ChunkReader
 from lazarette.backup.repository.entries import Entry
 from lazarette.backup.repository.format import RepositoryDamaged
 from lazarette.backup.repository.guard import Guard, Kind, LeaseLost
@@ -181,7 +182,7 @@ class _Backup:
         self._steady = repo.clock.monotonic_ns()
         self._root = scan.open_root(source.root)
         self._condemned = marks.packs(repo.store, repo.crypt)
-        self._ingest = repo.ingest(self._condemned)
+        self._ingest = repo.ingest(self._condemned, guard=guard)
         self._base = self._usable_base()
         self._work = Run(
             repo,
@@ -269,12 +270,11 @@ class _Backup:
                 raise
 
     def _holds(self, record: SnapshotRecord) -> bool:
-        fresh = Repository.open(self._repo.store, self._repo.keys, self._repo.clock)
-        fresh.refresh()
+        """Whether index objects list all the snapshot refers to; marks do not count."""
+        listed = self._repo.listed()
+        reader = ChunkReader(self._repo.store, self._repo.crypt, listed)
         try:
-            return all(
-                all(fresh.index.known(ids)) for _, ids in References(fresh.reader).of(record.root)
-            )
+            return all(all(listed.known(ids)) for _, ids in References(reader).of(record.root))
         except RepositoryDamaged:
             return False
 

@@ -152,12 +152,15 @@ def run(
 
     Raises:
         TargetNotEmpty: a fresh restore into a folder that holds something.
+        SnapshotNotFound: it was forgotten meanwhile.
         PathNotFound: a path to include is not in the snapshot.
         NoSpace: the target is full; a restore with ``Mode.DELTA`` goes on where this stopped.
         Cancelled: as asked.
         StoreUnavailable: the store does not answer.
     """
     with repo.guard.hold(Kind.READ, f"restore of {snapshot.id[:12]}"):
+        # It may have been forgotten, and pruned, before the lease was there.
+        repo.snapshot(snapshot.id, fresh=True)
         repo.refresh()
         return _restore(repo, snapshot, target, options or RestoreOptions(), progress, cancelled)
 

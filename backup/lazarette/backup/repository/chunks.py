@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -42,6 +43,7 @@ class ChunkReader:
         index: where chunks are.
         cache_bytes: plain blocks kept in memory.
         trees: local copies of packs of directories, if kept.
+        refresh: brings the index up to date; called when a chunk is not in it.
     """
 
     def __init__(
@@ -51,12 +53,14 @@ class ChunkReader:
         index: Index,
         cache_bytes: int = 48 << 20,
         trees: TreeCache | None = None,
+        refresh: Callable[[], None] | None = None,
     ) -> None:
         self._store = store
         self._crypt = crypt
         self._index = index
         self._limit = cache_bytes
         self._trees = trees
+        self._refresh = refresh
         self._lock = threading.Lock()
         self._blocks: OrderedDict[tuple[bytes, int], bytes] = OrderedDict()
         self._held = 0
@@ -95,6 +99,9 @@ class ChunkReader:
             ChunkMissing: it is in no pack.
         """
         location = self._index.find(chunk)
+        if location is None and self._refresh is not None:
+            self._refresh()
+            location = self._index.find(chunk)
         if location is None:
             raise ChunkMissing(
                 f"chunk {chunk.hex()} is in no pack", hint="run laz repo check, then repair"

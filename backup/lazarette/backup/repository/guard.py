@@ -14,7 +14,7 @@ from typing import Protocol
 from lazarette.backup.repository.leases import Lease, LeaseLost, Leases, Mode
 from lazarette.storage.errors import Forbidden, InUse
 
-__all__ = ["Guard", "Guards", "Kind", "LeaseGuards", "LeaseLost", "NoGuards"]
+__all__ = ["UNGUARDED", "Guard", "Guards", "Kind", "LeaseGuards", "LeaseLost", "NoGuards"]
 
 _WAIT_SECONDS = 30.0
 _MAINTENANCE = "maintenance: "
@@ -134,6 +134,10 @@ class _Unguarded:
     def others(self) -> set[str]:
         """Nobody else."""
         return set()
+
+
+UNGUARDED: Guard = _Unguarded()
+"""A lease that is always good, where none is needed."""
 
 
 class NoGuards:

@@ -13,15 +13,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 from lazarette.backup.repository.format import Crypt, pack_name
+from lazarette.backup.repository.guard import UNGUARDED, Guard, LeaseLost
 from lazarette.backup.repository.index import Index
 from lazarette.backup.repository.packs import DATA, TREE, PackBuilder, PackRecord
 from lazarette.backup.repository.treecache import TreeCache
 from lazarette.backup.stores.contract import BlobStore, Buffer
 from lazarette.storage.clock import Clock
+from lazarette.storage.errors import LazaretteError
 
 PACK_SIZE = 16 << 20
 TREE_PACK_SIZE = 4 << 20
@@ -140,6 +143,7 @@ class Ingest:
         listing: writes index objects.
         uploads: packs being sent at once.
         also: another index that grows too.
+        guard: the lease all this happens under.
     """
 
     def __init__(
@@ -152,8 +156,10 @@ class Ingest:
         listing: Listing,
         uploads: int = 2,
         also: Index | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self._store = store
+        self._guard = guard or UNGUARDED
         self._crypt = crypt
         self.index = index
         self._also = also if also is not index else None
@@ -234,6 +240,7 @@ class Ingest:
 
     def _put(self, data: bytes, record: PackRecord) -> None:
         try:
+            self._guard.check()
             self._store.put(pack_name(record.pack), data)
             if record.kind == TREE:
                 self._trees.add(record.pack, data)
@@ -251,7 +258,7 @@ class Ingest:
                 if due:
                     self._unlisted = 0
             if due:
-                names, size = self._listing.write_index(due)
+                names, size = self._list(due)
                 with self._lock:
                     self._interim += names
                     self._bytes_sent += size
@@ -269,7 +276,7 @@ class Ingest:
         self._pool.shutdown(wait=True)
         self._raise_failed()
         if self._records:
-            _, size = self._listing.write_index(self._records)
+            _, size = self._list(self._records)
             self._bytes_sent += size
             self._listing.withdraw_index(self._interim)
         return IngestStats(
@@ -279,8 +286,20 @@ class Ingest:
             len(self._records),
         )
 
+    def _list(self, records: Sequence[PackRecord]) -> tuple[list[str], int]:
+        """Write index objects, but only under a good lease (rule P7 of the prune protocol)."""
+        self._guard.check()
+        names, size = self._listing.write_index(records)
+        try:
+            self._guard.check()
+        except LeaseLost:
+            self._listing.withdraw_index(names)
+            raise
+        return names, size
+
     def abort(self) -> None:
-        """Stop; what is written already is found and used by the next run."""
+        """Stop; what is written already is found and used by the next run, if that works."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         if self._unlisted:
-            self._listing.write_index(self._records[-self._unlisted :])
+            with suppress(LazaretteError):
+                self._list(self._records[-self._unlisted :])

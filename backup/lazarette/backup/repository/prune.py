@@ -18,6 +18,9 @@ Protocol (checked over thousands of schedules by ``tests/unit/backup/test_prune_
     P5.  A pack that some index object lists is never deleted.
     P6.  A backup whose lease ran out before its snapshot was written deletes the snapshot again
          unless everything it relied on is still there.
+    P7.  An index object is written only while the lease is good: otherwise the packs it lists
+         may have been swept as orphans meanwhile.  A run that was suspended between looking at
+         its lease and writing looks again afterwards and takes the object back.
 
 A crash between any two steps leaves garbage at worst, which the next prune finds.
 """
@@ -41,7 +44,7 @@ from lazarette.backup.repository.format import (
     new_id,
     pack_name,
 )
-from lazarette.backup.repository.guard import Guard, Kind
+from lazarette.backup.repository.guard import Guard, Kind, LeaseLost
 from lazarette.backup.repository.index import Index
 from lazarette.backup.repository.marks import Mark
 from lazarette.backup.repository.packs import (
@@ -247,8 +250,14 @@ class _Prune:
             for record in self._objects[name]
             if record.pack not in condemned
         }
-        self._guard.check()
-        indexes.write(self._repo.store, self._repo.crypt, [*keep.values(), *written])
+        self._guard.confirm()
+        listed, _ = indexes.write(self._repo.store, self._repo.crypt, [*keep.values(), *written])
+        try:
+            self._guard.check()
+        except LeaseLost:
+            for name in listed:
+                self._repo.store.delete(name)
+            raise
         gone = [records[pack] for pack in condemned]
         gone += [_orphan_record(self._repo, pack, size) for pack, size in plan.orphans.items()]
         if gone:

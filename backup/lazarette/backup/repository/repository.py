@@ -20,7 +20,7 @@ from lazarette.backup.repository.format import (
     seal,
     unseal,
 )
-from lazarette.backup.repository.guard import Guards, Kind, LeaseGuards
+from lazarette.backup.repository.guard import Guard, Guards, Kind, LeaseGuards
 from lazarette.backup.repository.index import Index
 from lazarette.backup.repository.ingest import Ingest
 from lazarette.backup.repository.keys import MasterKeys
@@ -46,6 +46,8 @@ class Config(msgspec.Struct, frozen=True):
     created_ns: int
     version: int = VERSION
 
+
+_LOOK_AGAIN_NS = 20_000_000_000
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_config = msgspec.msgpack.Decoder(Config).decode
@@ -83,9 +85,12 @@ class Repository:
         self._objects = None if self.cache_dir is None else ObjectCache(self.cache_dir / "objects")
         self.trees = TreeCache(store, self._objects)
         self.index = Index()
-        self.reader = ChunkReader(store, crypt, self.index, trees=self.trees)
+        self.reader = ChunkReader(
+            store, crypt, self.index, trees=self.trees, refresh=self._look_again
+        )
         self._seen: set[str] = set()
         self._marks: set[str] = set()
+        self._looked_ns = -_LOOK_AGAIN_NS
         self._lock = threading.RLock()
 
     @staticmethod
@@ -151,13 +156,17 @@ class Repository:
             RepositoryDamaged: an index object is not what was written.
         """
         with self._lock:
-            condemned = marks.load(self.store, self.crypt)
-            listed = set(indexes.names(self.store))
-            if self._seen - listed or self._marks - condemned.keys():
+            if self._seen - set(indexes.names(self.store)):
                 self.index.clear()
                 self._seen.clear()
             listed = set(self._read_into(self.index, self._seen, None))
+            # Marks after the index: a pack leaves the index only once its mark is written.
             # A condemned pack may still hold what a very young snapshot refers to.
+            condemned = marks.load(self.store, self.crypt)
+            if self._marks - condemned.keys():
+                self.index.clear()
+                self._seen.clear()
+                listed = set(self._read_into(self.index, self._seen, None))
             for mark in condemned.values():
                 self.index.add(record for record in mark.records if record.blocks)
             self._marks = set(condemned)
@@ -184,6 +193,20 @@ class Repository:
             if not merged:
                 return listed
 
+    def _look_again(self) -> None:
+        """Refresh for a chunk that is not in the index, but not for each of many such."""
+        with self._lock:
+            now = self.clock.monotonic_ns()
+            if now - self._looked_ns > _LOOK_AGAIN_NS:
+                self._looked_ns = now
+                self.refresh()
+
+    def listed(self, without: set[bytes] | None = None) -> Index:
+        """An index read anew: what index objects list now, less some packs."""
+        index = Index()
+        self._read_into(index, set(), without)
+        return index
+
     def ready(self) -> None:
         """Load the index unless that was done."""
         with self._lock:
@@ -197,18 +220,23 @@ class Repository:
                 self.index.clear()
                 self._seen.clear()
 
-    def ingest(self, condemned: set[bytes] | None = None, uploads: int = 2) -> Ingest:
+    def ingest(
+        self,
+        condemned: set[bytes] | None = None,
+        uploads: int = 2,
+        guard: Guard | None = None,
+    ) -> Ingest:
         """A way to add chunks; see :class:`Ingest`.
 
         Args:
             condemned: packs about to be deleted: what only they hold is stored again.
             uploads: packs sent at once.
+            guard: the lease it happens under.
         """
         self.refresh()
         known = self.index
         if condemned:
-            known = Index()
-            self._read_into(known, set(), condemned)
+            known = self.listed(condemned)
         return Ingest(
             self.store,
             self.crypt,
@@ -218,6 +246,7 @@ class Repository:
             self,
             uploads,
             self.index,
+            guard,
         )
 
     def write_index(self, records: Sequence[PackRecord]) -> tuple[list[str], int]:
@@ -250,8 +279,15 @@ class Repository:
                 found.append(record)
         return sorted(found, key=lambda record: (record.time_ns, record.id))
 
-    def snapshot(self, name: str, volume: str | None = None) -> SnapshotRecord:
+    def snapshot(
+        self, name: str, volume: str | None = None, *, fresh: bool = False
+    ) -> SnapshotRecord:
         """One snapshot by its id, an unambiguous beginning of it, or ``"latest"``.
+
+        Args:
+            name: what to look for.
+            volume: of which ``"latest"`` is meant; None for all.
+            fresh: ask the store even if there is a local copy.
 
         Raises:
             SnapshotNotFound: there is none.
@@ -262,6 +298,8 @@ class Repository:
             if not every:
                 raise SnapshotNotFound(f"the repository at {self.store.url} has no snapshot")
             return every[-1]
+        if fresh and len(name) == 32:
+            return snapshots.load(self.store, self.crypt, name)
         if len(name) == 32:
             return self._load_snapshot(name)
         matching = [one for one in snapshots.ids(self.store) if name and one.startswith(name)]
