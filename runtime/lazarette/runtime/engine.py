@@ -8,12 +8,15 @@ import uuid
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+from lazarette.runtime.committing import ContainerImages
 from lazarette.runtime.config import Config
 from lazarette.runtime.containers import recover
 from lazarette.runtime.containers.manager import ContainerManager
 from lazarette.runtime.containers.networking import Networking
 from lazarette.runtime.events import EventBus
 from lazarette.runtime.hands import EngineHands, StoreArchives
+from lazarette.runtime.images.endpoints import RegistryConfig
+from lazarette.runtime.images.registries import Registries
 from lazarette.runtime.images.store import ImageStore
 from lazarette.runtime.networks.manager import NetworkManager
 from lazarette.runtime.protection.backups import BackupService
@@ -79,6 +82,10 @@ class Engine:
         self.images = ImageStore(
             config.data_root / "images", self.layers, self.state, self.events, self.clock
         )
+        self.registries = Registries(
+            self.images,
+            RegistryConfig(mirrors=config.registry_mirrors, insecure=config.insecure_registries),
+        )
         self.networks = NetworkManager(
             self.state, config.exec_root, config.bridge, self.events, self.clock
         )
@@ -92,6 +99,7 @@ class Engine:
             self.events,
             self.clock,
         )
+        self.container_images = ContainerImages(self.containers, self.images)
 
     def _make_protection(self) -> None:
         root = self.config.data_root

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lazarette.runtime.api import containers, exec, images, system
+from lazarette.runtime.api import containers, distribution, exec, images, system
 from lazarette.runtime.api.http import Route
 from lazarette.runtime.api.lazarette import ProtectionRoutes
 from lazarette.runtime.api.networks import NetworkRoutes
@@ -25,10 +25,11 @@ def all_routes(engine: Engine) -> list[Route]:
         ),
         *containers.routes(engine.containers),
         *exec.routes(engine.containers),
-        *images.routes(engine.images),
-        *NetworkRoutes(
-            engine.networks, ContainerAttachments(engine.containers, engine.networks)
-        ).routes(),
+        *images.routes(
+            engine.images, registry=engine.registries, committer=engine.container_images
+        ),
+        *distribution.routes(engine.registries),
+        *NetworkRoutes(engine.networks, attachments).routes(),
         *volumes.routes(),
         *ProtectionRoutes(engine.protection).routes(),
     ]
