@@ -42,8 +42,9 @@ from dataclasses import dataclass
 import msgspec
 
 from lazarette.fuse import control, mount, spec
+from lazarette.fuse.lazy import Progress
 from lazarette.fuse.serve import Started, Status
-from lazarette.fuse.spec import Spec, UnionSpec
+from lazarette.fuse.spec import LazySpec, Spec, UnionSpec
 
 _START_TIMEOUT = 60.0
 _STATUS_TIMEOUT = 10.0
@@ -138,6 +139,20 @@ class Mount:
                 select.select([server], [], [], _STOP_TIMEOUT)
         finally:
             os.close(server)
+
+
+class LazyMount(Mount):
+    """A mounted lazy tree; see :mod:`lazarette.fuse.lazy`."""
+
+    spec: LazySpec
+
+    def fill(self, bytes_per_second: float = 0.0) -> None:
+        """Bring everything here in the background, at most so fast (0: without limit)."""
+        self.call("fill", bytes_per_second=bytes_per_second)
+
+    def progress(self) -> Progress:
+        """How far the filling is."""
+        return msgspec.json.decode(self.call("progress"), type=Progress)
 
 
 class UnionMount(Mount):

@@ -26,12 +26,14 @@ class Entries:
         tree: the merged tree.
         copyup: brings up what is to change.
         reserve_wh: refuse names that begin with ``.wh.``, which a layer tar cannot carry.
+        redirect: let folders of lower layers be renamed, by a redirect.
     """
 
-    def __init__(self, tree: Tree, copyup: CopyUp, reserve_wh: bool) -> None:
+    def __init__(self, tree: Tree, copyup: CopyUp, reserve_wh: bool, redirect: bool) -> None:
         self._tree = tree
         self._copyup = copyup
         self._reserve_wh = reserve_wh
+        self._redirect = redirect
 
     def check_name(self, name: bytes) -> None:
         """Refuse a name no layer can hold."""
@@ -201,7 +203,7 @@ class Entries:
         """Rename as renameat2(2).
 
         Raises:
-            OSError: EXDEV for a folder that is (partly) in a lower layer.
+            OSError: EXDEV for a folder that is (partly) in a lower layer, without redirects.
         """
         if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT):
             raise OSError(errno.EINVAL, "unknown rename flags")
@@ -225,7 +227,7 @@ class Entries:
     def _prepare(self, place: tuple[Dir, bytes], node: Node) -> None:
         """Bring what is to be moved into the upper layer."""
         if isinstance(node, Dir):
-            if node.lowers:
+            if node.lowers and not self._redirect:
                 raise OSError(errno.EXDEV, "folder lies in a lower layer")
             self._copyup.folder(node)
         elif isinstance(node, File):
@@ -235,13 +237,16 @@ class Entries:
     def _mark_move(self, node: Node, place: tuple[Dir, bytes]) -> None:
         """Note on disk, before a move, what the new place must know about the entry.
 
-        A folder must not merge with one of a lower layer there; an older inode number must
-        be looked for.
+        A folder must go on merging with the lower ones it had, or with none; an older inode
+        number must be looked for.
         """
         if isinstance(node, Dir):
-            if self._lower_shows(*place):
-                path = layers.descriptor_path(self._tree.upper_fd(node))
-                os.setxattr(path, self._tree.form.opaque, b"y")
+            form = self._tree.form
+            path = layers.descriptor_path(self._tree.upper_fd(node))
+            if node.lowers:
+                os.setxattr(path, form.redirect, b"/" + node.lowers[0].path)
+            elif self._lower_shows(*place):
+                os.setxattr(path, form.opaque, b"y")
         elif isinstance(node, File) and node.origin:
             self._copyup.folder(place[0])
             self._copyup.mark_impure(place[0])

@@ -65,9 +65,7 @@ def _mount_directly(mountpoint: str, options: MountOptions) -> int:
         ]
         if options.allow_other:
             fields.append("allow_other")
-        flags = syscalls.MS_NOATIME
-        if options.read_only:
-            flags |= syscalls.MS_RDONLY
+        flags = syscalls.MS_RDONLY if options.read_only else 0
         kind = f"fuse.{options.subtype}"
         syscalls.mount(options.source, mountpoint, kind, flags, ",".join(fields))
     except BaseException:

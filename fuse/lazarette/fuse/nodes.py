@@ -97,12 +97,14 @@ class Dir(Node):
         default_acl: it has a default ACL; None when not yet known.
         listing: its entries, once read.
         lower_names: which lower folders hold a name, for folders with many.
+        expanded: all entries are here (lazy trees only).
         pins: names of known files and folders in it; while there are any it is kept, so
             that a rename of it reaches all of them.
     """
 
     __slots__ = (
         "default_acl",
+        "expanded",
         "fd",
         "impure",
         "listing",
@@ -137,6 +139,7 @@ class Dir(Node):
         self.default_acl: bool | None = None
         self.listing: Listing | None = None
         self.lower_names: dict[bytes, tuple[int, ...]] | None = None
+        self.expanded = False
         self.pins = 0
         self.parent.pins += 1
 
@@ -176,12 +179,14 @@ class File(Node):
         plain: opens that go through the server.
         writers: opens for writing.
         cached: the kernel holds its attributes for long.
+        content: what is known of a file that is still being fetched (lazy trees only).
     """
 
     __slots__ = (
         "backing",
         "backing_upper",
         "cached",
+        "content",
         "copying",
         "index",
         "kind",
@@ -215,6 +220,7 @@ class File(Node):
         self.plain = 0
         self.writers = 0
         self.cached = False
+        self.content: object = None
 
     @property
     def upper(self) -> bool:

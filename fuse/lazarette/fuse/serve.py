@@ -5,13 +5,15 @@ ready (``{"pid": ..., "passthrough": ..., "reason": ...}``) or has failed
 (``{"errno": ..., "message": ...}``).  It lives until it is unmounted: by the ``stop``
 command, SIGTERM, or umount(8).
 
-Commands of every kind: ``status``, ``stop`` (``lazy``: bool).  Unions add those of
-:mod:`lazarette.fuse.snapshots`.
+Commands of every kind: ``status``, ``stop`` (``lazy``: bool).  Lazy trees add ``fill`` and
+``progress``.
 """
 
 from __future__ import annotations
 
+import errno
 import gc
+import importlib
 import logging
 import os
 import resource
@@ -25,12 +27,17 @@ import msgspec
 from lazarette.fuse import mount, spec
 from lazarette.fuse.control import Arguments, Command, ControlSocket
 from lazarette.fuse.filesystem import Filesystem
+from lazarette.fuse.lazy import LazyFilesystem
 from lazarette.fuse.loopback import LoopbackFilesystem
 from lazarette.fuse.server import Server
-from lazarette.fuse.spec import LoopbackSpec, Spec, UnionSpec
+from lazarette.fuse.source import Source
+from lazarette.fuse.spec import LazySpec, LoopbackSpec, Spec, UnionSpec
 from lazarette.fuse.union import UnionFilesystem, UnionOptions
 
 log = logging.getLogger(__name__)
+
+_WORKERS = 8
+_LAZY_WORKERS = 64
 
 
 class Started(msgspec.Struct, omit_defaults=True):
@@ -72,11 +79,23 @@ def build(wanted: Spec) -> Filesystem:
                 wanted.work,
                 volatile=wanted.volatile,
                 reserve_wh=wanted.reserve_wh,
+                redirect=wanted.redirect,
             )
         )
     if isinstance(wanted, LoopbackSpec):
         return LoopbackFilesystem(wanted.root, wanted.work)
-    raise NotImplementedError(type(wanted))
+    return LazyFilesystem(_source(wanted), wanted.store, wanted.deadline)
+
+
+def _source(wanted: LazySpec) -> Source:
+    """Call the function a spec names."""
+    module, _, function = wanted.source.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise OSError(errno.EINVAL, f"no source {wanted.source}: {error}") from error
+    source: Source = factory(**wanted.arguments)
+    return source
 
 
 class Process:
@@ -98,10 +117,23 @@ class Process:
         except BaseException:
             self._control.close()
             raise
-        self.server = Server(self._filesystem, device, passthrough=wanted.passthrough)
+        workers = _LAZY_WORKERS if isinstance(wanted, LazySpec) else _WORKERS
+        self.server = Server(
+            self._filesystem, device, passthrough=wanted.passthrough, workers=workers
+        )
 
     def _commands(self) -> Mapping[str, Command]:
-        return {"status": self._status, "stop": self._stop}
+        commands: dict[str, Command] = {"status": self._status, "stop": self._stop}
+        if isinstance(self._filesystem, LazyFilesystem):
+            lazy = self._filesystem
+
+            def fill(arguments: Arguments) -> None:
+                rate = arguments.get("bytes_per_second", 0.0)
+                lazy.fill(float(rate) if isinstance(rate, int | float) else 0.0)
+
+            commands["fill"] = fill
+            commands["progress"] = lambda arguments: lazy.state()
+        return commands
 
     def _status(self, arguments: Arguments) -> Status:
         status = Status(

@@ -33,6 +33,7 @@ class UnionSpec(_Common, tag="union", tag_field="kind", kw_only=True, frozen=Tru
     work: str | None = None
     volatile: bool = False
     reserve_wh: bool = False
+    redirect: bool = False
 
 
 class LoopbackSpec(_Common, tag="loopback", tag_field="kind", kw_only=True, frozen=True):

@@ -8,7 +8,8 @@ Semantics
     U1. The upper layer, and every lower one, is in overlayfs's format: the kernel mounts it.
     U2. ``st_ino`` never changes over copy-up and remount; a hard link stays one over copy-up
         while the work folder is kept with the upper layer.
-    U3. Renaming a folder any part of which is in a lower layer fails with EXDEV.
+    U3. Renaming a folder any part of which is in a lower layer fails with EXDEV, or, in a
+        union with ``redirect``, leaves a redirect that the kernel's overlayfs follows too.
     U4. A copy-up while readers hold the lower file leaves those readers with the content of
         before; everyone who opens it afterwards sees the new content.
     U5. What fsync(2) returned for is on disk; so is the copy a copy-up made, unless the union
@@ -73,6 +74,8 @@ class UnionOptions:
         work: an empty folder on the upper layer's filesystem, kept with the upper layer.
         volatile: copy-up does not wait for the disk (a container's root).
         reserve_wh: refuse names that begin with ``.wh.``.
+        redirect: let folders of lower layers be renamed; who reads the upper layer must
+            then follow redirects.
     """
 
     lowers: list[str] = field(default_factory=list)
@@ -80,6 +83,7 @@ class UnionOptions:
     work: str | None = None
     volatile: bool = False
     reserve_wh: bool = False
+    redirect: bool = False
 
 
 def _open_work(options: UnionOptions) -> tuple[int, int]:
@@ -111,13 +115,22 @@ class UnionFilesystem(Filesystem):
         self.options = options
         self.stack = Stack(options.upper, options.lowers)
         self.work, self.index = _open_work(options)
-        form = Format(privileged=os.geteuid() == 0)
-        self.tree = Tree(self.stack, form, self.index)
+        self.tree = self._make_tree(self.index)
         self.copyup = CopyUp(self, self.tree, self.work, durable=not options.volatile)
-        self.entries = Entries(self.tree, self.copyup, options.reserve_wh)
-        self.files = Files(self, self.tree, self.copyup)
+        self.entries = Entries(self.tree, self.copyup, options.reserve_wh, options.redirect)
+        self.files = self._make_files()
         if self.work >= 0:
             self.copyup.clear()
+
+    @staticmethod
+    def _format() -> Format:
+        return Format(privileged=os.geteuid() == 0)
+
+    def _make_tree(self, index: int) -> Tree:
+        return Tree(self.stack, self._format(), index)
+
+    def _make_files(self) -> Files:
+        return Files(self, self.tree, self.copyup)
 
     def wanted(self) -> InitFlag:
         """Nothing beyond what every server asks for."""

@@ -1,0 +1,446 @@
+"""A writable tree whose content arrives on demand, until it is an ordinary folder.
+
+The local tree (``store/tree``) is made folder by folder as it is looked at, its files as long
+as in the source but without data; what is read is fetched block by block, what is written
+stays here.  Once everything has come, ``store/tree`` is an ordinary folder, needs no server,
+and carries no trace.
+
+Semantics
+    Z1. A read returns the source's bytes or what was written here later, or fails with EIO
+        once the source has not answered for ``deadline`` seconds; never anything else.
+    Z2. What is here is served whether the source answers or not.
+    Z3. SIGKILL at any instant loses nothing that write(2) returned for; a power cut loses
+        nothing that fsync(2) returned for.
+    Z4. Files that are whole are read and written through (see
+        :mod:`lazarette.fuse.files`) from their next open on.
+    Z5. ``complete`` is reported only when everything is on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+from lazarette.fuse import layers, protocol, syscalls
+from lazarette.fuse.content import Content, Contents
+from lazarette.fuse.expand import Expander
+from lazarette.fuse.files import Files, kill_set_id
+from lazarette.fuse.filesystem import Filesystem, Later, NeedsWorker, Reply
+from lazarette.fuse.nodes import Dir, File, Listing, Node
+from lazarette.fuse.protocol import (
+    CopyIn,
+    FallocateIn,
+    FsyncIn,
+    LseekIn,
+    ReadIn,
+    SetattrIn,
+    SetattrValid,
+    WriteIn,
+)
+from lazarette.fuse.source import Source
+from lazarette.fuse.tree import Found, Tree
+from lazarette.fuse.union import UnionFilesystem, UnionOptions
+
+log = logging.getLogger(__name__)
+
+_FILLERS = 4
+_PAUSE = 2.0
+_TREE = "tree"
+
+
+class LazyTree(Tree):
+    """The tree of the union, with folders expanded before anyone looks into them."""
+
+    expander: Expander
+    filesystem: Filesystem
+
+    def _expanded(self, folder: Dir) -> None:
+        if folder.expanded or folder.dead:
+            return
+        fd = self.upper_fd(folder)
+        if self.expander.pending(fd) is not None:
+            if not self.filesystem.on_worker():
+                raise NeedsWorker
+            own = os.dup(fd)
+            try:
+                with self.filesystem.unlocked():
+                    self.expander.expand(own)
+            finally:
+                os.close(own)
+        folder.expanded = True
+
+    def find(self, parent: Dir, name: bytes) -> Found | None:
+        """Where a name is; the folder is expanded before."""
+        self._expanded(parent)
+        return super().find(parent, name)
+
+    def links(self, node: Node, st: os.stat_result) -> int:
+        """``st_nlink`` without the link that keeps a file for names yet to come."""
+        shown = super().links(node, st)
+        if shown > 1 and isinstance(node, File) and self.expander.is_linked(st.st_ino):
+            return shown - 1
+        return shown
+
+    def listing(self, folder: Dir) -> Listing:
+        """The entries of a folder; it is expanded before."""
+        self._expanded(folder)
+        return super().listing(folder)
+
+
+class LazyFiles(Files):
+    """Open files, of which some are incomplete: those are plain, and fetch before they read."""
+
+    contents: Contents
+
+    def _goes_through(self, node: File, flags: int, fd: int) -> bool:
+        if not node.through and self._content(node) is not None:
+            return False
+        return super()._goes_through(node, flags, fd)
+
+    def _content(self, node: File) -> Content | None:
+        """The content of an incomplete file; it stays acquired while the node has opens."""
+        content = node.content
+        if isinstance(content, Content):
+            return content
+        path, follow = self._tree.path(node)
+        form = self._tree.form
+        if form.read(path, self.contents.attribute, follow) is None:
+            return None
+        fd = self._tree.open(node, os.O_RDONLY)
+        try:
+            node.content = acquired = self.contents.acquire(fd)
+        finally:
+            os.close(fd)
+        return acquired
+
+    def release(self, number: int) -> File | None:
+        """Close a handle; the content goes with the last."""
+        node = super().release(number)
+        if node is not None and not node.plain:
+            self.let_go(node)
+        return node
+
+    def let_go(self, node: File) -> None:
+        """Give the content of a node back."""
+        if isinstance(node.content, Content):
+            self.contents.release(node.content)
+            node.content = None
+
+    def _incomplete(self, number: int) -> Content | None:
+        content = self._handle(number).node.content
+        return content if isinstance(content, Content) and not content.finished else None
+
+    def read(self, args: ReadIn) -> Reply:
+        """Read, fetching first what is not here."""
+        content = self._incomplete(args.fh)
+        if content is None or content.has(args.offset, args.size):
+            return super().read(args)
+        fd = os.dup(self._descriptor(self._handle(args.fh)))
+
+        def work() -> bytes:
+            try:
+                content.ensure(args.offset, args.size)
+                return os.pread(fd, args.size, args.offset)
+            finally:
+                os.close(fd)
+
+        return Later(work)
+
+    def write(self, args: WriteIn, data: memoryview) -> Reply:
+        """Write, fetching first what is around it."""
+        content = self._incomplete(args.fh)
+        if content is None:
+            return super().write(args, data)
+        own, kill = bytes(data), bool(args.write_flags & protocol.WRITE_KILL_SUIDGID)
+        fd = os.dup(self._descriptor(self._handle(args.fh)))
+
+        def work() -> bytes:
+            try:
+                done = content.write(own, args.offset)
+                if kill:
+                    kill_set_id(fd)
+                return protocol.write_reply(done)
+            finally:
+                os.close(fd)
+
+        return Later(work)
+
+    def truncate(self, node: File, args: SetattrIn) -> None:
+        """Set the size; on a worker, when blocks must be fetched or given up."""
+        held = isinstance(node.content, Content)
+        content = self._content(node)
+        if content is None:
+            super().truncate(node, args)
+            return
+        if not self._filesystem.on_worker():
+            if not held and not node.plain:
+                self.let_go(node)
+            raise NeedsWorker
+        with self._filesystem.unlocked():
+            content.truncate(args.size)
+        if args.valid & SetattrValid.KILL_SUIDGID:
+            super().truncate(node, args)
+        if not node.plain:
+            self.let_go(node)
+
+    def _truncate_open(self, node: File, kill: bool) -> None:
+        valid = SetattrValid.SIZE | (SetattrValid.KILL_SUIDGID if kill else SetattrValid(0))
+        self.truncate(node, SetattrIn(valid, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0))
+
+    def fsync(self, args: FsyncIn) -> Reply:
+        """Write out the data and the knowledge that it is here."""
+        content = self._incomplete(args.fh)
+        if content is None:
+            return super().fsync(args)
+
+        def work() -> bytes:
+            content.sync(args.data_only)
+            return b""
+
+        return Later(work)
+
+    def fallocate(self, args: FallocateIn) -> Reply:
+        """Allocate; what changes content needs the whole file here."""
+        content = self._incomplete(args.fh)
+        if content is None or not args.mode & ~syscalls.FALLOC_KEEP_SIZE:
+            return super().fallocate(args)
+        fd = os.dup(self._descriptor(self._handle(args.fh)))
+
+        def work() -> bytes:
+            try:
+                content.fetch_all()
+                if not content.finished:
+                    raise OSError(errno.EIO, "file is not whole")
+                syscalls.fallocate(fd, args.mode, args.offset, args.length)
+            finally:
+                os.close(fd)
+            return b""
+
+        return Later(work)
+
+    def lseek(self, args: LseekIn) -> Reply:
+        """An incomplete file shows no holes: what is not here may be data."""
+        if self._incomplete(args.fh) is None:
+            return super().lseek(args)
+        size = os.fstat(self._descriptor(self._handle(args.fh))).st_size
+        if args.offset >= size:
+            raise OSError(errno.ENXIO, "offset is past the end")
+        return protocol.quad_reply(args.offset if args.whence == os.SEEK_DATA else size)
+
+    def copy(self, args: CopyIn) -> Reply:
+        """Copy between whole files; the kernel copies others by reading and writing."""
+        if self._incomplete(args.fh_in) or self._incomplete(args.fh_out):
+            raise OSError(errno.EOPNOTSUPP, "file is not whole")
+        return super().copy(args)
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far the filling is.
+
+    Attributes:
+        files, bytes: of the source.
+        fetched_files: made whole by this server so far.
+        filling: a fill is running.
+        complete: everything is here and on disk (Z5).
+        error: why the last fill ended early, or empty.
+    """
+
+    files: int
+    bytes: int
+    fetched_files: int = 0
+    filling: bool = False
+    complete: bool = False
+    error: str = ""
+
+
+class LazyFilesystem(UnionFilesystem):
+    """See the module's text.
+
+    Args:
+        source: of the tree.
+        store: folder for the local tree and its maps; kept between mounts.
+        deadline: seconds a call of the source is repeated before EIO.
+    """
+
+    def __init__(self, source: Source, store: str, deadline: float = 30.0) -> None:
+        tree, work = os.path.join(store, _TREE), os.path.join(store, "work")
+        fresh = not os.path.exists(os.path.join(store, "begun"))
+        for path in (tree, work, os.path.join(store, "maps"), os.path.join(store, "sources")):
+            os.makedirs(path, 0o700, exist_ok=True)
+        super().__init__(UnionOptions(upper=tree, work=work))
+        form = self.tree.form
+        self._store = store
+        self._maps = os.open(os.path.join(store, "maps"), layers.DIRECTORY)
+        self._links = os.open(os.path.join(store, "sources"), layers.DIRECTORY)
+        self.contents = Contents(source, self._maps, form, deadline)
+        self.expander = Expander(source, self._links, form, deadline)
+        assert isinstance(self.tree, LazyTree) and isinstance(self.files, LazyFiles)
+        self.tree.expander = self.expander
+        self.files.contents = self.contents
+        if fresh:
+            upper = self.stack.upper
+            assert upper is not None
+            self.expander.prepare_root(upper.fd)
+            with open(os.path.join(store, "begun"), "wb"):
+                pass
+        self.progress = Progress(source.totals().files, source.totals().bytes)
+        self.progress.complete = os.path.exists(self._complete_mark)
+        self._filler: threading.Thread | None = None
+        self._rate = 0.0
+
+    def _make_tree(self, index: int) -> Tree:
+        tree = LazyTree(self.stack, self._format(), index)
+        tree.filesystem = self
+        return tree
+
+    def _make_files(self) -> Files:
+        return LazyFiles(self, self.tree, self.copyup)
+
+    @property
+    def _complete_mark(self) -> str:
+        return os.path.join(self._store, "complete")
+
+    def destroy(self) -> None:
+        """Stop filling and close everything."""
+        self.contents.stopping.set()
+        if self._filler is not None:
+            self._filler.join()
+        for content in self.contents.in_use():
+            content.users = 1
+            self.contents.release(content)
+        super().destroy()
+        os.close(self._maps)
+        os.close(self._links)
+
+    # -- filling ------------------------------------------------------------------------
+
+    def fill(self, bytes_per_second: float = 0.0) -> None:
+        """Bring everything here in the background, at most so fast (0: as fast as can be).
+
+        A fill that runs takes the new limit.  One that meets an error says so in
+        :class:`Progress` and goes on after a pause.
+        """
+        self._rate = bytes_per_second
+        if self.progress.filling or self.progress.complete:
+            return
+        self.progress.filling = True
+        self._filler = threading.Thread(target=self._fill, name="fuse-fill", daemon=True)
+        self._filler.start()
+
+    def _pace(self, length: int) -> None:
+        """Wait as long as the limit asks for before so many bytes."""
+        if self._rate > 0:
+            self.contents.stopping.wait(_FILLERS * length / self._rate)
+
+    def _fill(self) -> None:
+        progress, stopping = self.progress, self.contents.stopping
+        try:
+            while not stopping.is_set():
+                try:
+                    missing = self._pass()
+                except OSError as error:
+                    progress.error = str(error)
+                    log.warning("filling pauses: %s", error)
+                    stopping.wait(_PAUSE)
+                    continue
+                progress.error = ""
+                if missing == 0 and not stopping.is_set():
+                    self._declare_complete()
+                    return
+        finally:
+            progress.filling = False
+
+    def _pass(self) -> int:
+        """Bring what is missing, everywhere; how many files and folders were."""
+        missing = 0
+        upper = self.stack.upper
+        assert upper is not None
+        with ThreadPoolExecutor(_FILLERS, "fuse-filler") as pool:
+            running: set[Future[None]] = set()
+            for content in self._incomplete_files(upper.fd):
+                missing += 1
+                running.add(pool.submit(self._fill_one, content))
+                if len(running) >= 2 * _FILLERS:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        future.result()
+            for future in running:
+                future.result()
+        return missing
+
+    def _fill_one(self, content: Content) -> None:
+        try:
+            content.fetch_all(self._pace)
+        finally:
+            self.contents.release(content)
+
+    def _incomplete_files(self, root: int) -> Iterator[Content]:
+        """Incomplete files below a folder, acquired; folders are expanded on the way."""
+        pending = [os.open(b".", layers.DIRECTORY, dir_fd=root)]
+        try:
+            while pending and not self.contents.stopping.is_set():
+                fd = pending.pop()
+                try:
+                    self.expander.expand(fd)
+                    with os.scandir(layers.descriptor_path(fd)) as entries:
+                        found = [
+                            (each.name, each.is_dir(follow_symlinks=False)) for each in entries
+                        ]
+                    for name, is_dir in found:
+                        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                            if is_dir:
+                                pending.append(os.open(name, layers.DIRECTORY, dir_fd=fd))
+                                continue
+                            content = self._open_incomplete(fd, name)
+                            if content is not None:
+                                yield content
+                finally:
+                    os.close(fd)
+        finally:
+            for fd in pending:
+                os.close(fd)
+
+    def _open_incomplete(self, folder: int, name: bytes) -> Content | None:
+        st = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        if not stat.S_ISREG(st.st_mode) or not st.st_size:
+            return None
+        path = layers.entry_path(folder, name)
+        if self.tree.form.read(path, self.contents.attribute) is None:
+            return None
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        try:
+            return self.contents.acquire(fd)
+        finally:
+            os.close(fd)
+
+    def _declare_complete(self) -> None:
+        """Everything is here: make that durable, then say so."""
+        upper = self.stack.upper
+        assert upper is not None
+        self.expander.drop_links()
+        fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=upper.fd)
+        try:
+            syscalls.syncfs(fd)
+        finally:
+            os.close(fd)
+        with open(self._complete_mark, "wb") as stream:
+            os.fsync(stream.fileno())
+        store = os.open(self._store, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(store)
+        finally:
+            os.close(store)
+        self.progress.complete = True
+
+    def state(self) -> Progress:
+        """How far it is now."""
+        self.progress.fetched_files = self.contents.finished_files
+        return self.progress

@@ -1,0 +1,179 @@
+"""Lazy trees through a real mount, filled from a folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.support.unions import kill
+
+from lazarette.fuse import mount
+from lazarette.fuse.client import LazyMount
+from lazarette.fuse.spec import LazySpec
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+
+
+class Lazy:
+    """A lazy tree below ``base`` with its source folder and the source's switches."""
+
+    def __init__(self, base: Path) -> None:
+        self.source, self.switches = base / "source", base / "switches"
+        self.root, self.store = base / "merged", base / "store"
+        for folder in (self.source, self.switches, self.root, self.store):
+            folder.mkdir()
+        self.mount = LazyMount(
+            LazySpec(
+                mountpoint=str(self.root),
+                control=str(base / "c"),
+                store=str(self.store),
+                source="tests.support.sources:folder_source",
+                arguments={"folder": str(self.source), "switches": str(self.switches)},
+                deadline=0.3,
+                log=str(base / "log"),
+            )
+        )
+
+    @property
+    def tree(self) -> Path:
+        return self.store / "tree"
+
+    def set(self, switch: str, on: bool) -> None:
+        path = self.switches / switch
+        path.touch() if on else path.unlink()
+
+    def fill(self) -> None:
+        self.mount.fill()
+        end = time.monotonic() + 60
+        while not self.mount.progress().complete:
+            assert time.monotonic() < end, self.mount.progress()
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def lazy(tmp_path: Path) -> Iterator[Lazy]:
+    """A lazy tree, not yet mounted; unmounted afterwards."""
+    tree = Lazy(tmp_path)
+    yield tree
+    if mount.is_mounted(str(tree.root)):
+        tree.mount.stop()
+
+
+def populate(folder: Path, seed: int = 1) -> dict[str, bytes]:
+    rng = random.Random(seed)
+    contents = {}
+    for name in ("a", "d/b", "d/e/c", "empty", "d/sparse"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = rng.randbytes(rng.randrange(1, 600_000)) if name != "empty" else b""
+        if name == "d/sparse":
+            data = b"x" + bytes(400_000) + b"y"
+        path.write_bytes(data)
+        contents[name] = data
+    (folder / "link").symlink_to("d/b")
+    os.link(folder / "a", folder / "d/a-too")
+    contents["d/a-too"] = contents["a"]
+    os.setxattr(folder / "a", "user.note", b"kept")
+    os.chmod(folder / "d/b", 0o640)
+    os.chown(folder / "d/b", 12, 34)
+    return contents
+
+
+def test_content_comes_on_demand_and_fill_leaves_a_folder(lazy: Lazy) -> None:
+    contents = populate(lazy.source)
+    lazy.mount.start()
+    assert (lazy.root / "d/b").read_bytes() == contents["d/b"]
+    st = (lazy.root / "d/b").stat()
+    assert (st.st_mode & 0o777, st.st_uid, st.st_gid) == (0o640, 12, 34)
+    assert st.st_mtime_ns == (lazy.source / "d/b").stat().st_mtime_ns
+    assert os.readlink(lazy.root / "link") == "d/b"
+    assert os.getxattr(lazy.root / "a", "user.note") == b"kept"
+    assert (lazy.root / "a").stat().st_nlink in (1, 2)
+    assert not lazy.mount.progress().complete
+    lazy.fill()
+    lazy.mount.stop()
+    for name, data in contents.items():
+        assert (lazy.tree / name).read_bytes() == data
+    assert (lazy.tree / "a").samefile(lazy.tree / "d/a-too")
+    assert (lazy.tree / "a").stat().st_nlink == 2
+    assert os.listxattr(lazy.tree / "d/b") == []
+    assert os.listdir(lazy.store / "maps") == []
+    assert (lazy.tree / "d/sparse").stat().st_blocks < 700
+
+
+def test_writes_stay_local(lazy: Lazy) -> None:
+    contents = populate(lazy.source)
+    lazy.mount.start()
+    expected = bytearray(contents["a"])
+    with (lazy.root / "a").open("r+b") as stream:
+        stream.seek(100)
+        stream.write(b"local")
+        expected[100:105] = b"local"
+        stream.seek(0, os.SEEK_END)
+        stream.write(b"tail")
+        expected += b"tail"
+    (lazy.root / "d/e/c").write_bytes(b"all new")
+    os.truncate(lazy.root / "d/b", 1000)
+    os.truncate(lazy.root / "d/b", 2000)
+    (lazy.root / "d/sparse").unlink()
+    (lazy.root / "new").write_bytes(b"new")
+    lazy.fill()
+    lazy.mount.stop()
+    assert (lazy.tree / "a").read_bytes() == expected
+    assert (lazy.tree / "d/a-too").read_bytes() == expected
+    assert (lazy.tree / "d/e/c").read_bytes() == b"all new"
+    assert (lazy.tree / "d/b").read_bytes() == contents["d/b"][:1000] + bytes(1000)
+    assert not (lazy.tree / "d/sparse").exists()
+    assert (lazy.tree / "new").read_bytes() == b"new"
+
+
+def test_broken_source_gives_eio_after_the_deadline_and_recovers(lazy: Lazy) -> None:
+    contents = populate(lazy.source)
+    lazy.mount.start()
+    assert (lazy.root / "d/b").read_bytes() == contents["d/b"]
+    assert sorted(os.listdir(lazy.root)) == sorted(os.listdir(lazy.source))
+    lazy.set("broken", True)
+    assert (lazy.root / "d/b").read_bytes() == contents["d/b"]
+    with pytest.raises(OSError) as caught:
+        (lazy.root / "a").read_bytes()
+    assert caught.value.errno == errno.EIO
+    with pytest.raises(OSError) as caught:
+        os.listdir(lazy.root / "d/e")
+    assert caught.value.errno == errno.EIO
+    lazy.set("broken", False)
+    assert (lazy.root / "a").read_bytes() == contents["a"]
+    assert (lazy.root / "d/e/c").read_bytes() == contents["d/e/c"]
+
+
+def test_kills_during_fill_and_writes_lose_nothing(lazy: Lazy) -> None:
+    rng = random.Random(7)
+    model = bytearray(rng.randbytes(3_000_000))
+    (lazy.source / "f").write_bytes(model)
+    lazy.set("slow", True)
+    for _ in range(int(os.environ.get("LAZ_KILLS", "4"))):
+        lazy.mount.ensure()
+        pid = lazy.mount.status().pid
+        lazy.mount.fill(bytes_per_second=50e6)
+        fd = os.open(lazy.root / "f", os.O_RDWR)
+        try:
+            for _ in range(rng.randrange(1, 30)):
+                offset = rng.randrange(len(model))
+                data = rng.randbytes(min(rng.choice((3, 5000, 200_000)), len(model) - offset))
+                done = os.pwrite(fd, data, offset)
+                model[offset : offset + done] = data[:done]
+                check = rng.randrange(len(model))
+                assert os.pread(fd, 1000, check) == model[check : check + 1000]
+            kill(pid)
+        finally:
+            os.close(fd)
+    lazy.mount.ensure()
+    lazy.set("slow", False)
+    lazy.fill()
+    assert (lazy.root / "f").read_bytes() == model
+    lazy.mount.stop()
+    assert (lazy.tree / "f").read_bytes() == model
