@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.support.daemon import Daemon
 
-IMAGE = "lazarette/postgres:latest"
+IMAGE = "postgres:latest"
 _DATA = "/var/lib/postgresql/data"
 _PATIENCE_S = 60.0
 

@@ -34,8 +34,8 @@ from botocore.config import Config
 
 from lazarette.backup.stores.s3 import Credentials
 
-ACCESS_KEY = "testaccess"
-SECRET_KEY = "testsecretkey0123456789"
+ACCESS_KEY = os.environ.get("LAZ_TEST_S3_ACCESS_KEY", "testaccess")
+SECRET_KEY = os.environ.get("LAZ_TEST_S3_SECRET_KEY", "testsecretkey0123456789")
 _START_TIMEOUT = 60.0
 
 
