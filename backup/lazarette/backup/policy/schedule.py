@@ -150,7 +150,7 @@ class Cron:
             for hour in sorted(self.hours):
                 for minute in sorted(self.minutes):
                     naive = datetime(day.year, day.month, day.day, hour, minute)
-                    due = _first_occurrence(naive, self.zone)
+                    due = first_occurrence(naive, self.zone)
                     if due > after_ns:
                         return due
         raise AssertionError("dates never end without an error")
@@ -179,7 +179,7 @@ class Cron:
 Schedule = Every | Cron
 
 
-def _first_occurrence(naive: datetime, zone: ZoneInfo) -> int:
+def first_occurrence(naive: datetime, zone: ZoneInfo) -> int:
     """The instant of a local time; of a skipped one, the end of the gap (D2)."""
     first = instant(naive.replace(tzinfo=zone, fold=0))
     if local(first, zone).replace(tzinfo=None) == naive:

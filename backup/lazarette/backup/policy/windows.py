@@ -5,18 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from zoneinfo import ZoneInfo
 
 from lazarette.backup.policy.durations import parse_size
-from lazarette.backup.policy.schedule import Schedule, local
-from lazarette.storage.clock import NANOSECONDS
+from lazarette.backup.policy.schedule import Schedule, first_occurrence, local
 from lazarette.storage.errors import InvalidArgument
 
 _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _SPAN = re.compile(r"(?:([a-z,-]+)\s+)?(\d{1,2}):(\d\d)-(\d{1,2}):(\d\d)")
 _MINUTES_A_DAY = 24 * 60
-_STEP_NS = 60 * NANOSECONDS
-_LOOKS = 100_000
+_LOOKS = 600
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +41,18 @@ class Window:
         if minute >= self.begin:
             return day in self.days
         return minute < self.end and (day - 1) % 7 in self.days
+
+    def next_begin(self, after_ns: int, zone: ZoneInfo) -> int:
+        """When it next begins after an instant."""
+        today = local(after_ns, zone).date()
+        for ahead in range(-1, 9):
+            day = today + timedelta(days=ahead)
+            if day.weekday() in self.days:
+                hour, minute = divmod(self.begin, 60)
+                begin = first_occurrence(datetime(day.year, day.month, day.day, hour, minute), zone)
+                if begin > after_ns:
+                    return begin
+        raise AssertionError("a window begins every week")
 
     def __str__(self) -> str:
         span = f"{self.begin // 60:02}:{self.begin % 60:02}-{self.end // 60:02}:{self.end % 60:02}"
@@ -94,8 +105,7 @@ def next_open(schedule: Schedule, windows: Sequence[Window], after_ns: int, zone
     for _ in range(_LOOKS):
         if is_open(windows, due, zone):
             return due
-        # no window begins within a minute: a schedule of seconds need not look at each
-        begin = due // _STEP_NS * _STEP_NS + _STEP_NS
+        begin = min(window.next_begin(due, zone) for window in windows)
         due = schedule.next_after(max(due, begin - 1))
     raise InvalidArgument(f"{schedule} is never due within its windows")
 
@@ -120,6 +130,9 @@ class RateLimit:
             if rule.window is None or rule.window.holds(ns, zone):
                 return rule.bytes_per_second
         return None
+
+
+NO_LIMIT = RateLimit()
 
 
 def parse_rate(text: str) -> RateLimit:
