@@ -8,6 +8,9 @@ import uuid
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+from lazarette.runtime.builds.builder import Builder
+from lazarette.runtime.builds.ocirunner import OciStepRunner
+from lazarette.runtime.builds.pulling import RegistryPull
 from lazarette.runtime.committing import ContainerImages
 from lazarette.runtime.config import Config
 from lazarette.runtime.containers import recover
@@ -100,6 +103,21 @@ class Engine:
             self.clock,
         )
         self.container_images = ContainerImages(self.containers, self.images)
+        self.builder = Builder(
+            self.images,
+            self.layers,
+            OciStepRunner(
+                self.containers.runtime,
+                self.containers.facts,
+                config.exec_root / "steps",
+                self.containers.cgroup_parent,
+                self.networks,
+            ),
+            self.state,
+            self.clock,
+            config.data_root / "builds",
+            RegistryPull(self.registries, asyncio.get_running_loop()),
+        )
 
     def _make_protection(self) -> None:
         root = self.config.data_root
@@ -133,6 +151,7 @@ class Engine:
         """Repair what an earlier daemon left, find its containers, follow the policies."""
         await asyncio.to_thread(self.layers.recover)
         await asyncio.to_thread(self.volumes.recover)
+        await asyncio.to_thread(self.builder.recover)
         await asyncio.to_thread(self.images.recover)
         running = recover.load(self.containers)
         await asyncio.to_thread(self.networks.recover, running)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lazarette.runtime.api import containers, distribution, exec, images, system
+from lazarette.runtime.api.builds import BuildRoutes
 from lazarette.runtime.api.http import Route
 from lazarette.runtime.api.lazarette import ProtectionRoutes
 from lazarette.runtime.api.networks import NetworkRoutes
@@ -19,10 +20,17 @@ def all_routes(engine: Engine) -> list[Route]:
 
     attachments = ContainerAttachments(engine.containers, engine.networks)
     volumes = VolumeRoutes(engine.volumes, engine.containers, referrers, engine.events)
+    builds = BuildRoutes(engine.builder, engine.clock)
     return [
         *system.routes(
-            engine.containers, engine.images, engine.volumes, engine.networks, engine.id
+            engine.containers,
+            engine.images,
+            engine.volumes,
+            engine.networks,
+            engine.id,
+            builds.usage.shown,
         ),
+        *builds.routes(),
         *containers.routes(engine.containers),
         *exec.routes(engine.containers),
         *images.routes(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -48,6 +48,7 @@ def routes(
     volumes: VolumeManager,
     networks: NetworkManager,
     daemon_id: str,
+    build_cache: Callable[[], list[dict[str, object]]] = list,
 ) -> list[Route]:
     """The routes about the engine itself.
 
@@ -57,8 +58,10 @@ def routes(
         volumes: volumes.
         networks: networks.
         daemon_id: shown as the engine's id.
+        build_cache: lists what the build cache holds.
     """
     made = SystemRoutes(manager, images, volumes, networks, daemon_id)
+    made.build_cache = build_cache
     return [
         Route("GET", "/_ping", made.ping),
         Route("HEAD", "/_ping", made.ping),
@@ -85,6 +88,7 @@ class SystemRoutes:
         self._volumes = volumes
         self._networks = networks
         self._daemon_id = daemon_id
+        self.build_cache: Callable[[], list[dict[str, object]]] = list
 
     async def ping(self, call: Call) -> web.StreamResponse:
         """``/_ping``: where negotiation begins."""
@@ -345,7 +349,7 @@ class SystemRoutes:
         if "volume" in types:
             made["Volumes"] = [self._volume(volume.name) for volume in self._volumes.list()]
         if "build-cache" in types:
-            made["BuildCache"] = []
+            made["BuildCache"] = self.build_cache()
         made["BuilderSize"] = 0
         return made
 

@@ -84,13 +84,13 @@ class Builder:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.cache = BuildCache(state, clock, lambda chain: images.layers.get(chain) is not None)
         self.mounts = CacheMounts(root / "cache", clock)
-        self._root = root
+        self.root = root
         images.holders.append(self.held_layers)
         self._services = Services(images, layers, runner, self.cache, clock, root, pull)
 
     def recover(self) -> None:
         """Remove what the builds of a killed daemon left; called once at start."""
-        remove_leftovers(self._services.layers, self._root)
+        remove_leftovers(self._services.layers, self.root)
 
     def held_layers(self) -> set[str]:
         """Chain ids the cache keeps, with all that is below them."""
@@ -147,7 +147,7 @@ class Builder:
         stop: threading.Event | None = None,
     ) -> Built:
         """As :meth:`build`, in the calling thread; ``stop`` cancels."""
-        folder = self._root / "running" / secrets.token_hex(8)
+        folder = self.root / "running" / secrets.token_hex(8)
         folder.mkdir(parents=True, mode=0o700)
         try:
             root, given = self._unpacked(stream, options, folder)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from lazarette.storage.clock import Clock
@@ -164,32 +164,6 @@ class BuildCache:
         with self._state.write() as db:
             for key in keys:
                 db.execute("DELETE FROM build_cache WHERE key = ? OR alias = ?", (key, key))
-
-    def prune(self, choose: Callable[[Record], bool], keep_bytes: int = 0) -> list[Record]:
-        """Forget what is chosen, the longest unused first.
-
-        Args:
-            choose: whether a record may go.
-            keep_bytes: stop when the records that stay hold no more than this.
-
-        Returns:
-            The records that went.
-        """
-        records = self.records()
-        total = sum(record.size for record in records)
-        gone: list[Record] = []
-        for record in reversed(records):
-            if keep_bytes and total <= keep_bytes:
-                break
-            if choose(record):
-                gone.append(record)
-                total -= record.size
-        self.remove(record.key for record in gone)
-        return gone
-
-    def shared(self, image_chains: Collection[str]) -> Callable[[Record], bool]:
-        """Whether images hold a record's layer too."""
-        return lambda record: record.chain in image_chains
 
 
 def _record(row: sqlite3.Row) -> Record:

@@ -68,8 +68,7 @@ class BuildOptions:
         ssh: paths of agent sockets on this host for ``RUN --mount=type=ssh``, by id.
         contexts: named contexts: a name to ``docker-image://…`` or a folder.
         entitlements: ``network.host``, ``security.insecure``.
-        auths: credentials by registry, as the images room takes them.
-        output: ``image`` (kept in the store), ``tar`` or ``local``.
+        auths: ``X-Registry-Auth`` values by registry host.
     """
 
     tags: tuple[str, ...] = ()
@@ -94,7 +93,7 @@ class BuildOptions:
     ssh: Mapping[str, str] = field(default_factory=dict)
     contexts: Mapping[str, str] = field(default_factory=dict)
     entitlements: frozenset[str] = frozenset()
-    auths: Mapping[str, Mapping[str, str]] = field(default_factory=dict, repr=False)
+    auths: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def source_date_epoch(self) -> int | None:
