@@ -9,11 +9,14 @@ form (what is hidden is deleted from a tree that has the parent's files in it).
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import io
 import os
 import stat
 import tarfile
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import BinaryIO, Protocol
 
 from lazarette.storage import beneath, copying
@@ -29,6 +32,9 @@ _ZEROS = bytes(4096)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
+Own = Mapping[bytes, AbstractSet[bytes]]
+
+
 class Whiteouts(Protocol):
     """How a layer keeps "this is not there any more"."""
 
@@ -36,8 +42,14 @@ class Whiteouts(Protocol):
         """Hide an entry of the layers below; nothing of this layer has that name."""
         ...
 
-    def opaque(self, folder: int, own: frozenset[bytes]) -> None:
-        """Hide every entry of a folder that is not in ``own``."""
+    def opaque(self, folder: int, path: bytes, own: Own) -> None:
+        """Hide every entry below a folder that is not this layer's own.
+
+        Args:
+            folder: descriptor of the folder.
+            path: its path in the layer.
+            own: names this layer has so far, by the path of their folder.
+        """
         ...
 
     def hidden(self, folder: int, name: bytes) -> bool:
@@ -52,11 +64,19 @@ class DirectWhiteouts:
         """See :meth:`Whiteouts.hide`."""
         beneath.remove_tree(folder, name)
 
-    def opaque(self, folder: int, own: frozenset[bytes]) -> None:
+    def opaque(self, folder: int, path: bytes, own: Own) -> None:
         """See :meth:`Whiteouts.opaque`."""
-        for name in os.listdir(folder):
-            if os.fsencode(name) not in own:
-                beneath.remove_tree(folder, os.fsencode(name))
+        kept = own.get(path, set())
+        for name in map(os.fsencode, os.listdir(folder)):
+            if name not in kept:
+                beneath.remove_tree(folder, name)
+                continue
+            inner = _open_or_none(folder, name)
+            if inner is not None:
+                try:
+                    self.opaque(inner, path + b"/" + name if path else name, own)
+                finally:
+                    os.close(inner)
 
     def hidden(self, folder: int, name: bytes) -> bool:
         """See :meth:`Whiteouts.hidden`: none is kept."""
@@ -91,15 +111,20 @@ class LayerReader:
         root: descriptor of the folder.
         whiteouts: how to keep whiteouts; None takes ``.wh.`` names as they are, for plain
             archives of a tree.
-        below: descriptor of the merged tree of the layers below, where ``root`` holds only
-            this layer's own files: missing parents take their metadata, links and
-            hard-link sources from it.
+        below: gives a descriptor of the merged tree of the layers below, where ``root``
+            holds only this layer's own files: missing parents take their metadata, links
+            and hard-link sources from it.  Called once, and only if it is needed.
     """
 
-    def __init__(self, root: int, whiteouts: Whiteouts | None, below: int | None = None) -> None:
+    def __init__(
+        self,
+        root: int,
+        whiteouts: Whiteouts | None,
+        below: Callable[[], int | None] = lambda: None,
+    ) -> None:
         self._root = root
         self._whiteouts = whiteouts
-        self._below = below
+        self._below = functools.cache(below)
         self._own: dict[bytes, set[bytes]] = {}
         self._opaque: set[bytes] = set()
         self._folder_times: dict[bytes, int] = {}
@@ -159,7 +184,7 @@ class LayerReader:
         assert self._whiteouts is not None
         own = self._own.get(path, set())
         if name == OPAQUE:
-            self._whiteouts.opaque(folder, frozenset(own))
+            self._whiteouts.opaque(folder, path, self._own)
             self._opaque.add(path)
             return
         hidden = name[len(WHITEOUT) :]
@@ -171,7 +196,7 @@ class LayerReader:
             if inner is not None:
                 below = path + b"/" + hidden if path else hidden
                 try:
-                    self._whiteouts.opaque(inner, frozenset(self._own.get(below, set())))
+                    self._whiteouts.opaque(inner, below, self._own)
                     self._opaque.add(below)
                 finally:
                     os.close(inner)
@@ -207,6 +232,7 @@ class LayerReader:
                             os.close(folders.pop())
                     waiting = [p for p in link.split(b"/") if p not in (b"", b".")] + waiting
                     continue
+                self._own.setdefault(b"/".join(done), set()).add(part)
                 folders.append(self._enter(folders[-1], done, part))
                 done.append(part)
             return os.dup(folders[-1]), b"/".join(done)
@@ -232,10 +258,11 @@ class LayerReader:
 
     def _beneath(self, parts: list[bytes]) -> tuple[int, os.stat_result] | None:
         """An entry of the layers below, unless this layer hides it: its folder and status."""
-        if self._below is None or self._hides(parts):
+        below = None if self._hides(parts) else self._below()
+        if below is None:
             return None
         try:
-            holder, name = beneath.open_parent(self._below, b"/".join(parts))
+            holder, name = beneath.open_parent(below, b"/".join(parts))
         except OSError as missing:
             if missing.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 return None
@@ -261,8 +288,9 @@ class LayerReader:
             os.mkdir(part, 0o755, dir_fd=folder)
             made = os.open(part, _DIRECTORY, dir_fd=folder)
             if replaced_whiteout and self._whiteouts is not None:
-                self._whiteouts.opaque(made, frozenset())
-                self._opaque.add(b"/".join([*done, part]))
+                own = b"/".join([*done, part])
+                self._whiteouts.opaque(made, own, self._own)
+                self._opaque.add(own)
             return made
         made = os.open(part, _DIRECTORY, dir_fd=folder)
         found = self._beneath([*done, part])
@@ -325,7 +353,7 @@ class LayerReader:
         if was_hidden and self._whiteouts is not None:
             inner = os.open(name, _DIRECTORY, dir_fd=folder)
             try:
-                self._whiteouts.opaque(inner, frozenset())
+                self._whiteouts.opaque(inner, own, self._own)
                 self._opaque.add(own)
             finally:
                 os.close(inner)

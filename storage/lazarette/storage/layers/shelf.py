@@ -215,6 +215,10 @@ class Shelf:
         """Whether a layer is mounted."""
         return self._counts.get(key, 0) > 0
 
+    def target(self, key: str) -> Path:
+        """Where a layer is mounted when it is."""
+        return self._mounts / key
+
     def mount(self, key: str, attach: Callable[[Path], None]) -> Path:
         """Count a mount; the first one attaches."""
         with self.lock:

@@ -16,9 +16,12 @@ import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from lazarette.storage import copying
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 _BLOCK = 1 << 20
 XATTR = "SCHILY.xattr."
@@ -51,9 +54,10 @@ class TreeWriter:
     """
 
     def __init__(self, out: BinaryIO) -> None:
-        self._tar = tarfile.open(  # noqa: SIM115 - closed by close()
-            fileobj=out,
-            mode="w|",
+        # not tarfile's own stream mode: its object writes from __del__ when a reader left
+        self._tar = tarfile.TarFile(
+            fileobj=_Counted(out),
+            mode="w",
             format=tarfile.PAX_FORMAT,
             encoding="utf-8",
             errors="surrogateescape",
@@ -138,6 +142,27 @@ def parse_time(decimal: str) -> int:
     sign = -1 if decimal.startswith("-") else 1
     whole, _, part = decimal.lstrip("-").partition(".")
     return sign * (int(whole or 0) * 1_000_000_000 + int(part[:9].ljust(9, "0")))
+
+
+class _Counted(io.RawIOBase):
+    """A stream that cannot seek but knows how much went through it."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        super().__init__()
+        self._out = out
+        self._written = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._written
+
+    def write(self, data: ReadableBuffer) -> int:
+        view = memoryview(data)
+        self._out.write(view)
+        self._written += view.nbytes
+        return view.nbytes
 
 
 class _Exactly(io.RawIOBase):

@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lazarette.storage import beneath, btrfs, space, steps
+from lazarette.storage.btrfs_changes import subvolume_changes
 from lazarette.storage.changes import Change
 from lazarette.storage.clock import Clock
 from lazarette.storage.pool import Pool, PoolFormat
-from lazarette.storage.volumes.btrfs_changes import subvolume_changes
 from lazarette.storage.volumes.contract import (
     ChangeSource,
     OpenGate,

@@ -17,8 +17,8 @@ from pathlib import Path
 from lazarette.storage import beneath, copying, mounts, space, steps, syscalls
 from lazarette.storage.changes import Change
 from lazarette.storage.clock import Clock
+from lazarette.storage.compare import tree_changes
 from lazarette.storage.errors import NoSpace, Unsupported
-from lazarette.storage.volumes.compare import tree_changes
 from lazarette.storage.volumes.contract import (
     SnapshotInfo,
     VolumeCapabilities,

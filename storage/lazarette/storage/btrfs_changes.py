@@ -72,6 +72,11 @@ class _Inode:
         return cls(generation, transid, size, nlink, mode, data)
 
     @property
+    def steady(self) -> bytes:
+        """The item without what reading changes: access time and transaction."""
+        return self.raw[:8] + self.raw[16:112] + self.raw[124:]
+
+    @property
     def is_folder(self) -> bool:
         return stat.S_ISDIR(self.mode)
 
@@ -231,7 +236,7 @@ def changed_ranges(
 ) -> tuple[ByteRange, ...]:
     """Where two extent lists of a file differ, up to the newer size.
 
-    An inline extent has no address and always counts as changed.
+    An inline extent has no address; the transaction that wrote it stands for its content.
     """
     edges = [np.array([0, older_size, newer_size], np.uint64)]
     for items in (older, newer):
@@ -242,7 +247,7 @@ def changed_ranges(
         return ()
     starts, ends = points[:-1], points[1:]
     was, now = _covering(older, starts), _covering(newer, starts)
-    differs = ~np.all(was == now, axis=1) | (now[:, 2] == _INLINE)
+    differs = ~np.all(was == now, axis=1)
     # what lies past the older end was not there before, whatever extent it is in
     differs |= starts >= np.uint64(older_size)
     if not differs.any():
@@ -278,6 +283,8 @@ def _covering(
     found[real, 0] = items["bytenr"][safe][real]
     found[real, 1] = (items["offset"][safe] - items["logical"][safe])[real]
     found[real, 2] = items["type"][safe][real]
+    inline = real & (items["type"][safe] == _INLINE)
+    found[inline, 1] = items["generation"][safe][inline]
     return found
 
 
@@ -294,10 +301,21 @@ def subvolume_changes(older: Path, newer: Path) -> Iterator[Change]:
 
     Args:
         older: root of a read-only snapshot.
-        newer: of another one on the same filesystem.
+        newer: of another one on the same filesystem, or of a writable one that was synced
+            and is not written meanwhile.
     """
     with beneath.opened(older) as base, beneath.opened(newer) as target:
         yield from sorted(_Comparison(base, target).run(), key=lambda change: change.path)
+
+
+def _common_history(was: btrfs.Subvolume, now: btrfs.Subvolume) -> int:
+    """The last transaction up to which the newer snapshot's history is the older one's."""
+    if now.parent_uuid == was.uuid:
+        return now.origin_generation - 1  # made of it, and written from then on
+    siblings = now.parent_uuid == was.parent_uuid != bytes(16)
+    if siblings and was.origin_generation <= now.origin_generation:
+        return was.origin_generation
+    return 0
 
 
 class _Comparison:
@@ -305,10 +323,7 @@ class _Comparison:
         self._base = _Tree(base)
         self._target = _Tree(target)
         was, now = btrfs.subvolume_info(base), btrfs.subvolume_info(target)
-        straight = was.parent_uuid == now.parent_uuid and was.origin_generation <= (
-            now.origin_generation
-        )
-        self._since = was.origin_generation if straight else 0
+        self._since = _common_history(was, now)
         self._changed: dict[int, _Inode] = {}
         self._added: dict[bytes, _Entry] = {}
         self._removed: dict[bytes, _Entry] = {}
@@ -389,6 +404,8 @@ class _Comparison:
                 paths = [path for path in self._target.paths(number) if path not in self._added]
             if paths:
                 ranges = self._ranges(number, was, inode)
+                if ranges == () and was.steady == inode.steady:
+                    continue  # it was only read
                 for path in paths:
                     yield Change(ChangeKind.MODIFIED, path, ranges=ranges)
 
