@@ -106,3 +106,17 @@ class NoSuchTag(NotFound):
 
     def __init__(self, name: str) -> None:
         super().__init__(f"An image does not exist locally with the tag: {name}")
+
+
+class NoCredentials(RegistryFault):
+    """The registry wants a login and none was given.
+
+    Not a 401: the docker command line would ask for a password in the middle of a pull.
+    """
+
+    number = 392
+
+    def __init__(self, method: str, url: str) -> None:
+        super().__init__(
+            f'{method.title()} "{url}": no basic auth credentials', hint="docker login HOST"
+        )

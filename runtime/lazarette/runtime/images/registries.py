@@ -16,6 +16,7 @@ from lazarette.runtime.images.errors import (
     ImageNotFound,
     LoginFailed,
     ManifestUnknown,
+    NoCredentials,
     NoSuchTag,
     PullDenied,
     RegistryFault,
@@ -89,13 +90,13 @@ class Registries:
                     await found.ping()
                     if endpoint.mirror and (name.tag or name.digest):
                         await found.manifest(name)
-                except (ManifestUnknown, PullDenied, RegistryFault) as fault:
-                    failure = failure or (None if endpoint.mirror else fault)
-                    continue
-                except LoginFailed:
+                except (LoginFailed, NoCredentials):
                     if endpoint.mirror:
                         continue
                     raise
+                except (ManifestUnknown, PullDenied, RegistryFault) as fault:
+                    failure = fault
+                    continue
                 yield found
                 return
         raise failure or RegistryFault(f"no registry to reach for {name.familiar}")
@@ -184,8 +185,10 @@ class Registries:
                 registry = Repository(session, self._config, endpoint, "", credentials.filled())
                 try:
                     await registry.ping()
+                except NoCredentials as none:
+                    raise LoginFailed(none.message) from none
                 except RegistryFault as fault:
-                    failure = failure or fault
+                    failure = fault
                     continue
                 return registry.identity_token
         raise failure or RegistryFault(f"no registry to reach for {domain}")

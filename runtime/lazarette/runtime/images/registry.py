@@ -29,6 +29,7 @@ from lazarette.runtime.images.errors import (
     DigestMismatch,
     LoginFailed,
     ManifestUnknown,
+    NoCredentials,
     PullDenied,
     RegistryFault,
 )
@@ -124,6 +125,7 @@ class Repository:
         Raises:
             RegistryFault: the registry cannot be reached.
             LoginFailed: it refuses the login.
+            NoCredentials: it wants one.
         """
         target = urljoin(self.endpoint.url + "/", url)
         for attempt in (0, 1):
@@ -155,7 +157,7 @@ class Repository:
         scheme, _, rest = challenge.partition(" ")
         if scheme.lower() == "basic":
             if not self._credentials.username:
-                raise LoginFailed(f'Get "{target}": no basic auth credentials')
+                raise NoCredentials("get", target)
             return _basic(self._credentials)
         if scheme.lower() == "bearer":
             return _bearer(await self._token(dict(_CHALLENGE.findall(rest))))

@@ -24,6 +24,7 @@ from lazarette.runtime.images.endpoints import RegistryConfig
 from lazarette.runtime.images.errors import (
     LoginFailed,
     ManifestUnknown,
+    NoCredentials,
     NoSuchPlatform,
     NoSuchTag,
     PullDenied,
@@ -252,10 +253,10 @@ async def test_login_with_htpasswd(tmp_path: Path, store: ImageStore) -> None:
         name = f"{locked.host}/secret:1"
         load(store, name)
         registries = Registries(store)
-        with pytest.raises(LoginFailed, match="no basic auth credentials"):
+        with pytest.raises(NoCredentials, match="no basic auth credentials"):
             await push(registries, name)
         for unreadable in ("null", "bnVsbA==", "e30=", "%%%", "!"):
-            with pytest.raises(LoginFailed):
+            with pytest.raises(NoCredentials):
                 await push(registries, name, unreadable)
         await push(registries, name, LOGIN)
         await pull(registries, name, LOGIN.rstrip("="))
