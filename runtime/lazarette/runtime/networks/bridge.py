@@ -136,7 +136,8 @@ class BridgeDriver:
 
     def leave(self, network: Network, endpoint: Endpoint, sandbox: NetNamespace | None) -> None:
         """See the contract."""
-        self._netlink.run([nl.link_delete(endpoint.host_interface)])
+        if sandbox is not None:
+            self._netlink.run([nl.link_delete(endpoint.host_interface)])
 
     def expose(self, endpoint: Endpoint) -> None:
         """See the contract: where bridged packets pass the firewall, one that is sent back

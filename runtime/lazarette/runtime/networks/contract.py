@@ -12,7 +12,8 @@ Semantics every driver keeps:
    a boot took is put back, what is there is left running.
 2. ``join`` makes the interface under the names the endpoint carries, with all addresses,
    up, without routes beyond its subnets.  If it fails nothing is left.
-3. ``leave`` of an endpoint that has no interface any more is fine.
+3. ``leave`` of an endpoint that has no interface any more is fine.  An interface in a
+   sandbox that ends is left to the kernel, which removes many at once.
 4. ``unmake`` removes what ``make`` made, fine if it is gone.  A link the driver did not
    make is never removed.
 5. A driver keeps no records; the manager does.
@@ -73,7 +74,7 @@ class NetworkDriver(Protocol):
         ...
 
     def leave(self, network: Network, endpoint: Endpoint, sandbox: NetNamespace | None) -> None:
-        """Take the interface away; the sandbox may be gone."""
+        """Take the interface away; without a sandbox it ends by itself, with the sandbox."""
         ...
 
     def expose(self, endpoint: Endpoint) -> None:

@@ -2,8 +2,7 @@
 
 It answers at 127.0.0.11 for names of the container's networks and passes everything else
 on, unchanged, to the host's resolvers or to those the container was given.  Its sockets
-are opened inside the namespace and served by one thread of ours for all containers, so
-that answers do not wait for whatever the daemon's own loop is doing.
+are opened inside the namespace and served by the thread of networks for all containers.
 
 The sockets are not on port 53, which belongs to the container: two rules in the namespace
 exchange the port numbers, without connection tracking.
@@ -16,15 +15,14 @@ import functools
 import logging
 import socket
 import struct
-import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 import dnslib
 
 from lazarette.runtime.networks import netlink as nl
 from lazarette.runtime.networks import nft
+from lazarette.runtime.networks.background import Background
 from lazarette.runtime.networks.directory import Directory, reverse_address
 from lazarette.runtime.networks.namespaces import NetNamespace
 from lazarette.runtime.networks.resolvconf import EMBEDDED
@@ -32,7 +30,6 @@ from lazarette.storage.errors import InternalError
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 PORT = 53
 INNER_PORT = 35353
 PLAIN_SIZE = 512
@@ -81,28 +78,32 @@ class _Client:
 
 
 class Resolver:
-    """All containers' resolvers, in one thread.
+    """All containers' resolvers.
 
     Args:
+        background: where it runs.
         directory: the names.
         host: the namespace the host's resolvers are asked from.
     """
 
-    def __init__(self, directory: Directory, host: NetNamespace) -> None:
+    def __init__(self, background: Background, directory: Directory, host: NetNamespace) -> None:
         self._directory = directory
         self._host = host
         self._clients: dict[str, _Client] = {}
         self._forwarded = asyncio.Semaphore(MOST_FORWARDED)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="dns", daemon=True)
-        self._thread.start()
+        self._background = background
 
     def serves(self, container: str) -> bool:
         """Whether that container is served."""
         return container in self._clients
 
     def start(
-        self, container: str, namespace: NetNamespace, upstream: Callable[[], Upstream]
+        self,
+        container: str,
+        namespace: NetNamespace,
+        upstream: Callable[[], Upstream],
+        *,
+        again: bool = False,
     ) -> None:
         """Serve a container; one that is served already is left alone.
 
@@ -110,6 +111,7 @@ class Resolver:
             container: its id.
             namespace: its own, owned by the resolver from now on.
             upstream: asked for each question that is passed on.
+            again: it was served before, by a daemon that ended.
 
         Raises:
             InternalError: its sockets cannot be opened.
@@ -120,32 +122,26 @@ class Resolver:
         client = _Client(container, namespace, upstream)
         try:
             with namespace.entered():
-                udp, tcp = _open()
+                udp, tcp = _open(again)
         except BaseException:
             namespace.close()
             raise
         self._clients[container] = client
-        self._do(self._serve(client, udp, tcp))
+        self._background.do(self._serve(client, udp, tcp))
 
     def stop(self, container: str) -> None:
         """Serve it no longer; not served is fine."""
         client = self._clients.pop(container, None)
         if client is not None:
-            self._do(client.close())
+            self._background.do(client.close())
 
     def close(self) -> None:
-        """Stop all and end the thread."""
+        """Stop all."""
         for container in list(self._clients):
             self.stop(container)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    def _do(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _serve(self, client: _Client, udp: socket.socket, tcp: socket.socket) -> None:
-        client.udp, _ = await self._loop.create_datagram_endpoint(
+        client.udp, _ = await asyncio.get_running_loop().create_datagram_endpoint(
             lambda: _Datagrams(self, client), sock=udp
         )
         client.tcp = await asyncio.start_server(functools.partial(self._stream, client), sock=tcp)
@@ -260,9 +256,9 @@ class Resolver:
     ) -> bytes:
         with self._socket(client, upstream, server, socket.SOCK_DGRAM) as asking:
             asking.connect((server, PORT))  # answers from elsewhere are dropped by the kernel
-            await self._loop.sock_sendall(asking, question)
+            await asyncio.get_running_loop().sock_sendall(asking, question)
             while True:
-                reply = await self._loop.sock_recv(asking, 65535)
+                reply = await asyncio.get_running_loop().sock_recv(asking, 65535)
                 if len(reply) >= 12 and reply[:2] == question[:2]:
                     return reply
 
@@ -270,7 +266,7 @@ class Resolver:
         self, client: _Client, upstream: Upstream, server: str, question: bytes
     ) -> bytes:
         with self._socket(client, upstream, server, socket.SOCK_STREAM) as asking:
-            await self._loop.sock_connect(asking, (server, PORT))
+            await asyncio.get_running_loop().sock_connect(asking, (server, PORT))
             reader, writer = await asyncio.open_connection(sock=asking.dup())
             try:
                 writer.write(struct.pack("!H", len(question)) + question)
@@ -355,7 +351,7 @@ def _single_label(message: bytes) -> bool:
     return 0 < length < 64 and len(message) > 13 + length and message[13 + length] == 0
 
 
-def _open() -> tuple[socket.socket, socket.socket]:
+def _open(again: bool) -> tuple[socket.socket, socket.socket]:
     """Sockets for UDP and TCP in the calling thread's namespace, and the port exchange."""
     for port in (INNER_PORT, *range(INNER_PORT + 1, INNER_PORT + 16)):
         udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
@@ -366,7 +362,7 @@ def _open() -> tuple[socket.socket, socket.socket]:
             tcp.bind((EMBEDDED, port))
             tcp.listen(16)
             with nl.Netlink(nl.NETLINK_NETFILTER) as filter_:
-                nft.commit(filter_, _port_exchange(port))
+                nft.commit(filter_, _port_exchange(port, again))
         except OSError:
             udp.close()
             tcp.close()
@@ -380,8 +376,11 @@ def _open() -> tuple[socket.socket, socket.socket]:
 
 
 @functools.lru_cache(maxsize=4)
-def _port_exchange(port: int) -> tuple[nl.Message, ...]:
-    """A table that makes ``port`` look like 53 at the resolver's address."""
+def _port_exchange(port: int, again: bool) -> tuple[nl.Message, ...]:
+    """A table that makes ``port`` look like 53 at the resolver's address.
+
+    Replacing one costs a grace period of the kernel, so it is done only ``again``.
+    """
     table = nft.Table("lazarette-dns", nft.IPV4)
     outer, inner = struct.pack("!H", PORT), struct.pack("!H", port)
     rules = []
@@ -401,8 +400,7 @@ def _port_exchange(port: int) -> tuple[nl.Message, ...]:
                 )
             )
     return (
-        table.make(),
-        table.remove(),
+        *((table.make(), table.remove()) if again else ()),
         table.make(),
         table.chain("output", kind="filter", hook=nft.OUTPUT, priority=nft.PRIORITY_RAW),
         *rules,

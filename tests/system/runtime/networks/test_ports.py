@@ -118,3 +118,18 @@ def test_follows_the_way_out(host: NetworkHost, namespace: NetNamespace) -> None
         host.manager.connect("bridge", web.id, EndpointRequest(network="bridge"))
         host.manager.disconnect("z", web.id)
         assert ask(namespace, "127.0.0.1", 8080) == "172.17.0.1"
+
+
+@pytest.mark.parametrize("kind", ["tcp", "udp"])
+def test_what_the_firewall_cannot_translate_is_carried(
+    host: NetworkHost, namespace: NetNamespace, kind: str
+) -> None:
+    web = host.start("web", ports=[port(80, 8080, proto=kind)])
+    with new_namespace() as outside, Server(web.path, 80, kind):
+        cable(namespace, "2001:db8::1", outside, "2001:db8::2", 64)
+        assert ask(namespace, "::1", 8080, kind) == "172.17.0.1"
+        assert ask(outside, "2001:db8::1", 8080, kind, timeout=5) == "172.17.0.1"
+        host.restart(web)
+        assert ask(namespace, "::1", 8080, kind) == "172.17.0.1"
+        web.stop()
+        assert ask(namespace, "::1", 8080, kind, timeout=0.3) == ""

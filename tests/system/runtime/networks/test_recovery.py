@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 
 from tests.support.netns import Server, ask
 from tests.support.network_host import NetworkHost
@@ -63,6 +64,29 @@ def test_other_tables_are_left_alone(host: NetworkHost) -> None:
     host.restart()
     tables = json.loads(run(["nft", "-j", "list", "tables"]).stdout)["nftables"]
     assert {"others", "lazarette-lazt0"} <= {t["table"]["name"] for t in tables if "table" in t}
+
+
+def test_flushed_rules_come_back(host: NetworkHost, namespace: NetNamespace) -> None:
+    host.manager.create(NetworkSpec(name="a"))
+    web = host.start("web", ports=[PortRequest(container_port=80, host_port=8080)])
+    before = rules()
+    with Server(web.path, 80):
+        for damage in (
+            ["flush", "ruleset"],
+            ["flush", "chain", "inet", "lazarette-lazt0", "forward"],
+            ["delete", "table", "inet", "lazarette-lazt0"],
+        ):
+            run(["nft", *damage])
+            deadline = time.monotonic() + 5
+            while rules() != before and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert rules() == before
+        assert ask(namespace, "127.0.0.1", 8080) == "172.17.0.1"
+
+
+def rules() -> list[str]:
+    """The rules of the host, sets in no order."""
+    return sorted(run(["nft", "list", "ruleset"]).stdout.decode().split())
 
 
 def test_the_socket_survives_nothing_else_does(host: NetworkHost) -> None:
