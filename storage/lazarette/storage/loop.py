@@ -19,6 +19,11 @@ _DIRECT_IO = 16
 _INFO64 = 232
 
 
+def available() -> bool:
+    """Whether the host has loop devices."""
+    return os.access("/dev/loop-control", os.R_OK | os.W_OK)
+
+
 def attach(backing: int, shown: bytes, *, block_size: int = 4096) -> tuple[int, Path]:
     """Make a block device of an open file.
 

@@ -4,16 +4,13 @@ The manager is what the engine and the backup service talk to.  It keeps one rec
 volume in the state database, counts who has a volume mounted by the caller's id (case
 A35), serialises operations on one volume, and writes ahead what it is about to do.
 
-Written ahead: an operation first puts a row into ``volume_operations``, then lets the
-driver act, then changes the records and drops the row in one transaction.  A row that is
-still there at the next start is an operation that was killed; :meth:`VolumeManager.recover`
-undoes it when its driver did not finish (``create``, ``clone``, ``snapshot``) and finishes
-it otherwise (``remove``, ``rename``, ``rollback``).
+A killed operation is undone when its driver did not finish (``create``, ``clone``,
+``snapshot``, filling an empty volume) and finished otherwise (``remove``, ``rename``,
+``rollback``); see :meth:`VolumeManager.recover`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 import threading
@@ -38,6 +35,7 @@ from lazarette.storage.errors import (
 )
 from lazarette.storage.state import State
 from lazarette.storage.volumes import content
+from lazarette.storage.volumes.book import Entry, Operation, VolumeBook
 from lazarette.storage.volumes.contract import (
     OpenGate,
     SnapshotInfo,
@@ -48,31 +46,6 @@ from lazarette.storage.volumes.contract import (
 from lazarette.storage.volumes.names import anonymous_name, check_name
 
 ANONYMOUS_LABEL = "com.docker.volume.anonymous"
-
-_MIGRATIONS = (
-    """
-    CREATE TABLE volumes (
-        name TEXT PRIMARY KEY,
-        driver TEXT NOT NULL,
-        options TEXT NOT NULL,
-        labels TEXT NOT NULL,
-        created_ns INTEGER NOT NULL,
-        anonymous INTEGER NOT NULL
-    ) STRICT;
-    CREATE TABLE volume_users (
-        volume TEXT NOT NULL REFERENCES volumes(name) ON DELETE CASCADE ON UPDATE CASCADE,
-        user TEXT NOT NULL,
-        PRIMARY KEY (volume, user)
-    ) STRICT;
-    CREATE TABLE volume_operations (
-        id INTEGER PRIMARY KEY,
-        verb TEXT NOT NULL,
-        driver TEXT NOT NULL,
-        volume TEXT NOT NULL,
-        detail TEXT NOT NULL
-    ) STRICT
-    """,
-)
 
 _log = logging.getLogger(__name__)
 
@@ -121,7 +94,7 @@ class VolumeManager:
 
     Args:
         state: the daemon's database.
-        drivers: by name.
+        drivers: by name; one is asked for only when it is needed.
         clock: for creation times.
         default: name of the driver taken when none is asked for; ``"local"`` and ``""``
             stand for it, as tools made for Docker send them.
@@ -134,13 +107,13 @@ class VolumeManager:
             raise InvalidArgument(
                 f"the default volume driver {default} is not among {', '.join(sorted(drivers))}"
             )
-        self._state = state
-        self._drivers = dict(drivers)
+        self._book = VolumeBook(state)
+        self._drivers = drivers
         self._clock = clock
         self.default = default
         self._locks: dict[str, threading.RLock] = {}
         self._guard = threading.Lock()
-        state.migrate("volumes", _MIGRATIONS)
+        self._recovered: set[str] = set()
 
     # ---- records
 
@@ -151,18 +124,22 @@ class VolumeManager:
             NotFound: no such driver, with the list.
         """
         wanted = self.default if name in ("", "local") else name
-        try:
-            return self._drivers[wanted]
-        except KeyError:
+        if wanted not in self._drivers:
             raise NotFound(
                 f'volume driver "{name}" not found',
                 hint=f"valid drivers: {', '.join(sorted(self._drivers))}",
-            ) from None
+            )
+        driver = self._drivers[wanted]
+        with self._guard:
+            if wanted not in self._recovered:
+                driver.recover()
+                self._recovered.add(wanted)
+        return driver
 
     @property
     def drivers(self) -> Mapping[str, VolumeDriver]:
         """All drivers by name."""
-        return dict(self._drivers)
+        return self._drivers
 
     def get(self, name: str) -> Volume:
         """A volume by name.
@@ -170,38 +147,34 @@ class VolumeManager:
         Raises:
             VolumeNotFound: there is none.
         """
-        row = self._state.row("SELECT * FROM volumes WHERE name = ?", (name,))
-        if row is None:
-            raise VolumeNotFound(f"get {name}: no such volume")
-        driver = self._drivers.get(str(row["driver"]))
+        entry = self._book.get(name)
+        location = Path()
+        if entry.driver in self._drivers:
+            location = self.driver(entry.driver).location(name)
         return Volume(
             name=name,
-            driver=str(row["driver"]),
-            options=_strings(str(row["options"])),
-            labels=_strings(str(row["labels"])),
-            created_ns=int(row["created_ns"]),
-            anonymous=bool(row["anonymous"]),
-            mountpoint=Path() if driver is None else driver.location(name),
-            users=self.users(name),
+            driver=entry.driver,
+            options=entry.options,
+            labels=entry.labels,
+            created_ns=entry.created_ns,
+            anonymous=entry.anonymous,
+            mountpoint=location,
+            users=self._book.users(name),
         )
 
     def list(self) -> list[Volume]:
         """All volumes, by name."""
-        rows = self._state.rows("SELECT name FROM volumes ORDER BY name")
-        return [self.get(str(row["name"])) for row in rows]
+        return [self.get(name) for name in self._book.names()]
 
     def users(self, name: str) -> tuple[str, ...]:
         """Ids of those who have a volume mounted, sorted."""
-        rows = self._state.rows(
-            "SELECT user FROM volume_users WHERE volume = ? ORDER BY user", (name,)
-        )
-        return tuple(str(row["user"]) for row in rows)
+        return self._book.users(name)
 
     def set_labels(self, name: str, labels: Mapping[str, str]) -> Volume:
         """Replace the labels of a volume."""
-        with self._held(name), self._state.write() as db:
-            self.get(name)
-            db.execute("UPDATE volumes SET labels = ? WHERE name = ?", (_text(labels), name))
+        with self._held(name):
+            self._book.get(name)
+            self._book.set_labels(name, labels)
         return self.get(name)
 
     @contextmanager
@@ -216,68 +189,45 @@ class VolumeManager:
 
     def _of(self, name: str) -> VolumeDriver:
         """The driver of an existing volume."""
-        return self.driver(self.get(name).driver)
+        return self.driver(self._book.get(name).driver)
 
-    # ---- write-ahead
-
-    def _announce(self, verb: str, driver: str, volume: str, **detail: str) -> int:
-        with self._state.write() as db:
-            cursor = db.execute(
-                "INSERT INTO volume_operations (verb, driver, volume, detail) VALUES (?, ?, ?, ?)",
-                (verb, driver, volume, _text(detail)),
-            )
-            number = cursor.lastrowid
-        steps.reached(f"volume.{verb}.announced")
-        return int(number or 0)
-
-    def _settle(self, operation: int) -> None:
-        with self._state.write() as db:
-            db.execute("DELETE FROM volume_operations WHERE id = ?", (operation,))
-
-    @contextmanager
-    def _operation(self, verb: str, driver: str, volume: str, **detail: str) -> Iterator[int]:
-        """Announce, run the block, settle; a block that raises in this process left nothing."""
-        operation = self._announce(verb, driver, volume, **detail)
-        try:
-            yield operation
-        finally:
-            self._settle(operation)
-        steps.reached(f"volume.{verb}.settled")
+    # ---- after a restart
 
     def recover(self) -> None:
-        """Let drivers clean up, then finish or undo every operation that was killed."""
-        for driver in self._drivers.values():
-            driver.recover()
-        for row in self._state.rows("SELECT * FROM volume_operations ORDER BY id"):
-            driver_name, volume = str(row["driver"]), str(row["volume"])
-            known = self._drivers.get(driver_name)
-            if known is None:
-                _log.warning("volume %s: its driver %s is not there", volume, driver_name)
-                continue
-            self._repair(str(row["verb"]), known, volume, _strings(str(row["detail"])))
-            self._settle(int(row["id"]))
-        for row in self._state.rows("SELECT DISTINCT volume FROM volume_users"):
-            name = str(row["volume"])
+        """Finish or undo every operation that was killed; mount again what is in use.
+
+        A driver cleans up after itself when it is first asked for, here or later.
+        """
+        for name in self._book.drivers():
+            if name in self._drivers:
+                self.driver(name)
+            else:
+                _log.warning("volumes of the driver %s: there is no such driver", name)
+        for operation in self._book.unfinished():
+            if operation.driver in self._drivers:
+                self._repair(operation)
+                self._book.settle(operation.id)
+        for name in self._book.used():
             try:
                 self._of(name).mount(name)
             except LazaretteError as failed:
                 _log.warning("volume %s cannot be mounted again: %s", name, failed)
 
-    def _repair(
-        self, verb: str, driver: VolumeDriver, volume: str, detail: Mapping[str, str]
-    ) -> None:
-        recorded = self._state.row("SELECT 1 FROM volumes WHERE name = ?", (volume,)) is not None
+    def _repair(self, operation: Operation) -> None:
+        verb, volume, detail = operation.verb, operation.volume, operation.detail
+        driver = self.driver(operation.driver)
+        recorded = self._book.has(volume)
         if verb in ("create", "clone") and not recorded:
             driver.remove(volume)
         elif verb == "remove":
             driver.remove(volume)
-            self._forget(volume)
+            self._book.forget(volume)
         elif verb == "rename" and recorded:
             driver.rename(volume, detail["new"])
-            self._record_rename(volume, detail["new"])
-        elif verb == "snapshot":
+            self._book.rename(volume, detail["new"])
+        elif verb == "snapshot" and recorded:
             driver.delete_snapshot(volume, detail["snapshot"])
-        elif verb == "rollback":
+        elif verb == "rollback" and recorded:
             driver.rollback(volume, detail["snapshot"])
         elif verb == "fill" and recorded:
             content.clear(driver.location(volume))
@@ -313,10 +263,10 @@ class VolumeManager:
             if existing is not None:
                 return existing
             chosen = self._chosen(driver, options)
-            with self._operation("create", chosen.capabilities.name, wanted):
+            with self._book.operation("create", chosen.capabilities.name, wanted):
                 chosen.create(wanted, options)
                 steps.reached("volume.create.made")
-                self._record(wanted, chosen.capabilities.name, options, labels, anonymous)
+                self._add(wanted, chosen.capabilities.name, options, labels, anonymous)
         return self.get(wanted)
 
     def _chosen(self, driver: str, options: Mapping[str, str]) -> VolumeDriver:
@@ -350,7 +300,7 @@ class VolumeManager:
             raise WrongDriver(f"create {name}: a volume of that name exists with other options")
         return existing
 
-    def _record(
+    def _add(
         self,
         name: str,
         driver: str,
@@ -358,11 +308,8 @@ class VolumeManager:
         labels: Mapping[str, str],
         anonymous: bool,
     ) -> None:
-        with self._state.write() as db:
-            db.execute(
-                "INSERT INTO volumes VALUES (?, ?, ?, ?, ?, ?)",
-                (name, driver, _text(options), _text(labels), self._clock.now_ns(), anonymous),
-            )
+        now = self._clock.now_ns()
+        self._book.add(Entry(name, driver, dict(options), dict(labels), now, anonymous))
 
     def remove(self, name: str, force: bool = False) -> None:
         """Delete a volume with its snapshots.
@@ -387,14 +334,10 @@ class VolumeManager:
                     f"remove {name}: volume is in use - [{', '.join(volume.users)}]",
                     hint="remove the containers that use it first",
                 )
-            with self._operation("remove", volume.driver, name):
+            with self._book.operation("remove", volume.driver, name):
                 self.driver(volume.driver).remove(name)
                 steps.reached("volume.remove.removed")
-                self._forget(name)
-
-    def _forget(self, name: str) -> None:
-        with self._state.write() as db:
-            db.execute("DELETE FROM volumes WHERE name = ?", (name,))
+                self._book.forget(name)
 
     def rename(self, name: str, new: str) -> Volume:
         """Give a volume another name, mounted or not.
@@ -407,17 +350,13 @@ class VolumeManager:
             volume = self.get(name)
             if name == new:
                 return volume
-            if self._state.row("SELECT 1 FROM volumes WHERE name = ?", (new,)) is not None:
+            if self._book.has(new):
                 raise NameTaken(f"rename {name}: a volume {new} exists already")
-            with self._operation("rename", volume.driver, name, new=new):
+            with self._book.operation("rename", volume.driver, name, new=new):
                 self.driver(volume.driver).rename(name, new)
                 steps.reached("volume.rename.renamed")
-                self._record_rename(name, new)
+                self._book.rename(name, new)
         return self.get(new)
-
-    def _record_rename(self, name: str, new: str) -> None:
-        with self._state.write() as db:
-            db.execute("UPDATE volumes SET name = ?, anonymous = 0 WHERE name = ?", (new, name))
 
     def prune(
         self, keep: Sequence[str] = (), *, all_volumes: bool = False, dry_run: bool = False
@@ -451,28 +390,21 @@ class VolumeManager:
         """Mount a volume for a user; repeating it with one id counts once (case A35)."""
         with self._held(name):
             driver = self._of(name)
-            with self._state.write() as db:
-                db.execute("INSERT OR IGNORE INTO volume_users VALUES (?, ?)", (name, user))
+            self._book.add_user(name, user)
             try:
                 return driver.mount(name)
             except BaseException:
-                with self._state.write() as db:
-                    db.execute(
-                        "DELETE FROM volume_users WHERE volume = ? AND user = ?", (name, user)
-                    )
+                self._book.drop_user(name, user)
                 raise
 
     def unmount(self, name: str, user: str) -> None:
         """Let a user go; the volume is unmounted with the last one."""
         with self._held(name):
-            try:
-                driver = self._of(name)
-            except VolumeNotFound:
+            if not self._book.has(name):
                 return
-            with self._state.write() as db:
-                db.execute("DELETE FROM volume_users WHERE volume = ? AND user = ?", (name, user))
-            if not self.users(name):
-                driver.unmount(name)
+            self._book.drop_user(name, user)
+            if not self._book.users(name):
+                self._of(name).unmount(name)
 
     # ---- snapshots
 
@@ -498,7 +430,7 @@ class VolumeManager:
             for driver, members in groups.items():
                 for name in members:
                     stack.enter_context(
-                        self._operation("snapshot", driver, name, snapshot=identity)
+                        self._book.operation("snapshot", driver, name, snapshot=identity)
                     )
             return self._snapshot_groups(groups, identity, gate)
 
@@ -571,13 +503,13 @@ class VolumeManager:
         check_name(name)
         with self._held(source, name):
             origin = self.get(source)
-            if self._state.row("SELECT 1 FROM volumes WHERE name = ?", (name,)) is not None:
+            if self._book.has(name):
                 raise NameTaken(f"clone {source}: a volume {name} exists already")
             own = self.driver(origin.driver)
             fallback = own if own.capabilities.clone else self.driver("")
             target = self.driver(driver) if driver else fallback
             kind = target.capabilities.name
-            with self._operation("clone", kind, name):
+            with self._book.operation("clone", kind, name):
                 if target is own and own.capabilities.clone:
                     own.clone(source, snapshot, name)
                     options = origin.options
@@ -587,7 +519,7 @@ class VolumeManager:
                     self._copy_into(own, source, snapshot, target.mount(name))
                     target.unmount(name)
                 steps.reached("volume.clone.made")
-                self._record(name, kind, options, labels or {}, False)
+                self._add(name, kind, options, labels or {}, False)
         return self.get(name)
 
     def _copy_into(
@@ -624,7 +556,7 @@ class VolumeManager:
             safety = f"before-rollback-{secrets.token_hex(4)}"
             self.snapshot([name], OpenGate(), safety)
             driver.unmount(name)
-            with self._operation("rollback", volume.driver, name, snapshot=snapshot):
+            with self._book.operation("rollback", volume.driver, name, snapshot=snapshot):
                 driver.rollback(name, snapshot)
                 steps.reached("volume.rollback.done")
         return safety
@@ -660,7 +592,7 @@ class VolumeManager:
 
     @contextmanager
     def _filling(self, volume: Volume) -> Iterator[None]:
-        with self._operation("fill", volume.driver, volume.name):
+        with self._book.operation("fill", volume.driver, volume.name):
             try:
                 yield
             except BaseException:
@@ -712,11 +644,3 @@ class VolumeManager:
         """Set the size limit of a volume, bytes."""
         with self._held(name):
             self._of(name).resize(name, size)
-
-
-def _text(values: Mapping[str, str]) -> str:
-    return json.dumps(dict(values), sort_keys=True)
-
-
-def _strings(text: str) -> dict[str, str]:
-    return {str(key): str(value) for key, value in json.loads(text).items()}
