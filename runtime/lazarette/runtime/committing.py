@@ -10,6 +10,7 @@ import msgspec
 
 from lazarette.runtime.api.images import CommitRequest
 from lazarette.runtime.containers.container import Container
+from lazarette.runtime.containers.errors import WrongState
 from lazarette.runtime.containers.manager import ContainerManager
 from lazarette.runtime.containers.record import Status
 from lazarette.runtime.images.commit import commit
@@ -51,7 +52,10 @@ class ContainerImages:
         container = self._containers.get(request.container)
         freezes = request.pause and container.state.status is Status.RUNNING
         if freezes:
-            await self._containers.lifecycle.pause(container)
+            try:
+                await self._containers.lifecycle.pause(container)
+            except WrongState:
+                freezes = False  # it ended meanwhile
         try:
             return await asyncio.to_thread(self._commit, container, request)
         finally:

@@ -20,7 +20,12 @@ from lazarette.runtime.api.http import Call, Route, empty, json_response, stream
 from lazarette.runtime.containers import listing
 from lazarette.runtime.containers import monitor as conmon
 from lazarette.runtime.containers.container import Container, WaitFor
-from lazarette.runtime.containers.errors import LogsUnreadable, PruneRunning, WrongState
+from lazarette.runtime.containers.errors import (
+    ContainerNotFound,
+    LogsUnreadable,
+    PruneRunning,
+    WrongState,
+)
 from lazarette.runtime.containers.logs import LogQuery, LogRecord
 from lazarette.runtime.containers.manager import ContainerManager
 from lazarette.runtime.containers.model import CreateRequest, UpdateRequest, parse
@@ -46,6 +51,7 @@ def routes(manager: ContainerManager) -> list[Route]:
         Route("POST", "/containers/prune", made.prune),
         Route("GET", f"{one}/json", made.inspect),
         Route("DELETE", one, made.remove),
+        Route("DELETE", "/containers/{name:.*}/{alias}", made.remove_link),
         Route("POST", f"{one}/start", made.start),
         Route("POST", f"{one}/stop", made.stop),
         Route("POST", f"{one}/restart", made.restart),
@@ -104,10 +110,11 @@ class ContainerRoutes:
     async def inspect(self, call: Call) -> web.StreamResponse:
         """``GET /containers/{id}/json``."""
         container = self._container(call)
+        inspect, version = self._manager.inspector.inspect, call.version
         if call.flag("size"):
-            shown = await asyncio.to_thread(self._manager.inspector.inspect, container, True)
+            shown = await asyncio.to_thread(inspect, container, True, version)
         else:
-            shown = self._manager.inspector.inspect(container)
+            shown = inspect(container, version=version)
         return json_response(shown)
 
     async def start(self, call: Call) -> web.StreamResponse:
@@ -162,8 +169,16 @@ class ContainerRoutes:
         """``DELETE /containers/{id}``."""
         container = self._container(call)
         if call.flag("link"):
-            raise InvalidArgument("removing legacy links is not supported")
+            raise InvalidArgument("bad parameter: a link is named CONTAINER/ALIAS")
         await self._manager.remove(container, force=call.flag("force"), volumes=call.flag("v"))
+        return empty()
+
+    async def remove_link(self, call: Call) -> web.StreamResponse:
+        """``DELETE /containers/{name}/{alias}?link=1``: forget a link, keep both containers."""
+        if not call.flag("link"):
+            raise ContainerNotFound(f"{call.path['name']}/{call.path['alias']}")
+        container = self._manager.get(call.path["name"])
+        self._manager.remove_link(container, call.path["alias"])
         return empty()
 
     async def prune(self, call: Call) -> web.StreamResponse:

@@ -49,14 +49,14 @@ class ExecRoutes:
         request = session.request
         attached = request.attach_stdin or request.attach_stdout or request.attach_stderr
         if body.detach or not attached:
-            await self._manager.execs.start(session, body.tty or request.tty, body.console_size)
+            await self._manager.execs.start(session, body.console_size)
             return empty(200)
-        tty = body.tty
+        raw = body.tty
 
         async def take_over() -> RawStream:
-            return hijack(call, multiplexed=not tty)
+            return hijack(call, multiplexed=not raw)
 
-        await self._manager.execs.run_attached(session, tty, body.console_size, take_over)
+        await self._manager.execs.run_attached(session, raw, body.console_size, take_over)
         return HijackedResponse()
 
     async def resize(self, call: Call) -> web.StreamResponse:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from lazarette.runtime.api import containers, distribution, exec, images, system
+from lazarette.runtime.api import (
+    absent,
+    archive,
+    containers,
+    distribution,
+    exec,
+    images,
+    system,
+)
 from lazarette.runtime.api.builds import BuildRoutes
 from lazarette.runtime.api.http import Route
 from lazarette.runtime.api.lazarette import ProtectionRoutes
 from lazarette.runtime.api.networks import NetworkRoutes
 from lazarette.runtime.api.volumes import VolumeRoutes
-from lazarette.runtime.containers.attachments import ContainerAttachments
 from lazarette.runtime.engine import Engine
 
 
@@ -18,7 +25,6 @@ def all_routes(engine: Engine) -> list[Route]:
     def referrers(volume: str) -> list[str]:
         return [one.id for one in engine.containers.using_volume(volume)]
 
-    attachments = ContainerAttachments(engine.containers, engine.networks)
     volumes = VolumeRoutes(engine.volumes, engine.containers, referrers, engine.events)
     builds = BuildRoutes(engine.builder, engine.clock)
     return [
@@ -32,12 +38,14 @@ def all_routes(engine: Engine) -> list[Route]:
         ),
         *builds.routes(),
         *containers.routes(engine.containers),
+        *archive.routes(engine.containers),
         *exec.routes(engine.containers),
         *images.routes(
             engine.images, registry=engine.registries, committer=engine.container_images
         ),
         *distribution.routes(engine.registries),
-        *NetworkRoutes(engine.networks, attachments).routes(),
+        *NetworkRoutes(engine.networks, engine.containers).routes(),
         *volumes.routes(),
         *ProtectionRoutes(engine.protection).routes(),
+        *absent.routes(),
     ]

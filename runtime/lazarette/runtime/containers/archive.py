@@ -19,7 +19,7 @@ from typing import BinaryIO
 from lazarette.runtime.containers.container import Container
 from lazarette.runtime.containers.errors import PathNotFound
 from lazarette.runtime.containers.record import MountPoint
-from lazarette.runtime.containers.rootfs import open_in_root, resolve_user
+from lazarette.runtime.containers.rootfs import make_target, open_in_root, resolve_user
 from lazarette.storage import beneath
 from lazarette.storage import mounts as kernel_mounts
 from lazarette.storage.changes import ChangeKind
@@ -121,18 +121,15 @@ class Archives:
     def _show(self, root: int, point: MountPoint, user: str) -> None:
         """Bind a volume or host folder where a running container would have it."""
         try:
-            target = open_in_root(root, point.destination, os.O_PATH)
-        except FileNotFoundError:
-            return
-        try:
             with self._source(point, user) as source:
-                kernel_mounts.bind(
-                    source, f"/proc/self/fd/{target}", read_only=not point.rw, recursive=True
-                )
+                make_target(root, point.destination, stat.S_ISDIR(os.fstat(source).st_mode))
+                target = open_in_root(root, point.destination, os.O_PATH)
+                try:
+                    kernel_mounts.bind(source, f"/proc/self/fd/{target}", read_only=not point.rw)
+                finally:
+                    os.close(target)
         except (VolumeNotFound, FileNotFoundError):
             return
-        finally:
-            os.close(target)
 
     @contextmanager
     def _source(self, point: MountPoint, user: str) -> Iterator[int]:

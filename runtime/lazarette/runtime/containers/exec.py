@@ -32,6 +32,9 @@ from lazarette.runtime.containers.streams import (
 )
 from lazarette.storage.errors import InvalidArgument, LazaretteError
 
+CANNOT_START = 126
+"""Exit code of a session whose program could not be started, missing ones included."""
+
 log = logging.getLogger(__name__)
 
 
@@ -140,9 +143,7 @@ class ExecSessions:
 
     # ---- running
 
-    async def start(
-        self, session: ExecSession, tty: bool, console: list[int] | None = None
-    ) -> None:
+    async def start(self, session: ExecSession, console: list[int] | None = None) -> None:
         """Run it without a client.
 
         Raises:
@@ -151,7 +152,7 @@ class ExecSessions:
         """
         self._begin(session)
         try:
-            launch = await asyncio.to_thread(self._prepare, session, tty, console)
+            launch = await asyncio.to_thread(self._prepare, session, console)
             started = await self._monitor.launch(launch)
         except BaseException as failed:
             self._failed(session, failed)
@@ -161,7 +162,7 @@ class ExecSessions:
     async def run_attached(
         self,
         session: ExecSession,
-        tty: bool,
+        raw: bool,
         console: list[int] | None,
         hijack: Callable[[], Awaitable[ClientStream]],
     ) -> None:
@@ -169,7 +170,7 @@ class ExecSessions:
 
         Args:
             session: which.
-            tty: as the client says.
+            raw: the client wants bytes without frames.
             console: height and width of its terminal.
             hijack: takes over the client's connection; called once nothing can be lost.
 
@@ -183,11 +184,11 @@ class ExecSessions:
             stdin=request.attach_stdin,
             stdout=request.attach_stdout,
             stderr=request.attach_stderr,
-            tty=tty,
+            tty=raw,
             detach_keys=parse_detach_keys(request.detach_keys),
         )
         try:
-            launch = await asyncio.to_thread(self._prepare, session, tty, console)
+            launch = await asyncio.to_thread(self._prepare, session, console)
             starting = await self._monitor.prepare_exec(launch)
         except BaseException as failed:
             self._failed(session, failed)
@@ -202,7 +203,7 @@ class ExecSessions:
                 monitor.close()
                 self._failed(session, failed)
                 text = f"OCI runtime exec failed: exec failed: {failed.message}\r\n".encode()
-                await client.write(text if tty else frame(1, text))
+                await client.write(text if raw else frame(1, text))
                 return
         finally:
             starting.close()
@@ -219,7 +220,8 @@ class ExecSessions:
         self._check(session.container)
         session.started = True
 
-    def _prepare(self, session: ExecSession, tty: bool, console: list[int] | None) -> Launch:
+    def _prepare(self, session: ExecSession, console: list[int] | None) -> Launch:
+        tty = session.request.tty
         session.folder.mkdir(parents=True, mode=0o700)
         container, request = session.container, session.request
         definition = container.definition
@@ -265,7 +267,7 @@ class ExecSessions:
         pidfd.on_exit(started.monitor_pid, lambda: self._ended(session))
 
     def _failed(self, session: ExecSession, failed: BaseException) -> None:
-        session.exit_code = failed.code if isinstance(failed, StartFailed) else 128
+        session.exit_code = CANNOT_START if isinstance(failed, StartFailed) else 128
         session.ended.set()
         shutil.rmtree(session.folder, ignore_errors=True)
 

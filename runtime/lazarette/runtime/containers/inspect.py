@@ -39,7 +39,9 @@ class Inspector:
         self._volumes = volumes
         self._layers = layers
 
-    def inspect(self, container: Container, size: bool = False) -> Json:
+    def inspect(
+        self, container: Container, size: bool = False, version: tuple[int, int] = (1, 50)
+    ) -> Json:
         """The answer of ``GET /containers/{id}/json``."""
         definition, state = container.definition, container.state
         command = definition.command
@@ -68,7 +70,7 @@ class Inspector:
             "GraphDriver": {"Data": None, "Name": self._layers.capabilities.name},
             "Mounts": self.mounts(container),
             "Config": definition.config,
-            "NetworkSettings": self.network_settings(container),
+            "NetworkSettings": self.network_settings(container, version),
         }
         if size:
             made["SizeRw"], made["SizeRootFs"] = self.sizes(container)
@@ -136,16 +138,16 @@ class Inspector:
 
     # ---- network
 
-    def network_settings(self, container: Container) -> Json:
+    def network_settings(self, container: Container, version: tuple[int, int]) -> Json:
         """``NetworkSettings``, with the fields of the default bridge repeated on top."""
         live = {e.network_name: e for e in self._networks.of_container(container.id)}
         endpoints = {
-            name: endpoint_settings(container, settings, live.get(name))
+            name: endpoint_settings(container, name, settings, live.get(name), version)
             for name, settings in container.definition.endpoints.items()
         }
         mode = container.definition.host.network_mode
         if mode in ("host", "none"):
-            endpoints[mode] = endpoint_settings(container, EndpointSettings(), None)
+            endpoints[mode] = endpoint_settings(container, mode, EndpointSettings(), None)
         bridge = endpoints.get("bridge", {})
         sandbox = container.id if live else ""
         return {
@@ -190,7 +192,7 @@ class Inspector:
         """One entry of ``GET /containers/json``."""
         definition = container.definition
         networks = {
-            name: endpoint_settings(container, settings, live)
+            name: endpoint_settings(container, name, settings, live)
             for name, settings, live in self._live(container)
         }
         image = definition.image_ref
@@ -254,18 +256,26 @@ def _quoted(word: str) -> str:
     return word
 
 
-def endpoint_settings(container: Container, asked: EndpointSettings, live: Endpoint | None) -> Json:
-    """An entry of ``Networks``: what was asked for and what it got."""
-    user_defined = asked.network_id != "" and container.definition.host.network_mode != "bridge"
-    names = None
-    if live is not None and live.network_name not in ("bridge", "host", "none"):
-        names = list(live.dns_names)
-    elif user_defined and asked.aliases:
-        names = [container.name, *asked.aliases, container.definition.short_id]
+def endpoint_settings(
+    container: Container,
+    network: str,
+    asked: EndpointSettings,
+    live: Endpoint | None,
+    version: tuple[int, int] = (1, 50),
+) -> Json:
+    """An entry of ``Networks``: what was asked for and what it got.
+
+    Below 1.45 the short id is one of the aliases.
+    """
+    predefined = network in ("bridge", "host", "none")
+    names = list(live.dns_names) if live is not None and not predefined else None
+    aliases = asked.aliases
+    if not predefined and version < (1, 45):
+        aliases = [*(aliases or []), container.definition.short_id]
     return {
         "IPAMConfig": asked.ipam_config,
         "Links": asked.links,
-        "Aliases": asked.aliases,
+        "Aliases": aliases,
         "MacAddress": live.mac if live else asked.mac_address,
         "DriverOpts": asked.driver_opts,
         "GwPriority": asked.gw_priority,

@@ -105,8 +105,6 @@ def parse_options(driver: str, options: dict[str, str]) -> Rotation:
     if compress not in ("true", "false", "1", "0"):
         raise InvalidArgument(f"invalid compress: {compress}")
     packed = compress in ("true", "1")
-    if files > 1 and size == 0 and "max-file" in options:
-        raise InvalidArgument("max-file can't be used without max-size")
     if packed and (files == 1 or size == 0):
         raise InvalidArgument("compress cannot be true when max-file is less than 2 or no max-size")
     return Rotation(size, files, packed)

@@ -19,6 +19,7 @@ from lazarette.runtime.containers import (
     cgroups,
     creation,
     housekeeping,
+    links,
     names,
     oci,
     recover,
@@ -375,6 +376,15 @@ class ContainerManager:
                 log.info("volume %s stays: %s", point.name, kept)
             except LazaretteError as bad:
                 log.warning("removing volume %s: %s", point.name, bad)
+
+    def remove_link(self, container: Container, alias: str) -> None:
+        """Forget a link to another container.
+
+        Raises:
+            ContainerNotFound: it has no link of that alias.
+        """
+        links.forget(container, alias)
+        self.store.save(container.definition, container.state)
 
     async def prune(self, filters: Mapping[str, Sequence[str]]) -> tuple[list[str], int]:
         """Remove every container that does not run and passes the filters.

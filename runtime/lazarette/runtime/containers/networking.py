@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from lazarette.runtime.containers.container import Container
@@ -13,6 +14,7 @@ from lazarette.runtime.networks.model import EndpointRequest, PortRequest
 from lazarette.storage.errors import InvalidArgument, NotFound
 
 JOIN = "container:"
+Linked = Sequence[tuple[Container, str]]
 HOST_GATEWAY = "host-gateway"
 
 
@@ -55,8 +57,16 @@ class Networking:
         if mode != "host" and not mode.startswith(JOIN):
             self.networks.teardown(container.id)
 
+    def address(self, container: Container) -> str:
+        """A container's first address, empty when it is on no network now."""
+        return next((e.ip for e in self.networks.of_container(container.id) if e.ip), "")
+
     def files(
-        self, container: Container, hostname: str, joined: Container | None
+        self,
+        container: Container,
+        hostname: str,
+        joined: Container | None,
+        linked: Linked,
     ) -> dict[str, Path]:
         """Write ``hosts``, ``hostname`` and ``resolv.conf``; by path in the container.
 
@@ -64,17 +74,18 @@ class Networking:
             container: whose.
             hostname: its name.
             joined: the container whose network it shares, and so its files.
+            linked: other containers by the alias it knows them by.
         """
         if joined is not None:
             folder = joined.data
         else:
             folder = container.data
             (folder / "hostname").write_text(hostname + "\n")
-            self.write_names(container, hostname)
+            self.write_names(container, hostname, linked)
         made = {f"/etc/{name}": folder / name for name in ("hosts", "hostname", "resolv.conf")}
         return {target: source for target, source in made.items() if source.exists()}
 
-    def write_names(self, container: Container, hostname: str) -> None:
+    def write_names(self, container: Container, hostname: str, linked: Linked) -> None:
         """Write ``hosts`` and ``resolv.conf`` for the networks it is on now.
 
         The files are written in place: they are bind mounted into a running container.
@@ -89,6 +100,10 @@ class Networking:
             domain = container.definition.config.domainname
             names = f"{hostname}.{domain} {hostname}" if domain else hostname
             entries = self.networks.hosts_entries(container.id, names)
+            for other, alias in linked:
+                if address := self.address(other):
+                    known = dict.fromkeys((alias, other.definition.short_id, other.name))
+                    entries.append((address, " ".join(known)))
             (container.data / "hosts").write_bytes(
                 resolvconf.hosts([*self._extra(container), *entries])
             )

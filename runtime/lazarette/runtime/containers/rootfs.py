@@ -53,6 +53,26 @@ def make_folders(root: int, path: str, mode: int = 0o755, owner: tuple[int, int]
         raise
 
 
+def make_target(root: int, path: str, folder: bool) -> None:
+    """Make a mount point that is missing, an empty folder or file; what is there stays."""
+    try:
+        os.close(open_in_root(root, path, os.O_PATH))
+        return
+    except FileNotFoundError:
+        pass
+    except OSError:
+        return  # the runtime says what is wrong in its own words
+    if folder:
+        os.close(make_folders(root, path))
+        return
+    parent = make_folders(root, os.path.dirname(path))
+    try:
+        flags = os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+        os.close(os.open(os.path.basename(path), flags, 0o644, dir_fd=parent))
+    finally:
+        os.close(parent)
+
+
 def read_in_root(root: int, path: str, limit: int = 1 << 20) -> str:
     """A small text file of the container; empty when it is absent or not a file."""
     try:

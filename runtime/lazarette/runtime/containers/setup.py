@@ -13,14 +13,19 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from lazarette.runtime.containers import spec
+from lazarette.runtime.containers import links, spec
 from lazarette.runtime.containers.cgroups import Group
 from lazarette.runtime.containers.container import Container
 from lazarette.runtime.containers.errors import WrongState
 from lazarette.runtime.containers.networking import Networking
 from lazarette.runtime.containers.oci import OciRuntime
 from lazarette.runtime.containers.record import MountPoint
-from lazarette.runtime.containers.rootfs import make_folders, open_in_root, resolve_user
+from lazarette.runtime.containers.rootfs import (
+    make_folders,
+    make_target,
+    open_in_root,
+    resolve_user,
+)
 from lazarette.runtime.containers.services import ImageSource
 from lazarette.runtime.containers.spec import HostFacts, PlacedMount, Prepared
 from lazarette.storage import mounts as kernel_mounts
@@ -86,7 +91,9 @@ class Preparer:
         rootfs = self.mount_root(container)
         namespaces = self._namespaces(container)
         hostname = self.hostname(container)
-        files = self._networking.files(container, hostname, self._joined(container))
+        files = self._networking.files(
+            container, hostname, self._joined(container), links.linked(container, self._lookup)
+        )
         mounts = [self._place(container, point) for point in definition.mounts]
         root = os.open(rootfs, os.O_PATH | os.O_DIRECTORY)
         try:
@@ -106,12 +113,17 @@ class Preparer:
             hostname=hostname,
             domainname=definition.config.domainname,
             shm=self._shm(container),
-            env=spec.environment(definition, hostname, user.home),
+            env=[
+                *self._link_variables(container),
+                *spec.environment(definition, hostname, user.home),
+            ],
         )
 
     def write_names(self, container: Container) -> None:
         """Write the name files of a running container again: its networks changed."""
-        self._networking.write_names(container, self.hostname(container))
+        self._networking.write_names(
+            container, self.hostname(container), links.linked(container, self._lookup)
+        )
 
     def mount_root(self, container: Container) -> Path:
         """Mount the container's root for its run."""
@@ -134,6 +146,11 @@ class Preparer:
         ):
             return os.uname().nodename
         return container.definition.config.hostname or container.definition.short_id
+
+    def _link_variables(self, container: Container) -> list[str]:
+        if container.definition.host.network_mode != "bridge":
+            return []
+        return links.environment(container, self._lookup, self._networking.address)
 
     def _namespaces(self, container: Container) -> dict[str, str]:
         host = container.definition.host
@@ -252,28 +269,7 @@ class Preparer:
             folder = placed.source is None or placed.source.is_dir()
             wanted.append((placed.point.destination, folder))
         for target, folder in wanted:
-            try:
-                os.close(open_in_root(root, target, os.O_PATH))
-                continue
-            except FileNotFoundError:
-                pass
-            except OSError:
-                continue  # the runtime says what is wrong in its own words
-            if folder:
-                os.close(make_folders(root, target))
-                continue
-            parent = make_folders(root, os.path.dirname(target))
-            try:
-                os.close(
-                    os.open(
-                        os.path.basename(target),
-                        os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW,
-                        0o644,
-                        dir_fd=parent,
-                    )
-                )
-            finally:
-                os.close(parent)
+            make_target(root, target, folder)
 
     # ---- undoing
 
