@@ -8,13 +8,15 @@ by the ids of its pages.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from lazarette.backup import scan
+from lazarette.backup import native, scan
 from lazarette.backup.archive_frame import Frame
 from lazarette.backup.archive_run import Run
 from lazarette.backup.archive_walk import Walk
+from lazarette.backup.native import Inode, inode_of
 from lazarette.backup.repository.entries import Entry, Extra, Kind
 from lazarette.backup.repository.snapshots import SnapshotRecord
 from lazarette.backup.tree import PathNotFound, TreeReader
@@ -95,7 +97,7 @@ def _status(root: int, path: bytes) -> os.stat_result | None:
     finally:
         if opened >= 0:
             os.close(opened)
-    return None if scan.kind_of(status.st_mode) is Kind.DIRECTORY else status
+    return None if stat.S_ISDIR(status.st_mode) else status
 
 
 def _node(top: Node, path: bytes) -> Node:
@@ -130,6 +132,7 @@ class ChangedFrame(Frame):
     """A directory taken from the earlier snapshot with some names done anew."""
 
     node: Node = field(default_factory=Node)
+    known: dict[bytes, Entry] = field(default_factory=dict)
 
 
 class ChangedWalk(Walk):
@@ -145,7 +148,7 @@ class ChangedWalk(Walk):
         run.files = base.stats.files
         run.entries = base.stats.entries
         run.bytes_total = base.stats.bytes_total
-        entry = scan.entry_of(b"", os.fstat(descriptor))
+        entry = scan.entry_of(b"", inode_of(None, os.fstat(descriptor)))
         if changed.change is None and not changed.children:
             scan.put_extras(entry, scan.xattrs(descriptor), scan.flags(descriptor))
             entry.content = base.root.content
@@ -170,10 +173,10 @@ class ChangedWalk(Walk):
         except OSError as failed:
             self._run.warn(path, f"directory cannot be read: {failed.strerror}")
         known = self._base_entries(path, base)
-        frame = ChangedFrame(descriptor, path, entry, parent, known, node=node)
+        frame = ChangedFrame(descriptor, path, entry, parent, {}, node=node, known=known)
         if base.content and not known:
             # The earlier snapshot is damaged here: read this directory anew, whole.
-            self.push(Frame(descriptor, path, entry, parent, {}, pending=scan.names(descriptor)))
+            self.push(Frame(descriptor, path, entry, parent, {}, pending=native.scan(descriptor)))
             return
         frame.children = [child for name, child in known.items() if name not in node.children]
         for name in sorted(node.children, reverse=True):
@@ -183,7 +186,7 @@ class ChangedWalk(Walk):
                 status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
             except OSError:
                 continue
-            frame.pending.append((name, status))
+            frame.pending.append(inode_of(name, status))
         self.push(frame)
 
     def _uncount(self, base: Entry, node: Node) -> None:
@@ -198,17 +201,17 @@ class ChangedWalk(Walk):
         for _, entry in self._reader.walk(base.name, base):
             self._run.count(entry, -1)
 
-    def visit(self, frame: Frame, name: bytes, status: os.stat_result) -> None:
+    def visit(self, frame: Frame, name: bytes, inode: Inode) -> None:
         """See :meth:`Walk.visit`."""
         if not isinstance(frame, ChangedFrame):
-            super().visit(frame, name, status)
+            super().visit(frame, name, inode)
             return
         node = frame.node.children[name]
         path = frame.join(name)
-        entry = scan.entry_of(name, status)
+        entry = scan.entry_of(name, inode)
         base = self._origin(frame, node, name)
         if path in self._mounts:
-            super().visit(frame, name, status)
+            super().visit(frame, name, inode)
         elif entry.kind == Kind.DIRECTORY:
             self._directory(frame, entry, path, base, node)
         elif entry.kind == Kind.FILE:
@@ -216,14 +219,14 @@ class ChangedWalk(Walk):
         else:
             self.save(frame, entry, path, None)
 
-    def _origin(self, frame: Frame, node: Node, name: bytes) -> Entry | None:
+    def _origin(self, frame: ChangedFrame, node: Node, name: bytes) -> Entry | None:
         change = node.change
         if change is not None and change.origin is not None:
             try:
                 return self._reader.lookup(change.origin)
             except PathNotFound:
                 return None
-        return frame.base.get(name)
+        return frame.known.get(name)
 
     def _file(
         self, frame: Frame, entry: Entry, path: bytes, base: Entry | None, node: Node
@@ -255,7 +258,7 @@ class ChangedWalk(Walk):
 
     @staticmethod
     def _flags(directory: int, name: bytes) -> int:
-        descriptor = os.open(name, scan.OPEN_FILE, dir_fd=directory)
+        descriptor = os.open(name, native.OPEN_FILE, dir_fd=directory)
         try:
             return scan.flags(descriptor)
         finally:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from lazarette.backup import scan
+from lazarette.backup import native, scan
 from lazarette.backup.chunker import MAX_SIZE, Chunker
 from lazarette.backup.repository.entries import PART, Entry
 from lazarette.backup.repository.format import Crypt
@@ -50,10 +50,11 @@ class Batch:
 
     def run(self, worker: Worker) -> None:
         """Read, hash and store them."""
+        wanted = [(file.directory, file.entry.name, file.entry.size) for file in self.files]
         read: list[tuple[Entry, bytes]] = []
-        for file in self.files:
+        for file, row in zip(self.files, native.read_files(wanted), strict=True):
             try:
-                data = _read_small(file)
+                data = _take(file, row)
             except OSError as failed:
                 file.fault = failed
                 continue
@@ -64,23 +65,52 @@ class Batch:
                 file.entry.content = b""
         if not read:
             return
-        ids = [worker.crypt.chunk_id(data) for _, data in read]
-        wanted = worker.ingest.claim_many(b"".join(ids), ids)
-        for (entry, data), chunk, new in zip(read, ids, wanted, strict=True):
+        crypt = worker.crypt
+        ids = [crypt.chunk_id(data) for _, data in read]
+        claimed = worker.ingest.claim_many(b"".join(ids), ids)
+        for (entry, data), chunk, new in zip(read, ids, claimed, strict=True):
             entry.content = PART.pack(chunk, len(data))
             if new:
                 worker.lane.add(chunk, data)
 
 
+def _take(file: SmallFile, row: native.Small) -> bytes:
+    """What was read of a file, its entry completed.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    error, inode, data, flags, attributes = row
+    if error:
+        raise OSError(error, os.strerror(error))
+    if inode is None or data is None:
+        return _read_small(file)
+    entry = file.entry
+    _fill(entry, inode, len(data))
+    if attributes > 0 or flags & scan.KEPT_FLAGS:
+        found = scan.xattrs(scan.beside(file.directory, entry.name)) if attributes > 0 else {}
+        scan.put_extras(entry, found, flags & scan.KEPT_FLAGS)
+    return data
+
+
+def _fill(entry: Entry, inode: native.Inode, size: int) -> None:
+    """Set an entry's metadata from an inode, keeping its name, and its size as read."""
+    fresh = scan.entry_of(entry.name, inode)
+    entry.mode, entry.uid, entry.gid = fresh.mode, fresh.uid, fresh.gid
+    entry.mtime_ns, entry.ctime_ns, entry.inode = fresh.mtime_ns, fresh.ctime_ns, fresh.inode
+    entry.extra = fresh.extra
+    entry.size = size
+
+
 def _read_small(file: SmallFile) -> bytes:
     """Content of a small file; its entry gets the metadata that belong to what was read."""
-    descriptor = open_file(file.directory, file.entry.name)
+    descriptor = native.open_file(file.directory, file.entry.name)
     try:
         before = os.fstat(descriptor)
         for _ in range(2):
             data = _read_all(descriptor, before.st_size)
             after = os.fstat(descriptor)
-            if _same(before, after) and len(data) == after.st_size:
+            if native.same_state(before, after, len(data)):
                 break
             before = after
         else:
@@ -104,33 +134,10 @@ def _read_all(descriptor: int, size: int) -> bytes:
     return b"".join(parts)
 
 
-def _same(one: os.stat_result, other: os.stat_result) -> bool:
-    return (
-        one.st_mtime_ns == other.st_mtime_ns
-        and one.st_ctime_ns == other.st_ctime_ns
-        and one.st_size == other.st_size
-    )
-
-
-def open_file(directory: int, name: bytes) -> int:
-    """Open a regular file for reading without touching its access time.
-
-    Raises:
-        OSError: it is gone, not readable, or no longer a regular file.
-    """
-    try:
-        return os.open(name, scan.OPEN_FILE | os.O_NOATIME, dir_fd=directory)
-    except PermissionError:
-        return os.open(name, scan.OPEN_FILE, dir_fd=directory)
-
-
 def fill_entry(entry: Entry, status: os.stat_result, descriptor: int, size: int) -> None:
-    """Set an entry's metadata from an open file, keeping its name and size as read."""
-    fresh = scan.entry_of(entry.name, status)
-    scan.put_extras(fresh, scan.xattrs(descriptor), scan.flags(descriptor))
-    for attribute in ("mode", "uid", "gid", "mtime_ns", "ctime_ns", "inode", "extra"):
-        setattr(entry, attribute, getattr(fresh, attribute))
-    entry.size = size
+    """Set an entry's metadata from an open file, keeping its name, and its size as read."""
+    _fill(entry, native.inode_of(None, status), size)
+    scan.put_extras(entry, scan.xattrs(descriptor), scan.flags(descriptor))
 
 
 @dataclass
@@ -172,7 +179,7 @@ class Segment:
         end = self.offset + self.length
         at = self.offset
         while at < end:
-            got = _fill(self.file, worker.view, 0, min(_READ, end - at), at)
+            got = _fill_buffer(self.file, worker.view, 0, min(_READ, end - at), at)
             if got == 0:
                 break
             lengths = []
@@ -195,7 +202,7 @@ class Segment:
         final = False
         while not final:
             room = min(len(worker.view) - held, end - at)
-            got = _fill(self.file, worker.view, held, room, at)
+            got = _fill_buffer(self.file, worker.view, held, room, at)
             at += got
             held += got
             final = got < room or at == end
@@ -208,7 +215,7 @@ class Segment:
         self.parts = b"".join(rows)
 
 
-def _fill(descriptor: int, view: memoryview, held: int, room: int, offset: int) -> int:
+def _fill_buffer(descriptor: int, view: memoryview, held: int, room: int, offset: int) -> int:
     """Read up to ``room`` bytes to ``view[held:]``; fewer only at the end of the file."""
     got = 0
     while got < room:

@@ -9,13 +9,12 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from lazarette.backup import scan
+from lazarette.backup import native, scan
 from lazarette.backup.archive_content import (
     BLOCK,
     SEGMENT,
     Segment,
     fill_entry,
-    open_file,
 )
 from lazarette.backup.repository.chunks import ChunkReader
 from lazarette.backup.repository.entries import (
@@ -72,7 +71,7 @@ class FileJob:
             OSError: it cannot be opened.
         """
         if self.descriptor < 0:
-            self.descriptor = open_file(self.directory, self.entry.name)
+            self.descriptor = native.open_file(self.directory, self.entry.name)
         self.attempts += 1
         self.status = os.fstat(self.descriptor)
         size = self.status.st_size

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 
+from lazarette.backup.native import Inode
 from lazarette.backup.repository.entries import Entry
 
 
@@ -29,7 +29,7 @@ class Frame:
     parent: Frame | None
     base: dict[bytes, Entry]
     children: list[Entry] = field(default_factory=list)
-    pending: list[tuple[bytes, os.stat_result]] = field(default_factory=list)
+    pending: list[Inode] = field(default_factory=list)
     outstanding: int = 0
     listed: bool = False
 

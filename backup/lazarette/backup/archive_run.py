@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from lazarette.backup.archive_content import SMALL, Batch, Segment, SmallFile, Task, Workers
 from lazarette.backup.archive_files import FileJob
 from lazarette.backup.archive_frame import Frame
+from lazarette.backup.native import Inode
 from lazarette.backup.repository.entries import Entry, Extra, Kind, encode_page, paginate
 from lazarette.backup.repository.format import RepositoryDamaged
 from lazarette.backup.repository.ingest import Ingest
@@ -21,6 +22,7 @@ from lazarette.storage.errors import Cancelled
 _BATCH_FILES = 128
 _BATCH_BYTES = 4 << 20
 _REPORT_EVERY_NS = 100_000_000
+_SECOND = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,15 +137,17 @@ class Run:
             self.warn(path, f"the earlier snapshot is damaged here, all is read again: {bad}")
             return {}
 
-    def unchanged(self, entry: Entry, base: Entry) -> bool:
+    def unchanged(self, inode: Inode, base: Entry) -> bool:
         """Whether a file is as it was, by inode, size and times (see the race rule)."""
+        ctime = inode[7] * _SECOND + inode[8]
         return (
-            base.kind == Kind.FILE
-            and entry.inode == base.inode
-            and entry.size == base.size
-            and entry.ctime_ns == base.ctime_ns
-            and entry.mtime_ns == base.mtime_ns
-            and entry.ctime_ns < self._trusted_before_ns
+            base.ctime_ns == ctime
+            and base.inode == inode[9]
+            and base.size == inode[4]
+            and base.kind == Kind.FILE
+            and inode[1] & 0o170000 == 0o100000
+            and base.mtime == inode[5] * _SECOND + inode[6]
+            and ctime < self._trusted_before_ns
             and not (base.extra is not None and base.extra.unstable)
         )
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 
-from lazarette.backup import scan
+from lazarette.backup import native, scan
 from lazarette.backup.archive_frame import Frame
 from lazarette.backup.archive_run import Run
+from lazarette.backup.native import Inode, inode_of
 from lazarette.backup.repository.entries import Entry, Kind
 from lazarette.backup.tree import TreeReader
 from lazarette.storage.errors import SourceMissing
@@ -45,7 +45,7 @@ class Walk:
         Raises:
             SourceMissing: the root cannot be listed.
         """
-        entry = scan.entry_of(b"", os.fstat(descriptor))
+        entry = scan.entry_of(b"", inode_of(None, os.fstat(descriptor)))
         root = self.enter(descriptor, b"", entry, None, base)
         if root is None:
             raise SourceMissing("the root of the source cannot be listed")
@@ -64,7 +64,7 @@ class Walk:
         """Begin a directory; the frame owns the descriptor."""
         try:
             scan.put_extras(entry, scan.xattrs(descriptor), scan.flags(descriptor))
-            listed = scan.names(descriptor)
+            listed = native.scan(descriptor)
         except OSError as failed:
             os.close(descriptor)
             self._run.warn(path, f"directory cannot be read: {failed.strerror}")
@@ -95,30 +95,47 @@ class Walk:
         """Walk until the stack is empty; files may still be read then."""
         while self._stack:
             frame = self._stack[-1]
-            if not frame.pending:
+            if self._names(frame):
                 self._stack.pop()
                 frame.listed = True
                 self.settle(frame)
-                continue
-            name, status = frame.pending.pop()
-            self.visit(frame, name, status)
             self._run.breathe()
 
-    def visit(self, frame: Frame, name: bytes, status: os.stat_result) -> None:
+    def _names(self, frame: Frame) -> bool:
+        """Go through names until a directory is to be entered; True when none is left."""
+        pending, children, base = frame.pending, frame.children, frame.base
+        depth = len(self._stack)
+        mounts, unchanged, count = self._mounts, self._run.unchanged, self._run.count
+        while pending:
+            inode = pending.pop()
+            name = inode[0]
+            assert name is not None
+            known = base.get(name)
+            if known is not None and not mounts and unchanged(inode, known):
+                children.append(known)
+                count(known)
+                continue
+            self.visit(frame, name, inode)
+            if len(self._stack) > depth:
+                return False
+        return True
+
+    def visit(self, frame: Frame, name: bytes, inode: Inode) -> None:
         """Save one name of a directory."""
         path = frame.join(name)
+        entry = scan.entry_of(name, inode)
         if path in self._mounts:
             self._run.warn_mount(path)
-            if not stat.S_ISDIR(status.st_mode):
-                return
-            entry = scan.entry_of(name, status)
-            frame.children.append(entry)
-            self._run.count(entry)
+            if entry.kind == Kind.DIRECTORY:
+                frame.children.append(entry)
+                self._run.count(entry)
             return
-        entry = scan.entry_of(name, status)
         base = frame.base.get(name)
         if entry.kind == Kind.DIRECTORY:
             self._descend(frame, entry, path, base)
+        elif base is not None and self._run.unchanged(inode, base):
+            frame.children.append(base)
+            self._run.count(base)
         else:
             self.save(frame, entry, path, base)
 
@@ -137,11 +154,6 @@ class Walk:
 
     def save(self, frame: Frame, entry: Entry, path: bytes, base: Entry | None) -> None:
         """Save one entry that is no directory."""
-        if entry.kind == Kind.FILE and base is not None and self._run.unchanged(entry, base):
-            entry.content, entry.depth, entry.extra = base.content, base.depth, base.extra
-            frame.children.append(entry)
-            self._run.count(entry)
-            return
         if entry.kind == Kind.FILE:
             self._run.read_file(frame, entry, path, base, None)
             return

@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 from blake3 import blake3
 
+from lazarette.backup import native
 from lazarette.backup.stores.contract import Buffer
 
 MIN_SIZE = 128 << 10
@@ -54,6 +55,7 @@ class Chunker:
 
     def __init__(self, chunk_id_key: bytes) -> None:
         self.table = gear_table(chunk_id_key)
+        self._packed = self.table.tobytes()
 
     def cuts(self, data: Buffer, final: bool) -> list[int]:
         """Lengths of the chunks at the start of ``data``.
@@ -66,6 +68,14 @@ class Chunker:
             Lengths, in order; what is left over (if not ``final``) is to be given again with
             more behind it.
         """
+        if native.cuts is not None:
+            return native.cuts(
+                data, self._packed, MIN_SIZE, AVERAGE_SIZE, MAX_SIZE, STRICT_MASK, LOOSE_MASK, final
+            )
+        return self.cuts_plain(data, final)
+
+    def cuts_plain(self, data: Buffer, final: bool) -> list[int]:
+        """:meth:`cuts` without the C module."""
         bytes_ = np.frombuffer(data, np.uint8)
         strict, loose = self._candidates(bytes_)
         lengths = []

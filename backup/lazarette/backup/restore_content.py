@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from lazarette.backup import native
 from lazarette.backup.repository.chunks import ChunkReader
 from lazarette.backup.repository.entries import Entry
 from lazarette.backup.repository.format import RepositoryDamaged
@@ -61,30 +62,67 @@ class SmallFiles:
 
     def run(self, writer: Writer) -> None:
         """Make, fill and dress them."""
+        rows = []
+        plain = []
         for target, parts in self.files:
             try:
-                data = [writer.chunk(part) for part in parts]
+                data = _joined([writer.chunk(part) for part in parts])
             except RepositoryDamaged as bad:
                 target.damage.append(str(bad))
                 if not writer.keep_damaged:
                     continue
-                data = [bytes(target.entry.size)]
+                data = bytes(target.entry.size)
+            if writer.metadata.plain(target.entry):
+                plain.append((target, data))
+                rows.append(_row(writer, target, data))
+                continue
             try:
                 self._write(writer, target, data)
             except OSError as failed:
                 target.fault = failed
+        for (target, data), (stage, error) in zip(plain, native.write_files(rows), strict=True):
+            if stage in (native.STAGE_OPEN, native.STAGE_WRITE):
+                target.fault = OSError(error, os.strerror(error))
+                continue
+            target.written = len(data)
+            if stage == native.STAGE_METADATA:
+                self._dress(writer, target)
 
     @staticmethod
-    def _write(writer: Writer, target: Target, data: list[Buffer]) -> None:
+    def _dress(writer: Writer, target: Target) -> None:
+        """Set metadata of a file that is there, telling what is refused."""
+        try:
+            descriptor = os.open(target.entry.name, native.OPEN_FILE, dir_fd=target.directory)
+            try:
+                writer.metadata.set_open(descriptor, target.entry, target.path)
+            finally:
+                os.close(descriptor)
+        except OSError as failed:
+            target.fault = failed
+
+    @staticmethod
+    def _write(writer: Writer, target: Target, data: Buffer) -> None:
         name = target.entry.name
         descriptor = os.open(name, CREATE, 0o600, dir_fd=target.directory)
         try:
-            for piece in data:
-                write_all(descriptor, memoryview(piece), target.written)
-                target.written += len(piece)
+            write_all(descriptor, memoryview(data), 0)
+            target.written = len(data)
             writer.metadata.set_open(descriptor, target.entry, target.path)
         finally:
             os.close(descriptor)
+
+
+def _joined(pieces: list[Buffer]) -> Buffer:
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _row(
+    writer: Writer, target: Target, data: Buffer
+) -> tuple[int, bytes, Buffer, int, int, int, int, int]:
+    entry = target.entry
+    uid, gid = writer.metadata.owner(entry)
+    when = divmod(entry.mtime_ns, 1_000_000_000)
+    return (target.directory, entry.name, data, entry.mode, uid, gid, *when)
 
 
 @dataclass

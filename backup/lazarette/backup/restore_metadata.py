@@ -54,6 +54,14 @@ class Metadata:
         self._warn = warn
         self._root = os.geteuid() == 0
 
+    def plain(self, entry: Entry) -> bool:
+        """Whether owner, mode and a time every filesystem can hold are all there is to set."""
+        return not self._exact and entry.extra is None and entry.mtime_ns in _ALWAYS_HELD
+
+    def owner(self, entry: Entry) -> tuple[int, int]:
+        """Owner and group an entry gets; -1 leaves them."""
+        return self._owners.of(entry) if self._owners.keep else (-1, -1)
+
     def set_open(self, descriptor: int, entry: Entry, path: bytes) -> None:
         """Set all of a file's or directory's metadata, given it open."""
         self._own(descriptor, entry, path)

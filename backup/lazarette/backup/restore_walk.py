@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from lazarette.backup import beneath, scan
+from lazarette.backup import beneath, native, scan
 from lazarette.backup.archive_content import SMALL
 from lazarette.backup.repository.entries import Entry, Kind
 from lazarette.backup.repository.format import RepositoryDamaged
@@ -328,7 +328,7 @@ class RestoreWalk:
         try:
             return os.open(entry.name, UPDATE, dir_fd=place.descriptor)
         except PermissionError:
-            reading = os.open(entry.name, scan.OPEN_FILE, dir_fd=place.descriptor)
+            reading = os.open(entry.name, native.OPEN_FILE, dir_fd=place.descriptor)
             loosen(reading)
             os.close(reading)
             return os.open(entry.name, UPDATE, dir_fd=place.descriptor)

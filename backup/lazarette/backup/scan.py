@@ -13,13 +13,12 @@ import os
 import stat
 from pathlib import Path
 
+from lazarette.backup.native import FS_IOC_GETFLAGS, Inode
 from lazarette.backup.repository.entries import Entry, Extra, Kind
 from lazarette.storage.errors import SourceMissing
 
 OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
-_FS_IOC_GETFLAGS = 0x80086601
 _FS_IOC_SETFLAGS = 0x40086602
 KEPT_FLAGS = 0x00000010 | 0x00000020 | 0x00000040 | 0x00000080 | 0x00000008 | 0x00010000
 """Inode flags that are kept: immutable, append, no dump, no atime, sync, dirsync …"""
@@ -30,6 +29,8 @@ LATE_FLAGS = 0x00000010 | 0x00000020
 
 _NO_XATTRS = {errno.EOPNOTSUPP, errno.ENODATA, errno.ENOENT, errno.ENOSYS}
 _INT64 = 1 << 63
+_SECOND = 1_000_000_000
+_KIND_MASK = 0o170000
 
 _KINDS = {
     stat.S_IFREG: Kind.FILE,
@@ -57,22 +58,6 @@ def open_root(root: Path) -> int:
         ) from gone
 
 
-def names(directory: int) -> list[tuple[bytes, os.stat_result]]:
-    """Entries of an open directory with their inodes' metadata, ascending by name.
-
-    An entry that vanished between listing and stat is left out.
-    """
-    found = []
-    with os.scandir(directory) as listing:
-        for item in listing:
-            try:
-                found.append((os.fsencode(item.name), item.stat(follow_symlinks=False)))
-            except FileNotFoundError:
-                continue
-    found.sort(key=lambda pair: pair[0])
-    return found
-
-
 def kind_of(mode: int) -> Kind:
     """Kind of an inode by its ``st_mode``."""
     return _KINDS[stat.S_IFMT(mode)]
@@ -82,30 +67,32 @@ def _clamp(value: int) -> int:
     return max(-_INT64, min(_INT64 - 1, value))
 
 
-def entry_of(name: bytes, status: os.stat_result) -> Entry:
-    """An entry from what ``stat`` says; content and extended attributes are still to come."""
-    kind = kind_of(status.st_mode)
+def entry_of(name: bytes, inode: Inode) -> Entry:
+    """An entry from an inode; content and extended attributes are still to come."""
+    (_, mode, uid, gid, size, mtime, mtime_part, ctime, ctime_part, number, links, *more) = inode
+    kind = _KINDS[mode & _KIND_MASK]
     extra = None
-    mtime = status.st_mtime_ns
-    if not -_INT64 <= mtime < _INT64:
-        extra = Extra(mtime=divmod(mtime, 1_000_000_000))
-    if kind is not Kind.DIRECTORY and status.st_nlink > 1:
+    when = mtime * _SECOND + mtime_part
+    if not -_INT64 <= when < _INT64:
+        extra = Extra(mtime=(mtime, mtime_part))
+        when = _clamp(when)
+    if links > 1 and kind is not Kind.DIRECTORY:
         extra = extra or Extra()
-        extra.links = status.st_nlink
-        extra.filesystem = status.st_dev
+        extra.links = links
+        extra.filesystem = more[0]
     if kind in (Kind.CHARACTER, Kind.BLOCK):
         extra = extra or Extra()
-        extra.device = status.st_rdev
+        extra.device = more[1]
     return Entry(
         name,
-        int(kind),
-        stat.S_IMODE(status.st_mode),
-        status.st_uid,
-        status.st_gid,
-        _clamp(mtime),
-        _clamp(status.st_ctime_ns),
-        status.st_ino,
-        status.st_size if kind is Kind.FILE else 0,
+        kind.value,
+        mode & 0o7777,
+        uid,
+        gid,
+        when,
+        _clamp(ctime * _SECOND + ctime_part),
+        number,
+        size if kind is Kind.FILE else 0,
         extra=extra,
     )
 
@@ -138,7 +125,7 @@ def flags(descriptor: int) -> int:
     """Inode flags of those that are kept; 0 where the filesystem has none."""
     value = array.array("l", [0])
     try:
-        fcntl.ioctl(descriptor, _FS_IOC_GETFLAGS, value, True)
+        fcntl.ioctl(descriptor, FS_IOC_GETFLAGS, value, True)
     except OSError:
         return 0
     return int(value[0]) & 0xFFFFFFFF & KEPT_FLAGS
@@ -151,7 +138,7 @@ def set_flags(descriptor: int, wanted: int, among: int = KEPT_FLAGS) -> None:
         OSError: the filesystem refuses.
     """
     value = array.array("l", [0])
-    fcntl.ioctl(descriptor, _FS_IOC_GETFLAGS, value, True)
+    fcntl.ioctl(descriptor, FS_IOC_GETFLAGS, value, True)
     new = (int(value[0]) & ~among) | (wanted & among)
     if new != value[0]:
         value[0] = new

@@ -12,7 +12,9 @@ Protocol (checked over thousands of schedules by ``tests/unit/backup/test_prune_
     P2.  A prune holds the exclusive lease.  It writes new packs and index objects, then the
          mark, then lists the leases (``waits_for``), then takes old index objects away.
     P3.  A mark is swept when none of the leases in ``waits_for`` is alive.  A backup that could
-         have read the index without the mark is one of them.
+         have read the index without the mark is one of them, and so is a restore of a snapshot
+         forgotten meanwhile (unless that snapshot is itself so young that it relied on a
+         condemned pack; such a restore, of something deleted under it, may find chunks gone).
     P4.  The sweep lists the snapshots after P3 and goes through those that the mark does not
          name; condemned packs that hold what they refer to are listed in the index again.
     P5.  A pack that some index object lists is never deleted.

@@ -1,0 +1,374 @@
+/* The loops of backup and restore that cost too much in Python: listing a directory with
+ * its inodes, reading and writing many small files, cutting content into chunks.
+ *
+ * Each function lets go of the interpreter's lock while it works.  The pure Python versions
+ * in native.py define what they do; the same tests run on both.
+ */
+#define PY_SSIZE_T_CLEAN
+#define _GNU_SOURCE
+#include <Python.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/fs.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/xattr.h>
+#include <unistd.h>
+
+/* Inode as a tuple: mode uid gid size mtime_ns ctime_ns inode links device rdev blocks.
+ * Times are seconds * 10^9 + nanoseconds, which may not fit 64 bits: two numbers. */
+static PyObject *inode_tuple(PyObject *name, const struct stat *s)
+{
+    return Py_BuildValue("(OIIILLLLLKKKKL)", name, (unsigned)s->st_mode, (unsigned)s->st_uid,
+                         (unsigned)s->st_gid, (long long)s->st_size,
+                         (long long)s->st_mtim.tv_sec, (long long)s->st_mtim.tv_nsec,
+                         (long long)s->st_ctim.tv_sec, (long long)s->st_ctim.tv_nsec,
+                         (unsigned long long)s->st_ino, (unsigned long long)s->st_nlink,
+                         (unsigned long long)s->st_dev, (unsigned long long)s->st_rdev,
+                         (long long)s->st_blocks);
+}
+
+struct listed {
+    struct stat status;
+    size_t name;
+    size_t length;
+};
+
+static PyObject *scan(PyObject *self, PyObject *args)
+{
+    int directory, error = 0;
+    if (!PyArg_ParseTuple(args, "i", &directory))
+        return NULL;
+    struct listed *rows = NULL;
+    char *names = NULL;
+    size_t count = 0, room = 0, used = 0, space = 0;
+    Py_BEGIN_ALLOW_THREADS
+    int again = openat(directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    DIR *stream = again < 0 ? NULL : fdopendir(again);
+    if (stream == NULL) {
+        error = errno;
+        if (again >= 0)
+            close(again);
+    }
+    while (stream != NULL && error == 0) {
+        errno = 0;
+        struct dirent *entry = readdir(stream);
+        if (entry == NULL) {
+            error = errno;
+            break;
+        }
+        const char *name = entry->d_name;
+        if (name[0] == '.' && (name[1] == 0 || (name[1] == '.' && name[2] == 0)))
+            continue;
+        size_t length = strlen(name);
+        if (count == room) {
+            room = room ? room * 2 : 64;
+            void *grown = realloc(rows, room * sizeof *rows);
+            if (grown == NULL) { error = ENOMEM; break; }
+            rows = grown;
+        }
+        if (used + length > space) {
+            space = (space + length) * 2 + 1024;
+            void *grown = realloc(names, space);
+            if (grown == NULL) { error = ENOMEM; break; }
+            names = grown;
+        }
+        if (fstatat(directory, name, &rows[count].status, AT_SYMLINK_NOFOLLOW) != 0) {
+            if (errno == ENOENT)
+                continue;
+            error = errno;
+            break;
+        }
+        memcpy(names + used, name, length);
+        rows[count].name = used;
+        rows[count].length = length;
+        used += length;
+        count++;
+    }
+    if (stream != NULL)
+        closedir(stream);
+    Py_END_ALLOW_THREADS
+    PyObject *list = NULL;
+    if (error != 0) {
+        errno = error;
+        PyErr_SetFromErrno(PyExc_OSError);
+    } else if ((list = PyList_New((Py_ssize_t)count)) != NULL) {
+        for (size_t i = 0; i < count; i++) {
+            PyObject *name = PyBytes_FromStringAndSize(names + rows[i].name,
+                                                       (Py_ssize_t)rows[i].length);
+            PyObject *row = name == NULL ? NULL : inode_tuple(name, &rows[i].status);
+            Py_XDECREF(name);
+            if (row == NULL) {
+                Py_CLEAR(list);
+                break;
+            }
+            PyList_SET_ITEM(list, (Py_ssize_t)i, row);
+        }
+    }
+    free(rows);
+    free(names);
+    if (list != NULL && PyList_Sort(list) != 0)
+        Py_CLEAR(list);
+    return list;
+}
+
+struct small {
+    int directory;
+    const char *name;
+    Py_ssize_t size;
+    /* results */
+    int error;
+    int changed;
+    unsigned long flags;
+    ssize_t attributes;
+    size_t at;
+    ssize_t got;
+    struct stat status;
+};
+
+static int same_state(const struct stat *a, const struct stat *b)
+{
+    return a->st_mtim.tv_sec == b->st_mtim.tv_sec && a->st_mtim.tv_nsec == b->st_mtim.tv_nsec &&
+           a->st_ctim.tv_sec == b->st_ctim.tv_sec && a->st_ctim.tv_nsec == b->st_ctim.tv_nsec &&
+           a->st_size == b->st_size;
+}
+
+static void read_one(struct small *file, char *buffer)
+{
+    int how = O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC;
+    struct stat before;
+    int fd = openat(file->directory, file->name, how | O_NOATIME);
+    if (fd < 0 && errno == EPERM)
+        fd = openat(file->directory, file->name, how);
+    if (fd < 0) {
+        file->error = errno;
+        return;
+    }
+    if (fstat(fd, &before) != 0) {
+        file->error = errno;
+    } else {
+        ssize_t got = 0;
+        do {
+            ssize_t step = read(fd, buffer + got, (size_t)(file->size + 1 - got));
+            if (step < 0) {
+                if (errno == EINTR)
+                    continue;
+                file->error = errno;
+                break;
+            }
+            if (step == 0)
+                break;
+            got += step;
+        } while (got <= file->size);
+        file->got = got;
+        if (ioctl(fd, FS_IOC_GETFLAGS, &file->flags) != 0)
+            file->flags = 0;
+        file->attributes = flistxattr(fd, NULL, 0);
+        if (file->error == 0 && fstat(fd, &file->status) != 0)
+            file->error = errno;
+        file->changed = !S_ISREG(before.st_mode) || !same_state(&before, &file->status) ||
+                        got != file->status.st_size;
+    }
+    close(fd);
+}
+
+static PyObject *read_files(PyObject *self, PyObject *args)
+{
+    PyObject *list;
+    if (!PyArg_ParseTuple(args, "O!", &PyList_Type, &list))
+        return NULL;
+    Py_ssize_t count = PyList_GET_SIZE(list);
+    struct small *files = calloc((size_t)count + 1, sizeof *files);
+    if (files == NULL)
+        return PyErr_NoMemory();
+    size_t total = 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (!PyArg_ParseTuple(PyList_GET_ITEM(list, i), "iyn", &files[i].directory,
+                              &files[i].name, &files[i].size)) {
+            free(files);
+            return NULL;
+        }
+        files[i].at = total;
+        total += (size_t)files[i].size + 1;
+    }
+    char *arena = malloc(total + 1);
+    if (arena == NULL) {
+        free(files);
+        return PyErr_NoMemory();
+    }
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t i = 0; i < count; i++)
+        read_one(&files[i], arena + files[i].at);
+    Py_END_ALLOW_THREADS
+    PyObject *out = PyList_New(count);
+    for (Py_ssize_t i = 0; out != NULL && i < count; i++) {
+        struct small *f = &files[i];
+        PyObject *row;
+        if (f->error != 0 || f->changed) {
+            row = Py_BuildValue("(iOOkn)", f->error, Py_None, Py_None, 0UL, (Py_ssize_t)0);
+        } else {
+            PyObject *inode = inode_tuple(Py_None, &f->status);
+            row = inode == NULL ? NULL
+                                : Py_BuildValue("(iNy#kn)", 0, inode, arena + f->at,
+                                                (Py_ssize_t)f->got, f->flags,
+                                                (Py_ssize_t)f->attributes);
+        }
+        if (row == NULL) {
+            Py_CLEAR(out);
+            break;
+        }
+        PyList_SET_ITEM(out, i, row);
+    }
+    free(arena);
+    free(files);
+    return out;
+}
+
+struct made {
+    int directory;
+    const char *name;
+    Py_buffer data;
+    unsigned mode;
+    long long uid, gid, seconds, nanoseconds;
+    int error, stage;
+};
+
+static void write_one(struct made *file)
+{
+    int fd = openat(file->directory, file->name,
+                    O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+    if (fd < 0) {
+        file->error = errno;
+        file->stage = 1;
+        return;
+    }
+    Py_ssize_t done = 0;
+    while (done < file->data.len) {
+        ssize_t step = write(fd, (char *)file->data.buf + done, (size_t)(file->data.len - done));
+        if (step < 0 && errno == EINTR)
+            continue;
+        if (step < 0) {
+            file->error = errno;
+            file->stage = 2;
+            close(fd);
+            return;
+        }
+        done += step;
+    }
+    struct timespec times[2] = {{file->seconds, file->nanoseconds},
+                                {file->seconds, file->nanoseconds}};
+    if ((file->uid >= 0 && fchown(fd, (uid_t)file->uid, (gid_t)file->gid) != 0) ||
+        fchmod(fd, (mode_t)file->mode) != 0 || futimens(fd, times) != 0) {
+        file->error = errno;
+        file->stage = 3;
+    }
+    close(fd);
+}
+
+static PyObject *write_files(PyObject *self, PyObject *args)
+{
+    PyObject *list, *out = NULL;
+    if (!PyArg_ParseTuple(args, "O!", &PyList_Type, &list))
+        return NULL;
+    Py_ssize_t count = PyList_GET_SIZE(list), parsed = 0;
+    struct made *files = calloc((size_t)count + 1, sizeof *files);
+    if (files == NULL)
+        return PyErr_NoMemory();
+    for (; parsed < count; parsed++) {
+        struct made *f = &files[parsed];
+        if (!PyArg_ParseTuple(PyList_GET_ITEM(list, parsed), "iyy*ILLLL", &f->directory, &f->name,
+                              &f->data, &f->mode, &f->uid, &f->gid, &f->seconds,
+                              &f->nanoseconds))
+            goto done;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t i = 0; i < count; i++)
+        write_one(&files[i]);
+    Py_END_ALLOW_THREADS
+    out = PyList_New(count);
+    for (Py_ssize_t i = 0; out != NULL && i < count; i++) {
+        PyObject *row = Py_BuildValue("(ii)", files[i].stage, files[i].error);
+        if (row == NULL)
+            Py_CLEAR(out);
+        else
+            PyList_SET_ITEM(out, i, row);
+    }
+done:
+    for (Py_ssize_t i = 0; i < parsed; i++)
+        PyBuffer_Release(&files[i].data);
+    free(files);
+    return out;
+}
+
+/* Lengths of chunks; see chunker.py for the rule. */
+static PyObject *cuts(PyObject *self, PyObject *args)
+{
+    Py_buffer data, table;
+    Py_ssize_t least, average, most;
+    unsigned strict, loose;
+    int final;
+    if (!PyArg_ParseTuple(args, "y*y*nnnIIp", &data, &table, &least, &average, &most, &strict,
+                          &loose, &final))
+        return NULL;
+    const uint8_t *bytes = data.buf;
+    const uint32_t *gear = table.buf;
+    Py_ssize_t start = 0, count = 0, room = data.len / (least ? least : 1) + 2;
+    Py_ssize_t *lengths = malloc((size_t)room * sizeof *lengths);
+    if (lengths != NULL && table.len == 1024) {
+        Py_BEGIN_ALLOW_THREADS
+        while (data.len - start > (final ? 0 : most)) {
+            Py_ssize_t left = data.len - start, at = least - 32;
+            Py_ssize_t end = left < most ? left : most, cut = end;
+            Py_ssize_t turn = average < end ? average : end;
+            const uint8_t *chunk = bytes + start;
+            uint32_t hash = 0;
+            if (left > least) {
+                for (; at < least - 1; at++)
+                    hash = (hash << 1) + gear[chunk[at]];
+                /* A cut after byte `at` makes a chunk of at + 1 bytes. */
+                for (; at < turn - 1; at++) {
+                    hash = (hash << 1) + gear[chunk[at]];
+                    if ((hash & strict) == 0) { cut = at + 1; goto found; }
+                }
+                for (; at < end; at++) {
+                    hash = (hash << 1) + gear[chunk[at]];
+                    if ((hash & loose) == 0) { cut = at + 1; goto found; }
+                }
+            }
+        found:
+            lengths[count++] = cut;
+            start += cut;
+        }
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&data);
+    PyBuffer_Release(&table);
+    if (lengths == NULL)
+        return PyErr_NoMemory();
+    PyObject *out = PyList_New(count);
+    for (Py_ssize_t i = 0; out != NULL && i < count; i++) {
+        PyObject *number = PyLong_FromSsize_t(lengths[i]);
+        if (number == NULL)
+            Py_CLEAR(out);
+        else
+            PyList_SET_ITEM(out, i, number);
+    }
+    free(lengths);
+    return out;
+}
+
+static PyMethodDef methods[] = {
+    {"scan", scan, METH_VARARGS, "Entries of a directory with their inodes, sorted."},
+    {"read_files", read_files, METH_VARARGS, "Read small files whole."},
+    {"write_files", write_files, METH_VARARGS, "Make, fill and dress small files."},
+    {"cuts", cuts, METH_VARARGS, "Lengths of content-defined chunks."},
+    {NULL, NULL, 0, NULL}};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, methods,
+                                    NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&module); }

@@ -1,0 +1,21 @@
+Inode = tuple[bytes | None, int, int, int, int, int, int, int, int, int, int, int, int, int]
+
+def scan(directory: int, /) -> list[Inode]: ...
+def read_files(
+    files: list[tuple[int, bytes, int]], /
+) -> list[tuple[int, Inode | None, bytes | None, int, int]]: ...
+def write_files(
+    files: list[tuple[int, bytes, bytes | bytearray | memoryview, int, int, int, int, int]],
+    /,
+) -> list[tuple[int, int]]: ...
+def cuts(
+    data: bytes | bytearray | memoryview,
+    table: bytes,
+    least: int,
+    average: int,
+    most: int,
+    strict: int,
+    loose: int,
+    final: bool,
+    /,
+) -> list[int]: ...

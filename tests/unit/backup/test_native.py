@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from lazarette.backup import native
+from lazarette.backup.chunker import MAX_SIZE, MIN_SIZE, Chunker
+
+BOTH = [pytest.param(True, id="python"), pytest.param(False, id="c")]
+
+
+def test_the_c_module_is_built() -> None:
+    assert native.cuts is not None, "run scripts/setup"
+
+
+def test_both_list_the_same(tmp_path: Path) -> None:
+    for name in (b"a", b"\xff", b"z" * 255, b".hidden", b"..x"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(name)
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    os.utime(tmp_path / "a", ns=(0, -1))
+    directory = os.open(tmp_path, os.O_RDONLY)
+    try:
+        listed = native.scan(directory)
+        assert listed == native.scan_plain(directory)
+        assert [row[0] for row in listed] == sorted(row[0] or b"" for row in listed)
+        assert native.scan(directory) == listed
+    finally:
+        os.close(directory)
+    with pytest.raises(OSError, match="descriptor"):
+        native.scan(-1)
+
+
+@pytest.mark.parametrize("plain", BOTH)
+def test_reading_small_files(tmp_path: Path, plain: bool) -> None:
+    read = native.read_files_plain if plain else native.read_files
+    (tmp_path / "a").write_bytes(b"abc")
+    (tmp_path / "b").write_bytes(b"")
+    os.setxattr(tmp_path / "a", "user.x", b"1")
+    (tmp_path / "link").symlink_to("a")
+    (tmp_path / "grown").write_bytes(b"longer than said")
+    directory = os.open(tmp_path, os.O_RDONLY)
+    try:
+        rows = read(
+            [
+                (directory, b"a", 3),
+                (directory, b"b", 0),
+                (directory, b"absent", 1),
+                (directory, b"link", 1),
+                (directory, b"grown", 3),
+            ]
+        )
+    finally:
+        os.close(directory)
+    assert [row[0] for row in rows] == [0, 0, 2, 40, 0]
+    assert [row[2] for row in rows] == [b"abc", b"", None, None, None]
+    assert rows[0][4] == len(b"user.x\0") and rows[1][4] == 0
+    inode = rows[0][1]
+    assert inode is not None and inode == native.inode_of(None, (tmp_path / "a").stat())
+
+
+@pytest.mark.parametrize("plain", BOTH)
+def test_writing_small_files(tmp_path: Path, plain: bool) -> None:
+    write = native.write_files_plain if plain else native.write_files
+    (tmp_path / "there").write_bytes(b"")
+    directory = os.open(tmp_path, os.O_RDONLY)
+    try:
+        done = write(
+            [
+                (directory, b"new", memoryview(b"content"), 0o4711, 5, 6, 12, 345),
+                (directory, b"there", b"x", 0o600, -1, -1, 0, 0),
+            ]
+        )
+    finally:
+        os.close(directory)
+    assert done == [(0, 0), (native.STAGE_OPEN, 17)]
+    status = (tmp_path / "new").stat()
+    assert (status.st_mode & 0o7777, status.st_uid, status.st_gid) == (0o4711, 5, 6)
+    assert status.st_mtime_ns == 12_000_000_345
+    assert (tmp_path / "new").read_bytes() == b"content"
+
+
+def _contents() -> list[bytes]:
+    chance = random.Random(11)
+    text = b" ".join(b"%d" % chance.randrange(1000) for _ in range(900_000))
+    return [b"", b"x", chance.randbytes(5 << 20), text, bytes(5 << 20), chance.randbytes(MIN_SIZE)]
+
+
+@pytest.mark.parametrize("final", [True, False])
+def test_both_cut_the_same(final: bool) -> None:
+    chunker = Chunker(bytes(range(32)))
+    for content in _contents():
+        lengths = chunker.cuts(content, final)
+        assert lengths == chunker.cuts_plain(content, final)
+        assert all(MIN_SIZE < length <= MAX_SIZE for length in lengths[:-1])
+        assert not final or sum(lengths) == len(content)
+        assert final or len(content) - sum(lengths) <= MAX_SIZE
+
+
+def test_cuts_follow_the_content() -> None:
+    chunker = Chunker(bytes(32))
+    content = random.Random(12).randbytes(12 << 20)
+    moved = b"inserted" + content
+    assert _chunks(chunker, content) & _chunks(chunker, moved)
+    assert len(_chunks(chunker, moved) - _chunks(chunker, content)) <= 2
+
+
+def test_cuts_depend_on_the_key() -> None:
+    content = random.Random(13).randbytes(6 << 20)
+    assert Chunker(bytes(32)).cuts(content, True) != Chunker(bytes([1] * 32)).cuts(content, True)
+
+
+def _chunks(chunker: Chunker, content: bytes) -> set[bytes]:
+    found = set()
+    at = 0
+    for length in chunker.cuts(content, True):
+        found.add(content[at : at + length])
+        at += length
+    return found
