@@ -8,7 +8,8 @@ them as Go does: names in any case, ``null`` for the zero value, unknown names i
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import field
@@ -358,21 +359,27 @@ def _canonical(kind: Any, value: object) -> object:
             if inner is not None and (found := known.get(str(key).lower())):
                 made[found[0]] = _canonical(found[1], inner)
         return made
-    for part in get_args(kind):
-        if isinstance(value, list) and getattr(part, "__origin__", None) is list:
-            return [_canonical(get_args(part)[0], item) for item in value]
-        if isinstance(value, dict):
-            if isinstance(part, type) and issubclass(part, msgspec.Struct):
-                return _canonical(part, value)
-            if getattr(part, "__origin__", None) is dict:
-                return _canonical(part, value)
-    origin = getattr(kind, "__origin__", None)
+    origin = get_origin(kind)
+    if origin is Union or origin is UnionType:
+        return _canonical(_alternative(kind, value), value)
     if origin is list and isinstance(value, list):
         return [_canonical(get_args(kind)[0], item) for item in value]
     if origin is dict and isinstance(value, dict):
         inside = get_args(kind)[1]
         return {str(key): _canonical(inside, item) for key, item in value.items()}
     return value
+
+
+def _alternative(union: Any, value: object) -> Any:
+    """The member of a union that a JSON value is meant for."""
+    for part in get_args(union):
+        if isinstance(value, list) and get_origin(part) is list:
+            return part
+        if isinstance(value, dict) and (
+            get_origin(part) is dict or (isinstance(part, type) and issubclass(part, Struct))
+        ):
+            return part
+    return object
 
 
 def words(value: Words) -> list[str]:
