@@ -27,6 +27,7 @@ from lazarette.runtime.networks.contract import NetworkDriver
 from lazarette.runtime.networks.directory import Directory
 from lazarette.runtime.networks.dns import Resolver, Upstream
 from lazarette.runtime.networks.firewall import Firewall
+from lazarette.runtime.networks.macvlan import ParentDriver
 from lazarette.runtime.networks.model import (
     OPTION_HOST_ADDRESS,
     PREDEFINED,
@@ -98,6 +99,8 @@ class NetworkManager:
         )
         self._drivers: dict[str, NetworkDriver] = {
             "bridge": BridgeDriver(self.host, self.netlink),
+            "macvlan": ParentDriver("macvlan", self.host, self.netlink),
+            "ipvlan": ParentDriver("ipvlan", self.host, self.netlink),
         }
         self._catalogue = Catalogue(
             NetworkRecords(state), self._drivers, self.netlink, clock, self.lock
@@ -499,13 +502,20 @@ class NetworkManager:
         sandbox = self._sandbox(container)
         endpoint = sandbox.way_out()
         network = self._catalogue.get(endpoint.network) if endpoint else None
-        address = network.spec.options.get(OPTION_HOST_ADDRESS, "") if network else ""
+        if network is None or not self._publishes(network):
+            self._publisher.unpublish(sandbox)
+            return []
+        address = network.spec.options.get(OPTION_HOST_ADDRESS, "")
         if address not in ("", "0.0.0.0"):
             ports = [
                 port if port.host_ip else msgspec.structs.replace(port, host_ip=address)
                 for port in ports
             ]
         return self._publisher.publish(sandbox, ports)
+
+    def _publishes(self, network: Network) -> bool:
+        driver = self._driver(network)
+        return driver is not None and driver.capabilities.publishes
 
     def unpublish(self, container: str) -> None:
         """Take a container's host ports back; none is fine."""

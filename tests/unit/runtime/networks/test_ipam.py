@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ipaddress
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from lazarette.storage.clock import FakeClock
 from lazarette.storage.errors import InvalidArgument
 
 
-def space(clock: FakeClock | None = None, **pool: str) -> ipam.AddressSpace:
+def space(clock: FakeClock | None = None, **pool: Any) -> ipam.AddressSpace:
     return ipam.AddressSpace(ipam.completed(Pool(**pool)), clock or FakeClock())
 
 
@@ -75,7 +76,7 @@ def test_point_to_point() -> None:
         {"subnet": "10.0.0.0/24", "gateway": "fd00::1"},
     ],
 )
-def test_pools_that_make_no_sense(pool: dict[str, str]) -> None:
+def test_pools_that_make_no_sense(pool: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument):
         ipam.completed(Pool(**pool))
 
