@@ -7,6 +7,7 @@ from pathlib import Path
 
 DEFAULT_DATA_ROOT = Path("/var/lib/lazarette")
 DEFAULT_EXEC_ROOT = Path("/run/lazarette")
+DEFAULT_POLICY_FILE = Path("/etc/lazarette/policies.toml")
 DEFAULT_HOST = "unix:///run/lazarette/lazarette.sock"
 
 
@@ -24,6 +25,8 @@ class Config:
         bridge: name of the default bridge.
         insecure_registries: registries reached without TLS or without checking it.
         registry_mirrors: base URLs asked before the hub.
+        labels: of the engine, shown in ``info``.
+        policy_file: policies in TOML, read again when it changes; need not exist.
     """
 
     data_root: Path = DEFAULT_DATA_ROOT
@@ -36,6 +39,7 @@ class Config:
     insecure_registries: tuple[str, ...] = ("127.0.0.0/8", "::1/128")
     registry_mirrors: tuple[str, ...] = ()
     labels: tuple[str, ...] = field(default=())
+    policy_file: Path = DEFAULT_POLICY_FILE
 
     @property
     def state_file(self) -> Path:

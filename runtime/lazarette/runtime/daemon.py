@@ -37,6 +37,7 @@ from lazarette.storage.errors import Conflict, InvalidArgument, LazaretteError, 
 log = logging.getLogger("lazarette")
 
 _CONFIG_KEYS = ("volume_driver", "layer_driver", "runtime", "bridge")
+_CONFIG_PATHS = ("policy_file",)
 _CONFIG_LISTS = ("insecure_registries", "registry_mirrors", "labels")
 
 
@@ -129,12 +130,14 @@ def with_file(config: Config, path: Path) -> Config:
     for key, value in given.items():
         if key in _CONFIG_KEYS and isinstance(value, str):
             config = replace(config, **{key: value})  # type: ignore[arg-type]
+        elif key in _CONFIG_PATHS and isinstance(value, str):
+            config = replace(config, **{key: Path(value)})  # type: ignore[arg-type]
         elif key in _CONFIG_LISTS and isinstance(value, list):
             config = replace(config, **{key: tuple(map(str, value))})  # type: ignore[arg-type]
         else:
             raise InvalidArgument(
                 f"config file {path}: unknown key {key} or wrong type",
-                hint=f"known keys: {', '.join(_CONFIG_KEYS + _CONFIG_LISTS)}",
+                hint=f"known keys: {', '.join(_CONFIG_KEYS + _CONFIG_PATHS + _CONFIG_LISTS)}",
             )
     return config
 

@@ -8,6 +8,7 @@ import uuid
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+from lazarette.backup.policy.journal import Journal
 from lazarette.runtime.builds.builder import Builder
 from lazarette.runtime.builds.ocirunner import OciStepRunner
 from lazarette.runtime.builds.pulling import RegistryPull
@@ -24,6 +25,7 @@ from lazarette.runtime.images.store import ImageStore
 from lazarette.runtime.networks.manager import NetworkManager
 from lazarette.runtime.protection.backups import BackupService
 from lazarette.runtime.protection.describe import Describer
+from lazarette.runtime.protection.follower import PolicyFollower
 from lazarette.runtime.protection.images import ImageKeep
 from lazarette.runtime.protection.jobs import JobRunner
 from lazarette.runtime.protection.policies import PolicyBook
@@ -120,32 +122,48 @@ class Engine:
         )
 
     def _make_protection(self) -> None:
-        root = self.config.data_root
+        config, root = self.config, self.config.data_root
         jobs = JobRunner(root / "jobs")
         repositories = RepositoryBook(root / "repositories", root / "cache", self.clock)
-        policies = PolicyBook(self.state, self.volumes, self.clock)
+        journal = Journal(self.state, self.clock)
+        book = PolicyBook(self.state, self.volumes, self._labels_of_users, config.policy_file)
         keep = ImageKeep(
-            StoreArchives(self.images), repositories, jobs, self.config.exec_root / "images"
+            StoreArchives(self.images), repositories, jobs, config.exec_root / "images"
         )
-        describer = Describer(self.volumes, self.containers, self.networks, policies)
+        describer = Describer(self.volumes, self.containers, self.networks, book)
         backups = BackupService(
             self.volumes,
             self.containers,
             repositories,
             RunBook(self.state, self.clock),
+            journal,
             jobs,
             describer,
             keep,
-            self.config.exec_root / "changes",
+            config.exec_root / "changes",
             self.events,
             self.clock,
         )
         restores = RestoreService(self.volumes, repositories, jobs, self.state)
         hands = EngineHands(self.images, keep, self.networks, self.containers)
         recovery = HostRecovery(repositories, restores, self.volumes, hands)
-        self.protection = Protection(
-            self.volumes, repositories, backups, restores, policies, recovery, jobs
+        follower = PolicyFollower(
+            book,
+            backups,
+            restores,
+            repositories,
+            jobs,
+            journal,
+            config.state_file,
+            self.events,
+            self.clock,
         )
+        self.protection = Protection(
+            self.volumes, repositories, backups, restores, follower, recovery, journal, jobs
+        )
+
+    def _labels_of_users(self, volume: str) -> list[dict[str, str]]:
+        return [one.definition.config.labels for one in self.containers.using_volume(volume)]
 
     async def start(self) -> None:
         """Repair what an earlier daemon left, find its containers, follow the policies."""

@@ -48,7 +48,7 @@ class LazaretteError(Exception):
     """
 
     number: ClassVar[int] = 100
-    exit_code: ClassVar[int] = EXIT_FAULT
+    exit_code: int = EXIT_FAULT
     http_status: ClassVar[int] = 500
 
     def __init__(self, message: str, *, hint: str = "") -> None:

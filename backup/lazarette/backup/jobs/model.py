@@ -12,6 +12,8 @@ from typing import Literal
 
 import msgspec
 
+from lazarette.storage.errors import EXIT_FAULT, InternalError, LazaretteError, registry
+
 PROGRESS_FILE = "progress"
 RESULT_FILE = "result"
 
@@ -123,11 +125,25 @@ class Progress(msgspec.Struct):
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """An error with its number in the registry."""
+    """An error as it crosses processes: its number in the registry and exit code too."""
 
     code: int
     message: str
     hint: str = ""
+    exit: int = EXIT_FAULT
+
+    @classmethod
+    def of(cls, error: LazaretteError) -> Failure:
+        """An error, to be told elsewhere."""
+        return cls(error.number, error.message, error.hint, error.exit_code)
+
+    def error(self) -> LazaretteError:
+        """The error again; of its class where that is known here, else a general one."""
+        kind = registry().get(self.code, InternalError)
+        made = LazaretteError.__new__(kind)
+        LazaretteError.__init__(made, self.message, hint=self.hint)
+        made.exit_code = self.exit
+        return made
 
 
 class Result(msgspec.Struct):

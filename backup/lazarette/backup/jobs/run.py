@@ -57,15 +57,11 @@ def execute(request: Request, show: Show, stop: Stop) -> Result:
         finally:
             repository.close()
     except Cancelled as error:
-        result = Result("cancelled", failure=_failure(error))
+        result = Result("cancelled", failure=Failure.of(error))
     except LazaretteError as error:
-        result = Result("failed", failure=_failure(error))
+        result = Result("failed", failure=Failure.of(error))
     result.duration_ns = clock.monotonic_ns() - started
     return result
-
-
-def _failure(error: LazaretteError) -> Failure:
-    return Failure(type(error).number, error.message, error.hint)
 
 
 def _perform(repository: Repository, request: Request, show: Show, stop: Stop) -> Result:
@@ -168,7 +164,9 @@ def _check(repository: Repository, job: CheckJob) -> Result:
         f"{len(report.problems)} problems in {repository.store.url}",
         hint="laz repo repair keeps what is whole",
     )
-    return Result("failed", bytes_read=report.bytes_read, warnings=lines, failure=_failure(damage))
+    return Result(
+        "failed", bytes_read=report.bytes_read, warnings=lines, failure=Failure.of(damage)
+    )
 
 
 def _forget(repository: Repository, job: ForgetJob, stop: Stop) -> Result:

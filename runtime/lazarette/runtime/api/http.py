@@ -177,7 +177,8 @@ def error_response(error: LazaretteError) -> web.Response:
     body: dict[str, object] = {"message": error.message}
     if error.hint:
         body["hint"] = error.hint
-    body["code"] = type(error).number
+    body["code"] = error.number
+    body["exit"] = error.exit_code
     return json_response(body, error.http_status if error.http_status != 499 else 500)
 
 

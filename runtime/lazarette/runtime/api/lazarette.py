@@ -60,6 +60,30 @@ class PolicyBody(msgspec.Struct):
     keep: str = ""
     repository: str = ""
     consistency: str = ""
+    mode: str = ""
+    rpo: str = ""
+
+    def words(self, volume: str) -> dict[str, object]:
+        """The policy in the words of :mod:`lazarette.backup.policy.model`.
+
+        Raises:
+            InvalidArgument: no schedule, or two.
+        """
+        if bool(self.every) == bool(self.cron):
+            raise InvalidArgument(
+                f"the policy of {volume} needs one schedule",
+                hint="--every 15m, or --cron '30 2 * * *'",
+            )
+        given = {
+            "schedule": f"every {self.every}" if self.every else self.cron,
+            "zone": self.zone,
+            "keep": self.keep,
+            "repository": self.repository,
+            "consistency": self.consistency,
+            "mode": self.mode,
+            "rpo": self.rpo,
+        }
+        return {"volumes": [volume], **{key: value for key, value in given.items() if value}}
 
 
 class RecoverBody(msgspec.Struct):
@@ -205,20 +229,15 @@ class ProtectionRoutes:
     async def set_policy(self, call: Call) -> web.StreamResponse:
         """Give a volume a policy."""
         body = await call.json(PolicyBody)
-        await self._protection.policies.set(
-            call.path["volume"],
-            every=body.every,
-            cron=body.cron,
-            zone=body.zone,
-            keep=body.keep,
-            repository=body.repository,
-            consistency=body.consistency,
-        )
+        volume, policies = call.path["volume"], self._protection.policies
+        policies.book.set(volume, body.words(volume))
+        await policies.refresh()
         return json_response(self._protection.policies.describe(call.path["volume"]))
 
     async def remove_policy(self, call: Call) -> web.StreamResponse:
         """Take a volume's policy away; its backups stay."""
-        await self._protection.policies.remove(call.path["volume"])
+        self._protection.policies.book.remove(call.path["volume"])
+        await self._protection.policies.refresh()
         return empty()
 
     async def status(self, call: Call) -> web.StreamResponse:
@@ -254,10 +273,6 @@ def _teller(tell: Tell) -> Callable[[Progress], None]:
     return show
 
 
-def _failure(error: LazaretteError) -> object:
-    return msgspec.to_builtins(Failure(type(error).number, error.message, error.hint))
-
-
 async def _long(call: Call, work: Callable[[Tell], Awaitable[object]]) -> web.StreamResponse:
     """Answer work that takes long; it goes on when the client leaves."""
     answer = await stream(call, "application/x-ndjson")
@@ -273,9 +288,10 @@ async def _long(call: Call, work: Callable[[Tell], Awaitable[object]]) -> web.St
     try:
         await tell({"result": await asyncio.shield(asyncio.ensure_future(work(tell)))})
     except LazaretteError as error:
-        await tell({"error": _failure(error)})
+        await tell({"error": Failure.of(error)})
     except Exception:
         log.exception("%s %s failed", call.request.method, call.request.path)
-        await tell({"error": _failure(InternalError("internal error, see the daemon's log"))})
+        fault = InternalError("internal error, see the daemon's log")
+        await tell({"error": Failure.of(fault)})
     await answer.write_eof()
     return answer

@@ -9,11 +9,11 @@ from typing import cast
 import click
 
 from lazarette.backup.jobs.model import BackupJob, RestoreJob
-from lazarette.runtime.cli import local, output
+from lazarette.runtime.cli import output
 from lazarette.runtime.cli.client import Json
 from lazarette.runtime.cli.context import Session, json_option, pass_session
 from lazarette.runtime.cli.secrets import secret_options, store_access
-from lazarette.storage.errors import EXIT_FAULT, EXIT_OK, EXIT_WARNINGS, InvalidArgument, registry
+from lazarette.storage.errors import EXIT_FAULT, EXIT_OK, EXIT_WARNINGS, InvalidArgument
 
 _NS = 1_000_000_000
 
@@ -68,9 +68,8 @@ def _exit_code(run: Json) -> int:
         return EXIT_OK
     if outcome == "warnings":
         return EXIT_WARNINGS
-    failure = cast(dict[str, object] | None, cast(Json, run["result"]).get("failure"))
-    kind = registry().get(cast(int, failure["code"])) if failure else None
-    return kind.exit_code if kind else EXIT_FAULT
+    failure = cast(dict[str, int] | None, cast(Json, run["result"]).get("failure"))
+    return failure["exit"] if failure else EXIT_FAULT
 
 
 def _show_run(run: Json) -> None:
@@ -114,6 +113,7 @@ def ls(
 ) -> None:
     """List restore points."""
     if _is_url(repository):
+        from lazarette.runtime.cli import local
         from lazarette.runtime.protection.restores import encode_point
 
         with local.opened(store_access(repository, key_file, kit)) as opened:
@@ -166,6 +166,8 @@ def path(
 ) -> int:
     """Back up a folder; needs no daemon."""
     import socket
+
+    from lazarette.runtime.cli import local
 
     root = os.path.abspath(folder)
     job = BackupJob(
@@ -241,6 +243,8 @@ def _restore_folder(
 ) -> int:
     if not _is_url(url):
         raise InvalidArgument("restore --to needs --repo URL")
+    from lazarette.runtime.cli import local
+
     access = store_access(url, *secret)
     volume, _, moment = point.partition("@")
     with local.opened(access) as opened:

@@ -15,6 +15,7 @@ import docker.errors
 import msgspec
 import requests
 
+from lazarette.backup.jobs.model import Failure
 from lazarette.runtime.config import DEFAULT_HOST
 from lazarette.storage.errors import InternalError, LazaretteError, Unavailable, registry
 
@@ -24,10 +25,11 @@ _BY_STATUS = {400: 101, 401: 102, 403: 103, 404: 104, 409: 105, 501: 107, 503: 1
 _TIMEOUT_S = 600
 
 
-class _Failure(msgspec.Struct):
+class _Answer(msgspec.Struct):
     message: str = ""
     hint: str = ""
     code: int = 0
+    exit: int = 0
 
 
 def default_host() -> str:
@@ -38,13 +40,13 @@ def default_host() -> str:
 def failure(body: bytes, status: int) -> LazaretteError:
     """The error behind an answer of the daemon, of the class it was raised as there."""
     try:
-        told = msgspec.json.decode(body, type=_Failure)
+        told = msgspec.json.decode(body, type=_Answer)
     except msgspec.DecodeError:
-        told = _Failure(message=body.decode(errors="replace").strip() or f"HTTP status {status}")
-    kind = registry().get(told.code or _BY_STATUS.get(status, 111), InternalError)
-    error = LazaretteError.__new__(kind)
-    LazaretteError.__init__(error, told.message, hint=told.hint)
-    return error
+        told = _Answer(message=body.decode(errors="replace").strip() or f"HTTP status {status}")
+    kind = registry().get(_BY_STATUS.get(status, InternalError.number), InternalError)
+    return Failure(
+        told.code or kind.number, told.message, told.hint, told.exit or kind.exit_code
+    ).error()
 
 
 class Daemon(docker.APIClient):

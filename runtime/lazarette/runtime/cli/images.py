@@ -267,4 +267,4 @@ def login(session: Session, registry: str, username: str, password_stdin: bool) 
     click.echo("Login Succeeded")
 
 
-COMMANDS = (pull, push, images, rmi, tag, load, save, import_, history, commit, build)
+COMMANDS = (pull, push, images, rmi, tag, load, save, import_, history, commit, build, login)

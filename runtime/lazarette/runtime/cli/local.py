@@ -19,7 +19,7 @@ from lazarette.backup.repository.repository import Repository
 from lazarette.runtime.cli import output
 from lazarette.runtime.cli.secrets import key_folder
 from lazarette.storage.clock import SystemClock
-from lazarette.storage.errors import EXIT_OK, EXIT_WARNINGS, LazaretteError, registry
+from lazarette.storage.errors import EXIT_OK, EXIT_WARNINGS
 
 
 def with_key(access: StoreAccess) -> StoreAccess:
@@ -82,12 +82,8 @@ def perform(job: Job, access: StoreAccess, title: str, as_json: bool) -> Result:
 
 def raise_failure(result: Result) -> None:
     """Raise what a job failed with."""
-    if result.failure is None:
-        return
-    kind = registry().get(result.failure.code, LazaretteError)
-    error = LazaretteError.__new__(kind)
-    LazaretteError.__init__(error, result.failure.message, hint=result.failure.hint)
-    raise error
+    if result.failure is not None:
+        raise result.failure.error()
 
 
 def finish(result: Result) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import sys
 from collections.abc import Sequence
@@ -10,45 +11,50 @@ import click
 import docker.errors
 import requests
 
-from lazarette.runtime.cli import (
-    backup,
-    client,
-    containers,
-    images,
-    networks,
-    output,
-    policies,
-    recovery,
-    repositories,
-    system,
-    volumes,
-)
+from lazarette.runtime.cli import client, output
 from lazarette.runtime.cli.context import Session
 from lazarette.storage.errors import EXIT_FAULT, EXIT_USAGE, LazaretteError
 
+_MODULES = {
+    "containers": (
+        "create run ps logs exec start stop restart kill pause unpause rm wait rename top"
+        " inspect cp"
+    ),
+    "images": "pull push images rmi tag load save import history commit build login",
+    "volumes": "volume",
+    "networks": "network",
+    "system": "info version events system shutdown",
+    "backup": "backup restore",
+    "repositories": "repo",
+    "policies": "policy status",
+    "recovery": "recover",
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+
+class LazyGroup(click.Group):
+    """Imports a command's module when the command is asked for: most need few libraries."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names, sorted."""
+        return sorted(_HOME)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name."""
+        if cmd_name not in _HOME:
+            return None
+        module = importlib.import_module(f"lazarette.runtime.cli.{_HOME[cmd_name]}")
+        commands: tuple[click.Command, ...] = module.COMMANDS
+        return next(one for one in commands if one.name == cmd_name)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("-H", "--host", default=None, help="The daemon's address (LAZ_HOST, DOCKER_HOST).")
 @click.version_option(package_name="lazarette")
 @click.pass_context
 def laz(context: click.Context, host: str | None) -> None:
     """Container volumes that protect themselves."""
     context.obj = Session(host or client.default_host())
-
-
-for _group in (
-    containers,
-    images,
-    volumes,
-    networks,
-    system,
-    backup,
-    repositories,
-    policies,
-    recovery,
-):
-    for _command in _group.COMMANDS:
-        laz.add_command(_command)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

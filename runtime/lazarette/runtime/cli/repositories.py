@@ -6,7 +6,7 @@ import click
 import msgspec
 
 from lazarette.backup.jobs.model import CheckJob, ForgetJob
-from lazarette.runtime.cli import local, output
+from lazarette.runtime.cli import output
 from lazarette.runtime.cli.context import Session, json_option, pass_session
 from lazarette.runtime.cli.secrets import secret_options, store_access
 from lazarette.storage.errors import Unavailable
@@ -38,6 +38,8 @@ def init(
     """Make a repository; its recovery kit is printed once."""
     access = store_access(url, key_file, kit)
     if no_daemon:
+        from lazarette.runtime.cli import local
+
         sheet = local.init(access)
         text, code = sheet.text(), sheet.qr_terminal()
     else:
@@ -124,6 +126,8 @@ def kit(session: Session, name: str) -> None:
 @click.argument("url")
 def check(url: str, read_data: str, key_file: str | None, kit: str | None, as_json: bool) -> int:
     """Verify a repository: its structure, and as much of its data as asked."""
+    from lazarette.runtime.cli import local
+
     share = float(read_data.rstrip("%")) / (100 if read_data.endswith("%") else 1)
     result = local.perform(CheckJob(share), store_access(url, key_file, kit), "check", as_json)
     if as_json:
@@ -139,6 +143,8 @@ def check(url: str, read_data: str, key_file: str | None, kit: str | None, as_js
 @click.argument("url")
 def prune(url: str, key_file: str | None, kit: str | None, as_json: bool) -> int:
     """Free the space of forgotten snapshots."""
+    from lazarette.runtime.cli import local
+
     result = local.perform(
         ForgetJob([], prune=True), store_access(url, key_file, kit), "prune", as_json
     )

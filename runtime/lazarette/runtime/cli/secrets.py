@@ -11,7 +11,6 @@ from typing import ParamSpec, TypeVar
 import click
 
 from lazarette.backup.jobs.model import StoreAccess
-from lazarette.backup.repository.keys import KeyFile
 from lazarette.storage.errors import NotFound
 
 P = ParamSpec("P")
@@ -52,6 +51,8 @@ def store_access(url: str, key_file: str | None = None, kit: str | None = None) 
     if kit is not None:
         return replace(access, key=_read(kit), key_kind="kit")
     if key_file is not None:
+        from lazarette.backup.repository.keys import KeyFile
+
         return replace(access, key=KeyFile.read(key_file).secret.hex(), key_kind="file")
     if passphrase := os.environ.get("LAZ_PASSPHRASE", ""):
         return replace(access, key=passphrase, key_kind="passphrase")

@@ -24,6 +24,9 @@ import msgspec
 
 from lazarette.backup.jobs.changelog import write_changes
 from lazarette.backup.jobs.model import BackupJob, Failure, Progress, Request, Result
+from lazarette.backup.policy.journal import Journal, Reason
+from lazarette.backup.policy.outcome import Consistency, Kind, Outcome
+from lazarette.backup.policy.outcome import Result as JournalResult
 from lazarette.runtime.events import EventBus
 from lazarette.runtime.protection.definitions import Definitions
 from lazarette.runtime.protection.jobs import JobRunner
@@ -38,6 +41,7 @@ from lazarette.storage.volumes.manager import VolumeManager
 log = logging.getLogger(__name__)
 
 LOCAL_PREFIX = "backup-"
+_DONE = ("ok", "warnings")
 Show = Callable[[str, Progress], None]
 
 
@@ -79,7 +83,8 @@ class BackupService:
         volumes: the volumes.
         writers: holds those who write them.
         repositories: where to.
-        runs: the record.
+        runs: the record of what is under way.
+        journal: the history.
         jobs: starts the processes.
         describer: definitions to keep with a volume's data.
         keep: stores the images its containers are made of.
@@ -94,6 +99,7 @@ class BackupService:
         writers: Writers,
         repositories: RepositoryBook,
         runs: RunBook,
+        journal: Journal,
         jobs: JobRunner,
         describer: Describes,
         keep: KeepsImages,
@@ -105,6 +111,7 @@ class BackupService:
         self._writers = writers
         self._repositories = repositories
         self.runs = runs
+        self._journal = journal
         self._jobs = jobs
         self._describer = describer
         self._keep = keep
@@ -120,7 +127,8 @@ class BackupService:
         volumes: Sequence[str],
         *,
         repository: str = "",
-        trigger: str = "manual",
+        policy: str = "",
+        reason: Reason = Reason.ASKED,
         labels: dict[str, str] | None = None,
         show: Show = lambda volume, progress: None,
     ) -> list[Run]:
@@ -139,7 +147,9 @@ class BackupService:
             local = LOCAL_PREFIX + group
             ids = {volume: secrets.token_hex(16) for volume in volumes}
             for volume, run_id in ids.items():
-                self.runs.begin(run_id, volume, known.name, trigger, local)
+                number = self._journal.begin(policy, volume, Kind.BACKUP, reason)
+                trigger = policy or "manual"
+                self.runs.begin(run_id, volume, known.name, trigger, local, number)
             try:
                 taken = await asyncio.to_thread(self._snapshot, volumes, local)
             except LazaretteError as error:
@@ -246,6 +256,7 @@ class BackupService:
         await asyncio.to_thread(self._tidy, run_id)
         run = self.runs.get(run_id)
         assert run is not None
+        self._journal.end(run.journal, outcome_of(run))
         self._events.publish(
             "backup",
             run.outcome,
@@ -277,8 +288,24 @@ def consistency(info: SnapshotInfo) -> str:
     return "none" if info.kind is SnapshotKind.UNSAFE else "crash"
 
 
+def outcome_of(run: Run) -> Outcome:
+    """A finished run as the journal keeps it."""
+    result = run.result
+    return Outcome(
+        result=JournalResult(run.outcome) if run.outcome in _DONE else JournalResult.FAILED,
+        warnings=tuple(result.warnings),
+        error=result.failure.message if result.failure else "",
+        snapshot=run.snapshot,
+        suspicious=any("suspicious" in warning for warning in result.warnings),
+        consistency=Consistency(run.consistency),
+        pause_ns=run.pause_ns,
+        bytes_read=result.bytes_read,
+        bytes_sent=result.bytes_sent,
+    )
+
+
 def _failed(error: LazaretteError) -> Result:
-    return Result("failed", failure=Failure(type(error).number, error.message, error.hint))
+    return Result("failed", failure=Failure.of(error))
 
 
 def encode_run(run: Run) -> dict[str, object]:

@@ -45,7 +45,7 @@ class Describer:
             volume=VolumeDefinition(name, volume.driver, dict(volume.options), dict(volume.labels)),
             containers=[_container(one) for one in users],
             networks=self._networks_of(users),
-            policy=self._policies.text(name),
+            policy=self._policies.words(name),
         )
 
     def _networks_of(self, containers: list[Container]) -> list[NetworkSpec]:

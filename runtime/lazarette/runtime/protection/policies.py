@@ -1,56 +1,151 @@
-"""Policies of volumes: when they are backed up, and what is kept."""
+"""Policies of volumes: which applies, when it is due, and what it keeps.
+
+The rules are :mod:`lazarette.backup.policy`'s; here they meet the volumes and containers
+of this daemon.  Policies come from labels, from the command line or API (kept in the
+database), and from a file that is read again when it changes.
+"""
 
 from __future__ import annotations
 
-from lazarette.storage.clock import Clock
-from lazarette.storage.errors import NotFound, Unsupported
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from lazarette.backup.policy.model import Origin, Policy, Volume, applying, parse_file, parse_words
+from lazarette.storage.errors import LazaretteError, NotFound
 from lazarette.storage.state import State
 from lazarette.storage.volumes.manager import VolumeManager
 
+log = logging.getLogger(__name__)
+
+_MIGRATIONS = (
+    """
+    CREATE TABLE policies (
+        name TEXT PRIMARY KEY,
+        words TEXT NOT NULL
+    ) STRICT
+    """,
+)
+
+Labels = Mapping[str, str]
+
 
 class PolicyNotFound(NotFound):
-    """The volume has no policy."""
+    """The volume has no policy of its own."""
 
     number = 372
 
 
 class PolicyBook:
-    """The policies of a daemon."""
+    """All policies of a daemon.
 
-    def __init__(self, state: State, volumes: VolumeManager, clock: Clock) -> None:
+    Args:
+        state: keeps those that were set.
+        volumes: what there is to protect.
+        container_labels: labels of the containers that use a volume.
+        file: the policy file, which need not exist.
+        zone: of policies that name none.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        volumes: VolumeManager,
+        container_labels: Callable[[str], Sequence[Labels]],
+        file: Path,
+        zone: str = "UTC",
+    ) -> None:
         self._state = state
         self._volumes = volumes
-        self._clock = clock
+        self._container_labels = container_labels
+        self._file = file
+        self._zone = zone
+        self._file_seen = 0
+        self._from_file: list[Policy] = []
+        state.migrate("policies", _MIGRATIONS)
 
-    async def start(self) -> None:
-        """Follow the policies."""
+    def set(self, name: str, words: Mapping[str, object]) -> Policy:
+        """Keep a policy under a name; a volume's own goes by the volume's name.
 
-    async def stop(self) -> None:
-        """Follow them no more."""
+        Raises:
+            WrongPolicy: a word cannot be understood.
+        """
+        policy = self._parse(name, words)
+        with self._state.write() as db:
+            db.execute(
+                "INSERT INTO policies VALUES (?, ?)"
+                " ON CONFLICT (name) DO UPDATE SET words = excluded.words",
+                (name, msgspec.json.encode(words).decode()),
+            )
+        return policy
 
-    def text(self, volume: str) -> str:
-        """A volume's policy as it is kept with its data."""
-        return ""
+    def remove(self, name: str) -> None:
+        """Forget a policy that was set; backups stay.
 
-    def next_run(self, volume: str) -> str:
-        """When the next backup is due, RFC 3339; empty for never."""
-        return ""
+        Raises:
+            PolicyNotFound: none was set under that name.
+        """
+        with self._state.write() as db:
+            gone = db.execute("DELETE FROM policies WHERE name = ?", (name,)).rowcount
+        if not gone:
+            raise PolicyNotFound(
+                f"no policy {name} was set", hint="laz policy show says where one comes from"
+            )
 
-    def describe(self, volume: str) -> dict[str, object]:
-        """What applies to a volume, from where, and the next run."""
-        raise PolicyNotFound(f"volume {volume} has no policy", hint="laz policy set")
+    def words(self, name: str) -> str:
+        """A policy that was set, as JSON; empty when none was."""
+        row = self._state.row("SELECT words FROM policies WHERE name = ?", (name,))
+        return "" if row is None else str(row["words"])
 
-    def describe_all(self) -> list[dict[str, object]]:
-        """Every policy."""
-        return []
+    def of(self, volume: str) -> Policy | None:
+        """The policy that applies to a volume.
 
-    async def set(self, volume: str, **settings: str) -> None:
-        """Give a volume a policy."""
-        raise Unsupported("policies are not built yet")
+        Raises:
+            VolumeNotFound: there is no such volume.
+            WrongPolicy: a label cannot be understood.
+        """
+        return applying(self._given(), self._volume(volume), self._zone)
 
-    async def remove(self, volume: str) -> None:
-        """Take a volume's policy away."""
+    def all(self) -> dict[str, Policy]:
+        """Every protected volume with its policy; one that cannot be understood is logged."""
+        given, found = self._given(), {}
+        for volume in self._volumes.list():
+            try:
+                policy = applying(given, self._volume(volume.name), self._zone)
+            except LazaretteError as bad:
+                log.error("volume %s is not protected: %s", volume.name, bad)
+                continue
+            if policy is not None:
+                found[volume.name] = policy
+        return found
 
-    def overdue(self, volume: str, last_good_ns: int) -> bool:
-        """Whether a backup should have been made by now."""
-        return False
+    def _volume(self, name: str) -> Volume:
+        known = self._volumes.get(name)
+        return Volume(name, known.labels, self._container_labels(name))
+
+    def _given(self) -> list[Policy]:
+        kept = [
+            self._parse(str(row["name"]), msgspec.json.decode(row["words"], type=dict[str, object]))
+            for row in self._state.rows("SELECT name, words FROM policies ORDER BY name")
+        ]
+        return kept + self._read_file()
+
+    def _parse(self, name: str, words: Mapping[str, object]) -> Policy:
+        return parse_words(name, words, Origin.SET, "laz policy set", self._zone)
+
+    def _read_file(self) -> list[Policy]:
+        """The file's policies; a broken file leaves those it had before."""
+        try:
+            changed = self._file.stat().st_mtime_ns
+        except FileNotFoundError:
+            self._from_file, self._file_seen = [], 0
+            return []
+        if changed != self._file_seen:
+            self._file_seen = changed
+            try:
+                self._from_file = parse_file(self._file.read_text(), str(self._file), self._zone)
+            except (LazaretteError, OSError, UnicodeDecodeError) as bad:
+                log.error("%s: %s; the policies before stay in force", self._file, bad)
+        return self._from_file

@@ -29,7 +29,8 @@ _MIGRATIONS = (
         pause_ns INTEGER NOT NULL DEFAULT 0,
         instant_ns INTEGER NOT NULL DEFAULT 0,
         consistency TEXT NOT NULL DEFAULT 'none',
-        result TEXT NOT NULL DEFAULT '{}'
+        result TEXT NOT NULL DEFAULT '{}',
+        journal INTEGER NOT NULL DEFAULT 0
     ) STRICT;
     CREATE INDEX backup_runs_volume ON backup_runs (volume, started_ns)
     """,
@@ -54,6 +55,7 @@ class Run(msgspec.Struct):
         instant_ns: the moment the data show.
         consistency: ``application``, ``crash`` or ``none``.
         result: what the job reported.
+        journal: its number in the journal of all runs.
     """
 
     id: str
@@ -70,6 +72,7 @@ class Run(msgspec.Struct):
     instant_ns: int
     consistency: str
     result: Result
+    journal: int
 
 
 class RunBook:
@@ -80,13 +83,15 @@ class RunBook:
         self._clock = clock
         state.migrate("backup runs", _MIGRATIONS)
 
-    def begin(self, run_id: str, volume: str, repository: str, trigger: str, local: str) -> None:
+    def begin(
+        self, run_id: str, volume: str, repository: str, trigger: str, local: str, journal: int
+    ) -> None:
         """Record a run before its snapshot is taken."""
         with self._state.write() as db:
             db.execute(
                 "INSERT INTO backup_runs (id, volume, repository, trigger, outcome, started_ns,"
-                " local) VALUES (?, ?, ?, ?, 'running', ?, ?)",
-                (run_id, volume, repository, trigger, self._clock.now_ns(), local),
+                " local, journal) VALUES (?, ?, ?, ?, 'running', ?, ?, ?)",
+                (run_id, volume, repository, trigger, self._clock.now_ns(), local, journal),
             )
 
     def snapshot_taken(self, run_id: str, pause_ns: int, instant_ns: int, consistency: str) -> None:

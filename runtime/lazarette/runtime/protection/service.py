@@ -6,16 +6,16 @@ import secrets
 from collections.abc import Callable
 
 from lazarette.backup.jobs.model import Job, Progress, Request, Result
+from lazarette.backup.policy.journal import Journal
+from lazarette.backup.policy.journal import Protection as VolumeState
 from lazarette.runtime.protection.backups import BackupService
+from lazarette.runtime.protection.follower import PolicyFollower
 from lazarette.runtime.protection.jobs import JobRunner
-from lazarette.runtime.protection.policies import PolicyBook
 from lazarette.runtime.protection.recovery import HostRecovery
 from lazarette.runtime.protection.repositories import RepositoryBook
 from lazarette.runtime.protection.restores import RestoreService
 from lazarette.storage.clock import rfc3339
 from lazarette.storage.volumes.manager import VolumeManager
-
-_GOOD = ("ok", "warnings")
 
 
 class Protection:
@@ -35,8 +35,9 @@ class Protection:
         repositories: RepositoryBook,
         backups: BackupService,
         restores: RestoreService,
-        policies: PolicyBook,
+        policies: PolicyFollower,
         recovery: HostRecovery,
+        journal: Journal,
         jobs: JobRunner,
     ) -> None:
         self._volumes = volumes
@@ -45,6 +46,7 @@ class Protection:
         self.restores = restores
         self.policies = policies
         self.recovery = recovery
+        self._journal = journal
         self._jobs = jobs
 
     async def start(self) -> None:
@@ -73,23 +75,30 @@ class Protection:
         return [self._volume_status(volume.name) for volume in self._volumes.list()]
 
     def _volume_status(self, volume: str) -> dict[str, object]:
-        runs = self.backups.runs.of_volume(volume)
-        good = [run for run in runs if run.outcome in _GOOD]
-        last = next((run for run in runs if run.outcome != "running"), None)
-        next_run = self.policies.next_run(volume)
-        state = "unprotected"
-        if last is not None:
-            state = "failed" if last.outcome == "failed" else "protected"
-        elif next_run:
-            state = "waiting"
-        if self.policies.overdue(volume, good[0].instant_ns if good else 0):
-            state = "overdue"
+        policy = self.policies.book.of(volume)
+        seen = self._journal.protection(
+            volume, policy.rpo_ns if policy else 0, policy.rto_ns if policy else 0
+        )
+        good = seen.last_good.started_ns if seen.last_good else 0
+        outcome = seen.last.outcome.result.value if seen.last and seen.last.outcome else ""
         return {
             "volume": volume,
-            "state": state,
-            "last_backup": rfc3339(good[0].instant_ns) if good else "",
-            "last_backup_ns": good[0].instant_ns if good else 0,
-            "last_outcome": last.outcome if last else "",
-            "next_run": next_run,
-            "runs": len(runs),
+            "state": _state(seen, policy is not None),
+            "last_backup": rfc3339(good) if good else "",
+            "last_backup_ns": good,
+            "last_outcome": outcome,
+            "next_run": self.policies.next_run(policy) if policy else "",
+            "rpo_ns": seen.rpo_ns,
+            "rpo_target_ns": seen.rpo_target_ns,
+            "rto_ns": seen.rto_ns,
+            "last_drill_ns": seen.last_drill.started_ns if seen.last_drill else 0,
         }
+
+
+def _state(seen: VolumeState, has_policy: bool) -> str:
+    """One word for a volume: the worst that is true of it."""
+    if seen.last and seen.last.outcome and not seen.last.outcome.good:
+        return "failed"
+    if not has_policy:
+        return "manual" if seen.last_good else "unprotected"
+    return "overdue" if seen.overdue else "protected"

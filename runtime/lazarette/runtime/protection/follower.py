@@ -1,0 +1,248 @@
+"""Follows the policies: runs them when they are due, then applies what they keep."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from lazarette.backup.jobs.model import ForgetJob, Request
+from lazarette.backup.policy.journal import Journal, Reason
+from lazarette.backup.policy.model import Policy
+from lazarette.backup.policy.retention import Decision, plan
+from lazarette.backup.policy.scheduler import Scheduler
+from lazarette.backup.repository.snapshots import SnapshotRecord
+from lazarette.runtime.events import Event, EventBus
+from lazarette.runtime.protection.backups import BackupService
+from lazarette.runtime.protection.jobs import JobRunner
+from lazarette.runtime.protection.policies import PolicyBook
+from lazarette.runtime.protection.repositories import RepositoryBook, RepositoryUnknown
+from lazarette.runtime.protection.restores import RestoreService
+from lazarette.storage.clock import Clock
+from lazarette.storage.errors import LazaretteError, NotFound
+
+log = logging.getLogger(__name__)
+
+_PRUNE_AFTER = 20
+_LOOK_S = 5.0
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A restore point as retention looks at it."""
+
+    id: str
+    time_ns: int
+    tags: Sequence[str]
+    good: bool
+
+
+class PolicyFollower:
+    """Runs policies.
+
+    Args:
+        book: which policy applies to which volume.
+        backups: makes backups.
+        restores: knows the points there are.
+        repositories: where to.
+        jobs: forgets and prunes.
+        journal: remembers.
+        database: the daemon's, for the schedule's jobs.
+        events: volumes and containers that come and go change what applies.
+        clock: time.
+    """
+
+    def __init__(
+        self,
+        book: PolicyBook,
+        backups: BackupService,
+        restores: RestoreService,
+        repositories: RepositoryBook,
+        jobs: JobRunner,
+        journal: Journal,
+        database: Path,
+        events: EventBus,
+        clock: Clock,
+    ) -> None:
+        self.book = book
+        self._backups = backups
+        self._restores = restores
+        self._repositories = repositories
+        self._jobs = jobs
+        self._clock = clock
+        self._scheduler = Scheduler(database, self._carry_out, clock, journal)
+        self._members: dict[str, list[str]] = {}
+        self._forgotten: dict[str, int] = {}
+        self._changed = asyncio.Event()
+        self._watcher: asyncio.Task[None] | None = None
+        events.on_event(self._notice)
+
+    async def start(self) -> None:
+        """Begin to follow; what was missed meanwhile runs once."""
+        self._scheduler.start(await asyncio.to_thread(self._collect))
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def stop(self) -> None:
+        """Begin nothing any more; running jobs go on by themselves."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watcher
+        await self._scheduler.stop()
+
+    async def refresh(self) -> None:
+        """Look again at what applies to which volume."""
+        self._scheduler.replace(await asyncio.to_thread(self._collect))
+
+    def describe(self, volume: str) -> dict[str, object]:
+        """What applies to a volume, from where, and the next run with its zone.
+
+        Raises:
+            NotFound: no such volume, or nothing protects it.
+        """
+        policy = self.book.of(volume)
+        if policy is None:
+            raise NotFound(
+                f"no policy applies to volume {volume}",
+                hint=f"laz policy set {volume} --every 15m",
+            )
+        return _describe(volume, policy, self.next_run(policy))
+
+    def describe_all(self) -> list[dict[str, object]]:
+        """Every protected volume."""
+        return [
+            _describe(volume, policy, self.next_run(policy))
+            for volume, policy in self.book.all().items()
+        ]
+
+    def next_run(self, policy: Policy) -> str:
+        """When a policy runs next, in its zone; empty when it is not followed yet."""
+        try:
+            due = self._scheduler.next_run(policy.name)
+        except NotFound:
+            return ""
+        return f"{due.isoformat(timespec='seconds')} {policy.zone.key}"
+
+    async def decide(self, volume: str, policy: Policy) -> list[Decision]:
+        """What retention would do with a volume's points now (a dry run).
+
+        Raises:
+            RemovesEverything: nothing would be left.
+        """
+        name = self._repository(policy)
+        points = [_point(one) for one in await self._restores.points(volume, name)]
+        return plan(points, policy.keep, self._clock.now_ns(), policy.zone)
+
+    # ---- what happens when
+
+    def _notice(self, event: Event) -> None:
+        if (event.type, event.action) in _TELLING:
+            self._changed.set()
+
+    async def _watch(self) -> None:
+        """The policy file and labels are looked at when something changed, and now and then."""
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), _LOOK_S)
+            self._changed.clear()
+            await self.refresh()
+
+    def _collect(self) -> list[Policy]:
+        """The policies that mean a volume that is there."""
+        members: dict[str, list[str]] = {}
+        found: dict[str, Policy] = {}
+        for volume, policy in self.book.all().items():
+            members.setdefault(policy.name, []).append(volume)
+            found[policy.name] = policy
+        self._members = members
+        return list(found.values())
+
+    async def _carry_out(self, policy: Policy, reason: Reason) -> None:
+        volumes = self._members.get(policy.name, [])
+        if not volumes:
+            return
+        try:
+            runs = await self._backups.run(
+                volumes,
+                repository=self._repository(policy),
+                policy=policy.name,
+                reason=reason,
+            )
+        except LazaretteError as error:
+            log.error("policy %s: %s", policy.name, error)
+            return
+        for run in runs:
+            if run.outcome in ("ok", "warnings"):
+                try:
+                    await self._apply_retention(run.volume, policy)
+                except LazaretteError as error:
+                    log.error("retention of %s: %s", run.volume, error)
+
+    async def _apply_retention(self, volume: str, policy: Policy) -> None:
+        decisions = await self.decide(volume, policy)
+        gone = [one.snapshot.id for one in decisions if not one.keep]
+        if not gone:
+            return
+        name = self._repository(policy)
+        count = self._forgotten.get(name, 0) + len(gone)
+        prune = count >= _PRUNE_AFTER
+        self._forgotten[name] = 0 if prune else count
+        job_id = secrets.token_hex(16)
+        access = self._repositories.get(name).access
+        job = self._jobs.start(
+            job_id, Request(ForgetJob(gone, prune), access, str(self._repositories.cache))
+        )
+        try:
+            result = await self._jobs.watch(job, lambda progress: None)
+        finally:
+            self._jobs.discard(job_id)
+        if result.failure is not None:
+            log.error("forgetting in %s: %s", name, result.failure.message)
+
+    def _repository(self, policy: Policy) -> str:
+        """The name of a policy's repository; a policy may give its URL.
+
+        Raises:
+            RepositoryUnknown: this daemon does not know it.
+        """
+        for known in self._repositories.list():
+            if policy.repository in (known.name, known.access.url):
+                return known.name
+        if policy.repository:
+            raise RepositoryUnknown(
+                f"policy {policy.name} names the repository {policy.repository}, which is not"
+                " known here",
+                hint="laz repo add URL",
+            )
+        return self._repositories.get().name
+
+
+_TELLING = {
+    ("volume", "create"),
+    ("volume", "destroy"),
+    ("container", "create"),
+    ("container", "destroy"),
+}
+
+
+def _point(record: SnapshotRecord) -> _Point:
+    return _Point(record.id, record.time_ns, tuple(record.tags), "suspicious" not in record.tags)
+
+
+def _describe(volume: str, policy: Policy, next_run: str) -> dict[str, object]:
+    return {
+        "volume": volume,
+        "policy": policy.name,
+        "schedule": str(policy.schedule),
+        "zone": policy.zone.key,
+        "keep": str(policy.keep),
+        "repository": policy.repository,
+        "consistency": policy.consistency.profile,
+        "mode": policy.consistency.mode.value,
+        "origin": f"{policy.origin.value}: {policy.source}",
+        "next_run": next_run,
+    }
