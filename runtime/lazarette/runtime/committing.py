@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 import msgspec
@@ -60,7 +61,8 @@ class ContainerImages:
             return await asyncio.to_thread(self._commit, container, request)
         finally:
             if freezes:
-                await self._containers.lifecycle.unpause(container)
+                with suppress(WrongState):  # it was killed meanwhile
+                    await self._containers.lifecycle.unpause(container)
 
     def _commit(self, container: Container, request: CommitRequest) -> str:
         own = config_of(container)

@@ -125,7 +125,8 @@ class Archives:
                 make_target(root, point.destination, stat.S_ISDIR(os.fstat(source).st_mode))
                 target = open_in_root(root, point.destination, os.O_PATH)
                 try:
-                    kernel_mounts.bind(source, f"/proc/self/fd/{target}", read_only=not point.rw)
+                    place = os.readlink(f"/proc/self/fd/{target}")
+                    kernel_mounts.bind(source, place, read_only=not point.rw)
                 finally:
                     os.close(target)
         except (VolumeNotFound, FileNotFoundError):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -228,3 +229,12 @@ def groups_below(hierarchies: Hierarchies, parent: str) -> set[str]:
     for folder in Group(hierarchies, parent).folders():
         found.update(entry.name for entry in os.scandir(folder) if entry.is_dir())
     return found
+
+
+def remove_empty(hierarchies: Hierarchies, path: str) -> None:
+    """Remove a group and those above it as far as nothing is in them."""
+    parts = path.strip("/").split("/")
+    for depth in range(len(parts), 0, -1):
+        for folder in Group(hierarchies, "/".join(parts[:depth])).folders():
+            with suppress(OSError):  # somebody else's group is in it
+                os.rmdir(folder)

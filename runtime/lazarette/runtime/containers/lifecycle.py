@@ -16,6 +16,7 @@ import msgspec
 
 from lazarette.runtime.containers import monitor as conmon
 from lazarette.runtime.containers import pidfd, spec
+from lazarette.runtime.containers.cgroups import remove_empty
 from lazarette.runtime.containers.container import Container, WaitFor
 from lazarette.runtime.containers.errors import StartFailed, WrongState
 from lazarette.runtime.containers.monitor import Launch, Monitor
@@ -102,6 +103,7 @@ class Lifecycle:
         for stop in self._watches.values():
             stop()
         self._watches.clear()
+        remove_empty(self._facts.hierarchies, self._preparer.cgroup_parent)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -214,11 +216,12 @@ class Lifecycle:
 
         def ended() -> None:
             self._watches.pop(container.id, None)
-            self.in_background(self._ended(container))
+            self.in_background(self.ended(container))
 
         self._watches[container.id] = pidfd.on_exit(container.state.monitor_pid, ended)
 
-    async def _ended(self, container: Container) -> None:
+    async def ended(self, container: Container) -> None:
+        """Put the end of a run into the books and clean up after it."""
         async with container.lock:
             state = container.state
             if not state.running:
@@ -226,7 +229,8 @@ class Lifecycle:
             code = conmon.read_exit(container.bundle, container.id)
             state.oom_killed = (container.bundle / "oom").exists()
             state.exit_code = LOST if code is None else code
-            state.finished_ns = self._clock.now_ns()
+            ended_ns = conmon.exit_time(container.bundle, container.id)
+            state.finished_ns = ended_ns or self._clock.now_ns()
             try:
                 await asyncio.to_thread(self._preparer.release, container)
             except LazaretteError as bad:

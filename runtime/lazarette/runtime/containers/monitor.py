@@ -291,6 +291,14 @@ def _control(folder: Path, line: str) -> None:
         os.close(fd)
 
 
+def exit_time(folder: Path, unique: str) -> int:
+    """When the monitor wrote the exit code, nanoseconds since the epoch; 0 if it did not."""
+    try:
+        return (folder / unique).stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
 def read_exit(folder: Path, unique: str) -> int | None:
     """The exit code the monitor left, None when there is none (yet)."""
     try:

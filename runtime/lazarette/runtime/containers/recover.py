@@ -84,6 +84,7 @@ def _has_started(pid: int) -> bool:
 async def resume(manager: ContainerManager) -> None:
     """Watch what runs, end what ended, restart what must, remove what is nobody's."""
     gate.open_left_closed(manager)
+    idle: list[Container] = []
     for container in manager.all():
         state = container.state
         if state.status is Status.REMOVING:
@@ -91,13 +92,16 @@ async def resume(manager: ContainerManager) -> None:
         elif state.running:
             if pidfd.is_alive(state.pid, state.pid_start):
                 _correct_pause(manager, container)
-            manager.lifecycle.watch(container)
             if state.monitor_pid:
+                manager.lifecycle.watch(container)
                 manager.supervisor.resumed(container)
+            else:
+                await manager.lifecycle.ended(container)
         else:
             await _clean(manager, container)
+            idle.append(container)
     await asyncio.to_thread(sweep, manager)
-    for container in manager.all():
+    for container in idle:
         _restart(manager, container)
 
 

@@ -70,14 +70,14 @@ class Preparer:
         self._volumes = volumes
         self._networking = networking
         self._facts = facts
-        self._cgroup_parent = cgroup_parent
+        self.cgroup_parent = cgroup_parent
         self._runtime = runtime
         self._lookup = lookup
         self._clock = clock
 
     def group(self, container: Container) -> Group:
         """The container's control group."""
-        parent = container.definition.host.cgroup_parent or self._cgroup_parent
+        parent = container.definition.host.cgroup_parent or self.cgroup_parent
         path = f"/{parent.strip('/')}/{container.id}"
         return Group(self._facts.hierarchies, path)
 
