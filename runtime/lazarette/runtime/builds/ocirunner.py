@@ -219,17 +219,15 @@ class OciStepRunner:
     ) -> None:
         waiting = select.poll()
         waiting.register(reading, select.POLLIN | select.POLLHUP)
-        killed = False
         while True:
-            if cancelled.is_set() and not killed:
-                killed = True
-                self._delete(run_id)
+            if cancelled.is_set():
+                self._delete(run_id)  # again until it ends: it may not have begun yet
             if not waiting.poll(_POLL_MS):
                 continue
             data = os.read(reading, _CHUNK)
             if not data:
                 return
-            if not killed:
+            if not cancelled.is_set():
                 output(data)
 
     def _delete(self, run_id: str) -> None:

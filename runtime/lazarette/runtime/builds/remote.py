@@ -162,13 +162,17 @@ def clone(text: str, downloads: Path, *, keep_git: bool) -> Path:
 
 
 def _checkout(folder: Path, ref: str) -> None:
-    try:
-        _git(folder, "fetch", "--quiet", "--depth=1", "--no-tags", "origin", "--", ref)
+    """Fetch as little as the server allows: not every one knows shallow clones, and not
+    every one hands out a commit by its id."""
+    for depth in (("--depth=1",), ()):
+        try:
+            _git(folder, "fetch", "--quiet", *depth, "--no-tags", "origin", "--", ref)
+        except CommandFailed:
+            continue
         _git(folder, "checkout", "--quiet", "--force", "FETCH_HEAD")
-    except CommandFailed:
-        # A commit id the server does not hand out by itself: fetch everything.
-        _git(folder, "fetch", "--quiet", "--tags", "origin", "--", "+refs/*:refs/remotes/origin/*")
-        _git(folder, "checkout", "--quiet", "--force", ref)
+        return
+    _git(folder, "fetch", "--quiet", "--tags", "origin", "--", "+refs/*:refs/remotes/origin/*")
+    _git(folder, "checkout", "--quiet", "--force", ref)
 
 
 def _within(folder: Path, subfolder: str, url: str) -> Path:

@@ -11,6 +11,7 @@ from lazarette.runtime.builds import history, metadata
 from lazarette.runtime.builds import transfer as transfers
 from lazarette.runtime.builds.cache import Record, step_key
 from lazarette.runtime.builds.cachemounts import CacheMounts
+from lazarette.runtime.builds.cachesources import CacheSources
 from lazarette.runtime.builds.errors import DockerfileError, Location, StepFailed
 from lazarette.runtime.builds.instructions import (
     Instruction,
@@ -93,6 +94,7 @@ class StageRunner:
         self._caches = caches
         self._sandboxes = sandboxes
         self._number, self._count = numbers
+        self._sources = CacheSources(work.services.cache, work.services.images, work.options)
         self._use_cache = not work.options.no_cache and not (
             {stage.name, str(stage.number)} & work.options.no_cache_stages
         )
@@ -147,7 +149,7 @@ class StageRunner:
         """Take a step from the cache, if it is there and nothing before it was missed."""
         if not self._use_cache or self._state.missed:
             return False
-        record = self._work.services.cache.find(key)
+        record = self._sources.find(self._state, key, created_by)
         if record is None:
             self._state.missed = True
             return False
@@ -343,7 +345,7 @@ class StageRunner:
 
     def _quickly(self, quick: str) -> bool:
         """Take a COPY --from whose stage is known; no miss if it is not."""
-        if not self._use_cache or self._state.missed:
+        if not self._use_cache or self._state.missed or self._work.options.cache_from:
             return False
         cache = self._work.services.cache
         alias = cache.find(quick)
