@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
 import msgspec
@@ -51,17 +51,22 @@ class ContainerImages:
             InvalidArgument: a change is not allowed.
         """
         container = self._containers.get(request.container)
-        freezes = request.pause and container.state.status is Status.RUNNING
-        if freezes:
-            try:
-                await self._containers.lifecycle.pause(container)
-            except WrongState:
-                freezes = False  # it ended meanwhile
-        try:
+        async with self._held_still(container, request.pause):
             return await asyncio.to_thread(self._commit, container, request)
+
+    @asynccontextmanager
+    async def _held_still(self, container: Container, wanted: bool) -> AsyncIterator[None]:
+        """Freeze a running container meanwhile; it may end at any moment all the same."""
+        frozen = False
+        if wanted and container.state.status is Status.RUNNING:
+            with suppress(WrongState):
+                await self._containers.lifecycle.pause(container)
+                frozen = True
+        try:
+            yield
         finally:
-            if freezes:
-                with suppress(WrongState):  # it was killed meanwhile
+            if frozen:
+                with suppress(WrongState):
                     await self._containers.lifecycle.unpause(container)
 
     def _commit(self, container: Container, request: CommitRequest) -> str:

@@ -379,7 +379,7 @@ def _platform(call: Call) -> Platform | None:
             return msgspec.json.decode(text, type=Platform).normalised()
         return parse_platform(text)
     except (msgspec.MsgspecError, BadArchive) as bad:
-        raise InvalidArgument(f'invalid platform "{text}"') from bad
+        raise InvalidArgument(f"invalid platform: {bad}") from bad
 
 
 def _check_platform(call: Call, found: listing.Inspect) -> None:

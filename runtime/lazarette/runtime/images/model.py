@@ -187,6 +187,24 @@ _ARCHITECTURES = {
     "armv7l": "arm",
     "armhf": "arm",
 }
+_KNOWN_ARCHITECTURES = frozenset(
+    [
+        "386",
+        "amd64",
+        "arm",
+        "arm64",
+        "loong64",
+        "mips",
+        "mips64",
+        "mips64le",
+        "mipsle",
+        "ppc64",
+        "ppc64le",
+        "riscv64",
+        "s390x",
+    ]
+)
+_OTHER_SYSTEMS = frozenset(("windows", "darwin", "freebsd", "netbsd", "openbsd", "solaris"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,11 +303,25 @@ def parse_platform(text: str) -> Platform | None:
     if len(parts) > 3 or not all(re.fullmatch(r"[A-Za-z0-9_.-]+", part) for part in parts):
         raise BadArchive(f'invalid platform "{text}": use os[/arch[/variant]]')
     if len(parts) == 1:
-        if parts[0].lower() == "linux":
-            return host()
-        return Platform(os="linux", architecture=parts[0]).normalised()
+        return _platform_of_one(parts[0].lower())
     variant = parts[2] if len(parts) == 3 else ""
     return Platform(os=parts[0], architecture=parts[1], variant=variant).normalised()
+
+
+def _platform_of_one(word: str) -> Platform:
+    """A platform from only an operating system or only an architecture.
+
+    Raises:
+        BadArchive: it is neither.
+    """
+    if word == "linux":
+        return host()
+    architecture = _ARCHITECTURES.get(word, word)
+    if architecture in _KNOWN_ARCHITECTURES:
+        return Platform(os="linux", architecture=architecture)
+    if word in _OTHER_SYSTEMS:
+        return Platform(os=word, architecture=host().architecture)
+    raise BadArchive(f'"{word}": unknown operating system or architecture: invalid argument')
 
 
 _TIME = re.compile(r"(\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(Z|z|[+-]\d\d:\d\d)")
