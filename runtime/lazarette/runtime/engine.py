@@ -36,13 +36,9 @@ from lazarette.runtime.protection.runs import RunBook
 from lazarette.runtime.protection.service import Protection
 from lazarette.storage.clock import Clock
 from lazarette.storage.files import write_atomic
-from lazarette.storage.layers.overlay import OverlayLayerDriver
+from lazarette.storage.registry import AUTOMATIC, VolumeDrivers, open_layers
 from lazarette.storage.state import State
-from lazarette.storage.volumes.bind import BindVolumeDriver
-from lazarette.storage.volumes.btrfs import BtrfsVolumeDriver
-from lazarette.storage.volumes.contract import VolumeDriver
 from lazarette.storage.volumes.manager import VolumeManager
-from lazarette.storage.volumes.tmpfs import TmpfsVolumeDriver
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +52,8 @@ class Engine:
 
     Attributes:
         id: of this engine, for ever.
+        layer_choice: which layer driver, and why.
+        volume_choice: which default volume driver, and why.
     """
 
     def __init__(self, config: Config, clock: Clock) -> None:
@@ -73,14 +71,14 @@ class Engine:
 
     def _make_storage(self) -> None:
         config = self.config
-        self.layers = OverlayLayerDriver(config.data_root / "layers", self.clock)
-        root = config.data_root / "volumes"
-        drivers: dict[str, VolumeDriver] = {
-            "btrfs": BtrfsVolumeDriver(root / "btrfs", self.clock),
-            "tmpfs": TmpfsVolumeDriver(root / "tmpfs", self.clock),
-            "bind": BindVolumeDriver(root / "bind", self.clock),
-        }
-        self.volumes = VolumeManager(self.state, drivers, self.clock, "btrfs")
+        self.layers, self.layer_choice = open_layers(
+            config.data_root / "layers", self.clock, config.layer_driver or AUTOMATIC
+        )
+        self._drivers = VolumeDrivers(
+            config.data_root / "volumes", self.clock, config.volume_driver or AUTOMATIC
+        )
+        self.volume_choice = self._drivers.choice
+        self.volumes = VolumeManager(self.state, self._drivers, self.clock, self.volume_choice.name)
 
     def _make_runtime(self) -> None:
         config = self.config
@@ -208,8 +206,7 @@ class Engine:
     def _unmount_all(self) -> None:
         for volume in self.volumes.list():
             self.volumes.driver(volume.driver).unmount(volume.name)
-        for driver in self.volumes.drivers.values():
-            driver.close()
+        self._drivers.close()
 
 
 def _identity(path: Path) -> str:

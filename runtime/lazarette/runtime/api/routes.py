@@ -35,6 +35,10 @@ def all_routes(engine: Engine) -> list[Route]:
             engine.networks,
             engine.id,
             builds.usage.shown,
+            [
+                ("Layers", f"{engine.layer_choice.name}: {engine.layer_choice.reason}"),
+                ("Volumes", f"{engine.volume_choice.name}: {engine.volume_choice.reason}"),
+            ],
         ),
         *builds.routes(),
         *containers.routes(engine.containers),

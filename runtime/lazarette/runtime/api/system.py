@@ -49,6 +49,7 @@ def routes(
     networks: NetworkManager,
     daemon_id: str,
     build_cache: Callable[[], list[dict[str, object]]] = list,
+    driver_status: Sequence[tuple[str, str]] = (),
 ) -> list[Route]:
     """The routes about the engine itself.
 
@@ -59,9 +60,11 @@ def routes(
         networks: networks.
         daemon_id: shown as the engine's id.
         build_cache: lists what the build cache holds.
+        driver_status: which drivers were chosen, and why.
     """
     made = SystemRoutes(manager, images, volumes, networks, daemon_id)
     made.build_cache = build_cache
+    made.driver_status = list(driver_status)
     return [
         Route("GET", "/_ping", made.ping),
         Route("HEAD", "/_ping", made.ping),
@@ -89,6 +92,7 @@ class SystemRoutes:
         self._networks = networks
         self._daemon_id = daemon_id
         self.build_cache: Callable[[], list[dict[str, object]]] = list
+        self.driver_status: list[tuple[str, str]] = []
 
     async def ping(self, call: Call) -> web.StreamResponse:
         """``/_ping``: where negotiation begins."""
@@ -159,7 +163,7 @@ class SystemRoutes:
                 ),
                 "Images": len(self._images.all()),
                 "Driver": manager.layers.capabilities.name,
-                "DriverStatus": [],
+                "DriverStatus": self.driver_status,
                 "Plugins": {
                     "Volume": sorted({"local", *self._volumes.drivers}),
                     "Network": ["bridge", "host", "macvlan", "null", "overlay"],
