@@ -25,6 +25,7 @@ from lazarette.storage.btrfs_changes import subvolume_changes
 from lazarette.storage.changes import Change
 from lazarette.storage.clock import Clock
 from lazarette.storage.pool import Pool, PoolFormat
+from lazarette.storage.syscalls import syncfs
 from lazarette.storage.volumes.contract import (
     ChangeSource,
     OpenGate,
@@ -175,6 +176,9 @@ class BtrfsVolumeDriver:
 
     def _snapshot_missing(self, names: Sequence[str], snapshot: str, gate: WriteGate) -> None:
         folders = [self._shelf.folder(name) for name in names]
+        with beneath.opened(folders[0] / "data") as data:
+            # what is written back before need not be written back while writers wait
+            syncfs(data)
         gate.close()
         try:
             # the ioctl itself holds writers for its commit, so it counts as the pause

@@ -1,0 +1,279 @@
+"""What volume drivers cost: database throughput and snapshot pauses against plain ext4.
+
+    .venv/bin/python benchmarks/drivers.py [--seconds 20] [--rounds 3] [--scale 30] [--json FILE]
+
+Each round runs pgbench (8 clients, fsync on, checksums on) on every subject in turn, first
+undisturbed, then with a snapshot taken and kept every four seconds, so that a slow minute
+of the machine hits all of them.  Numbers are medians over rounds; ratios are to the folder
+on the host's own filesystem in the same run.  The gate is the cgroup freezer, as for
+containers.  Needs root and a PostgreSQL server (``postgresql-15`` or later).
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lazarette.storage import process
+from lazarette.storage.clock import SystemClock
+from lazarette.storage.volumes.btrfs import BtrfsVolumeDriver
+from lazarette.storage.volumes.contract import VolumeDriver
+from lazarette.storage.volumes.overlay import OverlayVolumeDriver
+
+AS_POSTGRES = ("setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups")
+EVERY_SECONDS = 4.0
+FREEZERS = (Path("/sys/fs/cgroup/freezer"), Path("/sys/fs/cgroup"))
+
+
+@dataclass
+class Subject:
+    """One thing measured."""
+
+    name: str
+    make: Callable[[Path], VolumeDriver] | None
+    options: dict[str, str] = field(default_factory=dict)
+    plain: list[float] = field(default_factory=list)
+    held: list[float] = field(default_factory=list)
+    pauses_ms: list[float] = field(default_factory=list)
+    clone_ms: list[float] = field(default_factory=list)
+
+
+SUBJECTS = (
+    Subject("ext4", None),
+    Subject("btrfs", lambda root: BtrfsVolumeDriver(root, SystemClock())),
+    Subject(
+        "btrfs nodatacow",
+        lambda root: BtrfsVolumeDriver(root, SystemClock()),
+        {"nodatacow": "true"},
+    ),
+    Subject("overlay", lambda root: OverlayVolumeDriver(root, SystemClock())),
+)
+
+
+class Freezer:
+    """A gate over a group of processes."""
+
+    def __init__(self) -> None:
+        base = next(path for path in FREEZERS if (path / "cgroup.procs").exists())
+        self._group = base / f"laz-bench-{secrets.token_hex(4)}"
+        self._group.mkdir()
+        self._first = (self._group / "freezer.state").exists()
+
+    def add(self, pid: int) -> None:
+        (self._group / "cgroup.procs").write_text(str(pid))
+
+    def close(self) -> None:
+        if self._first:
+            (self._group / "freezer.state").write_text("FROZEN")
+            while (self._group / "freezer.state").read_text().strip() != "FROZEN":
+                pass
+            return
+        (self._group / "cgroup.freeze").write_text("1")
+        while "frozen 1" not in (self._group / "cgroup.events").read_text():
+            pass
+
+    def open(self) -> None:
+        if self._first:
+            (self._group / "freezer.state").write_text("THAWED")
+        else:
+            (self._group / "cgroup.freeze").write_text("0")
+
+    def remove(self) -> None:
+        for _ in range(100):
+            try:
+                self._group.rmdir()
+                return
+            except OSError:
+                time.sleep(0.05)
+
+
+def _binaries() -> Path:
+    found = sorted(glob.glob("/usr/lib/postgresql/*/bin/postgres"))
+    if not found:
+        sys.exit("benchmarks/drivers: no PostgreSQL server; apt-get install postgresql-15")
+    return Path(found[-1]).parent
+
+
+@contextmanager
+def database(folder: Path, gate: Freezer, scale: int) -> Iterator[Path]:
+    """A server on a data folder; gives the folder of its socket."""
+    programs = _binaries()
+    data = folder / "data"
+    fresh = not data.exists()
+    sockets = Path(tempfile.mkdtemp(prefix="laz-bench-"))
+    shutil.chown(sockets, "postgres")
+    if fresh:
+        data.mkdir(mode=0o700)
+        shutil.chown(data, "postgres", "postgres")
+        process.run(
+            [*AS_POSTGRES, str(programs / "initdb"), "-k", "-D", str(data)], timeout=None, cwd="/"
+        )
+    settings = {
+        "listen_addresses": "",
+        "unix_socket_directories": str(sockets),
+        "shared_buffers": "256MB",
+        "max_wal_size": "1GB",
+        "checkpoint_timeout": "30s",
+    }
+    flags = [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
+    server = process.spawn([*AS_POSTGRES, str(programs / "postgres"), "-D", str(data), *flags])
+    gate.add(server.pid)
+    try:
+        ready = [str(programs / "pg_isready"), "-q", "-h", str(sockets)]
+        while process.run(ready, check=False).code:
+            time.sleep(0.1)
+        if fresh:
+            process.run(
+                [
+                    *(*AS_POSTGRES, str(programs / "pgbench"), "-h", str(sockets)),
+                    *("-i", "-q", "-s", str(scale), "postgres"),
+                ],
+                timeout=None,
+                cwd="/",
+            )
+        yield sockets
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait()
+        shutil.rmtree(sockets)
+
+
+def pgbench(sockets: Path, seconds: int, meanwhile: Callable[[], None]) -> float:
+    """Transactions a second; ``meanwhile`` is called until the end."""
+    programs = _binaries()
+    with tempfile.TemporaryFile() as out:
+        run = process.spawn(
+            [
+                *(*AS_POSTGRES, str(programs / "pgbench"), "-h", str(sockets)),
+                *("-c", "8", "-j", "2", "-T", str(seconds), "postgres"),
+            ],
+            stdout=out.fileno(),
+        )
+        while run.poll() is None:
+            meanwhile()
+            time.sleep(0.05)
+        out.seek(0)
+        match = re.search(rb"tps = ([\d.]+)", out.read())
+    if match is None:
+        raise SystemExit("pgbench failed")
+    return float(match[1])
+
+
+def measure(subject: Subject, root: Path, seconds: int, scale: int) -> None:
+    gate = Freezer()
+    driver = None if subject.make is None else subject.make(root / "driver")
+    try:
+        if driver is None:
+            folder = root / "plain"
+            folder.mkdir(exist_ok=True)
+        else:
+            driver.create("db", subject.options)
+            folder = driver.mount("db")
+        folder.chmod(0o755)
+        with database(folder, gate, scale) as sockets:
+            subject.plain.append(pgbench(sockets, seconds, lambda: None))
+            taken: list[str] = []
+            last = time.monotonic()
+
+            def snapshot() -> None:
+                nonlocal last
+                if driver is None or time.monotonic() - last < EVERY_SECONDS:
+                    return
+                last = time.monotonic()
+                taken.append(f"s{len(taken)}")
+                info = driver.snapshot("db", taken[-1], gate)
+                subject.pauses_ms.append(info.pause_ns / 1e6)
+
+            subject.held.append(pgbench(sockets, seconds, snapshot))
+        if driver is not None and taken:
+            started = time.monotonic()
+            driver.clone("db", taken[-1], "copy")
+            subject.clone_ms.append((time.monotonic() - started) * 1000)
+    finally:
+        gate.remove()
+        if driver is not None:
+            driver.unmount("db")
+            for name in driver.names():
+                driver.remove(name)
+            driver.close()
+
+
+def _row(subject: Subject, base: Subject) -> str:
+    def ratio(own: list[float], other: list[float]) -> str:
+        value = statistics.median(own) / statistics.median(other)
+        return f"{statistics.median(own):8.0f} {value:6.2f}"
+
+    pauses = sorted(subject.pauses_ms)
+    shown = f"{'-':>8} {'-':>8}"
+    if pauses:
+        high = pauses[min(len(pauses) - 1, len(pauses) * 99 // 100)]
+        shown = f"{statistics.median(pauses):8.1f} {high:8.1f}"
+    clone = f"{statistics.median(subject.clone_ms):8.1f}" if subject.clone_ms else "       -"
+    return (
+        f"{subject.name:18} {ratio(subject.plain, base.plain)} "
+        f"{ratio(subject.held, base.held)} {shown} {clone}"
+    )
+
+
+def main() -> None:
+    """Run and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--scale", type=int, default=30)
+    parser.add_argument("--root", default="/var/tmp")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", nargs="*", default=[])
+    chosen = parser.parse_args()
+    subjects = [s for s in SUBJECTS if not chosen.only or s.name in ("ext4", *chosen.only)]
+    for number in range(chosen.rounds):
+        for subject in subjects:
+            # a fresh folder each time: ext4 is slow where many files were deleted
+            root = Path(tempfile.mkdtemp(prefix="laz-bench-drivers-", dir=chosen.root))
+            os.chmod(root, 0o755)
+            try:
+                measure(subject, root, chosen.seconds, chosen.scale)
+            finally:
+                shutil.rmtree(root)
+            print(f"round {number + 1}: {subject.name}: {subject.plain[-1]:.0f} tps", flush=True)
+    print(f"\n{'':18} {'alone':>15} {'with snapshots':>15} {'pause, ms':>17} {'clone':>8}")
+    columns = ("tps", "ratio", "tps", "ratio", "median", "p99", "ms")
+    widths = (8, 6, 8, 6, 8, 8, 8)
+    titles = (f"{title:>{width}}" for title, width in zip(columns, widths, strict=True))
+    print(f"{'':18} {' '.join(titles)}")
+    for subject in subjects:
+        print(_row(subject, subjects[0]))
+    if chosen.json:
+        chosen.json.write_text(
+            json.dumps(
+                [
+                    {
+                        "subject": s.name,
+                        "plain_tps": s.plain,
+                        "held_tps": s.held,
+                        "pauses_ms": s.pauses_ms,
+                        "clone_ms": s.clone_ms,
+                    }
+                    for s in subjects
+                ],
+                indent=1,
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Every operation killed at each of its named steps, then recovered."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.support.kills import killed_at, steps_of
+from tests.support.managers import Host
+from tests.support.volumes import snapshot_of
+
+from lazarette.storage.errors import InUse
+from lazarette.storage.volumes.contract import OpenGate
+
+
+def _setup(host: Host, driver: str) -> None:
+    volume = host.manager.create("data", driver)
+    (volume.mountpoint / "f").write_text("one")
+    host.manager.snapshot(["data"], OpenGate(), "s1")
+    (volume.mountpoint / "f").write_text("two")
+    folder = host.root / "image"
+    folder.mkdir(exist_ok=True)
+    for number in range(5):
+        (folder / f"file{number}").write_text("x" * 1000)
+
+
+def _populate(host: Host) -> None:
+    host.manager.create("empty", host.manager.get("data").driver)
+    host.manager.populate("empty", host.root / "image")
+
+
+VERBS: dict[str, Callable[[Host], object]] = {
+    "create": lambda host: host.manager.create("new", host.manager.get("data").driver),
+    "remove": lambda host: host.manager.remove("data"),
+    "rename": lambda host: host.manager.rename("data", "renamed"),
+    "snapshot": lambda host: host.manager.snapshot(["data"], OpenGate(), "s2"),
+    "delete snapshot": lambda host: host.manager.delete_snapshot("data", "s1"),
+    "clone": lambda host: host.manager.clone("data", "s1", "copy"),
+    "rollback": lambda host: host.manager.rollback("data", "s1"),
+    "populate": _populate,
+}
+
+
+def _check(host: Host, verb: str) -> None:
+    """Each volume is wholly there or wholly absent, and everything can be done again."""
+    names = {volume.name for volume in host.manager.list()}
+    driver_names = {name for driver in host.drivers.values() for name in driver.names()}
+    assert names == driver_names
+    if verb == "remove" and not names:
+        return
+    data = "renamed" if "renamed" in names else "data"
+    assert data in names
+    content = (host.manager.get(data).mountpoint / "f").read_text()
+    snapshots = {info.id for info in host.manager.snapshots(data)}
+    if verb == "rollback" and any(s.startswith("before-rollback-") for s in snapshots):
+        assert content in ("one", "two")
+    else:
+        assert content == "two"
+    assert snapshots - {"s2"} >= ({"s1"} if verb != "delete snapshot" else set())
+    for snapshot in snapshots:
+        view = host.manager.view(data, snapshot)
+        assert (view / "f").read_text() in ("one", "two")
+        host.manager.release_view(data, snapshot)
+    if "copy" in names:
+        assert (host.manager.get("copy").mountpoint / "f").read_text() == "one"
+    if "empty" in names:
+        seen = snapshot_of(host.manager.get("empty").mountpoint)
+        assert len(seen) in (1, 6)
+        host.manager.populate("empty", host.root / "image")
+        assert len(snapshot_of(host.manager.get("empty").mountpoint)) == 6
+    for base in host.drivers:
+        root = host.root / base
+        inside = root / "pool" if (root / "pool").exists() else root
+        assert os.listdir(inside / "staging") == os.listdir(inside / "trash") == []
+
+
+@pytest.mark.parametrize("driver", ["btrfs", "overlay", "tmpfs", "bind"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_kill_at_any_step_is_recovered(tmp_path: Path, driver: str, verb: str) -> None:
+    if driver == "bind" and verb in ("rollback",):
+        return
+    host = Host(tmp_path, (driver,))
+    try:
+        _setup(host, driver)
+        names = steps_of(lambda: VERBS[verb](host))
+        assert names
+        for step in names:
+            for name in [volume.name for volume in host.manager.list()]:
+                host.manager.remove(name)
+            _setup(host, driver)
+            host.state.close()
+
+            def work() -> None:
+                host.open()
+                VERBS[verb](host)
+
+            assert killed_at(step, work), step
+            host.restart()
+            _check(host, verb)
+            # and again: whatever was undone can now be done
+            if "data" in {v.name for v in host.manager.list()} and verb != "clone":
+                try:
+                    VERBS[verb](host)
+                except InUse:
+                    pytest.fail(f"in use after a kill at {step}")
+    finally:
+        host.clean()
