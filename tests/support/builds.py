@@ -21,7 +21,7 @@ from tests.support.images import busybox_archive
 from lazarette.runtime.builds.builder import Builder
 from lazarette.runtime.builds.ocirunner import OciStepRunner
 from lazarette.runtime.builds.options import BuildOptions
-from lazarette.runtime.containers.cgroups import detect
+from lazarette.runtime.containers.cgroups import Group, detect
 from lazarette.runtime.containers.oci import choose
 from lazarette.runtime.containers.spec import find_facts
 from lazarette.runtime.events import EventBus
@@ -68,9 +68,10 @@ class Bench:
         self.layers = OverlayLayerDriver(root / "layers", self.clock)
         self.images = ImageStore(root / "images", self.layers, self.state, loop_of, self.clock)
         hierarchies = detect()
+        self._group = Group(hierarchies, f"/laz-test-{os.getpid()}")
         runtime = choose("", hierarchies, root / "exec")
         runner = OciStepRunner(
-            runtime, find_facts(hierarchies, None), root / "steps", f"laz-test-{os.getpid()}"
+            runtime, find_facts(hierarchies, None), root / "steps", self._group.path
         )
         self.builder = Builder(
             self.images, self.layers, runner, self.state, self.clock, root / "builds"
@@ -79,8 +80,9 @@ class Bench:
             load(self.images, archive)
 
     def close(self) -> None:
-        """Close the database."""
+        """Close the database, take the control group away."""
         self.state.close()
+        self._group.remove(self.clock)
 
     def build(
         self,
