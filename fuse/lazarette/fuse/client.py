@@ -21,12 +21,18 @@ A daemon that restarts makes the same object again and calls :meth:`Mount.ensure
 server is adopted, a dead one is replaced.  While no server runs, users of the mount get
 ENOTCONN, never a hang.
 
-A snapshot of a union's upper layer, while it is mounted and written::
+A snapshot of a union's upper layer, while it is mounted and written (reflinks needed)::
 
-    union.flush()                                  # before the gate: writes dirty pages
-    gate.close()                                   # hold the writers
-    union.snapshot("/snaps/s1/upper", "/snaps/s1/work")   # one instant; needs reflinks
+    union.prepare("/snaps/s1")         # before the gate: clones, and writes out, nearly all
+    gate.close()                       # hold the writers
+    taken = union.take("/snaps/s1")    # one instant; what changed since prepare
     gate.open()
+    union.settle("/snaps/s1")          # durable now; /snaps/s1/upper and .../links are there
+    for difference in differences("/snaps/s0", "/snaps/s1"): ...
+
+``s1/upper`` is read as a lower layer of a union (with the same lowers below it), or as a
+plain folder where the union has none.  To start a volume from it, clone both folders to
+``upper`` and ``work/links``.
 """
 
 from __future__ import annotations
@@ -44,11 +50,13 @@ import msgspec
 from lazarette.fuse import control, mount, spec
 from lazarette.fuse.lazy import Progress
 from lazarette.fuse.serve import Started, Status
+from lazarette.fuse.snapshots import Taken
 from lazarette.fuse.spec import LazySpec, Spec, UnionSpec
 
 _START_TIMEOUT = 60.0
 _STATUS_TIMEOUT = 10.0
 _STOP_TIMEOUT = 30.0
+_SNAPSHOT_TIMEOUT = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,3 +167,29 @@ class UnionMount(Mount):
     """A mounted union: what a volume or layer driver works with."""
 
     spec: UnionSpec
+
+    def flush(self) -> None:
+        """Write out dirty pages of files open for writing."""
+        self.call("flush", _SNAPSHOT_TIMEOUT)
+
+    def changed(self) -> list[bytes]:
+        """Paths of the upper layer that may differ from the last snapshot.
+
+        Raises:
+            OSError: EUCLEAN when that is not known.
+        """
+        return msgspec.json.decode(self.call("changed"), type=list[bytes])
+
+    def prepare(self, target: str) -> None:
+        """See :meth:`lazarette.fuse.snapshots.Snapshots.prepare`."""
+        self.call("prepare", _SNAPSHOT_TIMEOUT, target=target)
+
+    def take(self, target: str) -> Taken:
+        """See :meth:`lazarette.fuse.snapshots.Snapshots.take`."""
+        reply = self.call("take", _SNAPSHOT_TIMEOUT, target=target)
+        return msgspec.json.decode(reply, type=Taken)
+
+    def settle(self, target: str) -> Taken:
+        """See :meth:`lazarette.fuse.snapshots.Snapshots.settle`."""
+        reply = self.call("settle", _SNAPSHOT_TIMEOUT, target=target)
+        return msgspec.json.decode(reply, type=Taken)

@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
 
@@ -48,7 +48,8 @@ class ControlSocket:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         previous = os.umask(0o177)
         try:
-            self._listener.bind(_address(path))
+            with _address(path) as address:
+                self._listener.bind(address)
         finally:
             os.umask(previous)
         self._listener.listen(16)
@@ -99,11 +100,15 @@ class ControlSocket:
             return Reply(errno=errno.EIO, message=repr(error))
 
 
-def _address(path: str) -> str:
-    """A path to bind or connect to; socket names are short, so go through the folder's fd."""
-    if len(os.fsencode(path)) < 100:
-        return path
-    raise OSError(errno.ENAMETOOLONG, "control socket path is too long", path)
+@contextlib.contextmanager
+def _address(path: str) -> Iterator[str]:
+    """A name for a socket at ``path``: addresses are short, so it goes by the folder's fd."""
+    folder, name = os.path.split(path)
+    fd = os.open(folder or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{name}"
+    finally:
+        os.close(fd)
 
 
 def call(path: str, command: str, timeout: float, **arguments: object) -> msgspec.Raw:
@@ -116,7 +121,8 @@ def call(path: str, command: str, timeout: float, **arguments: object) -> msgspe
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout)
         try:
-            connection.connect(_address(path))
+            with _address(path) as address:
+                connection.connect(address)
             request = msgspec.json.encode({"command": command, **arguments})
             connection.sendall(request + b"\n")
             with connection.makefile("rb") as stream:

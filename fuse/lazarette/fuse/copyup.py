@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 
 from lazarette.fuse import layers, syscalls
+from lazarette.fuse.dirty import DirtyPaths
 from lazarette.fuse.filesystem import Filesystem, NeedsWorker
 from lazarette.fuse.layers import entry_path
 from lazarette.fuse.nodes import Dir, File
@@ -82,6 +83,7 @@ class CopyUp:
         self._work = work
         self._durable = durable
         self._serial = itertools.count()
+        self.dirty: DirtyPaths | None = None
         self._has_whiteout = False
 
     # -- the work folder ----------------------------------------------------------------
@@ -304,6 +306,8 @@ class CopyUp:
         self.mark_impure(parent)
         os.link(node.index, name, src_dir_fd=tree.index, dst_dir_fd=folder, follow_symlinks=False)
         node.add_name(parent, name, True)
+        if self.dirty is not None:
+            self.dirty.entry(parent, name)
 
     def mark_impure(self, folder: Dir) -> None:
         """Note on disk that a folder holds an entry with an older inode number."""
@@ -311,6 +315,8 @@ class CopyUp:
             path = layers.descriptor_path(self._tree.upper_fd(folder))
             os.setxattr(path, self._tree.form.impure, b"y")
             folder.impure = True
+            if self.dirty is not None:
+                self.dirty.folder(folder)
 
     # -- putting in place ---------------------------------------------------------------
 
@@ -322,6 +328,8 @@ class CopyUp:
         path = layers.descriptor_path(folder)
         times = (before.st_atime_ns, before.st_mtime_ns)
         os.utime(path, ns=times)
+        if self.dirty is not None:
+            self.dirty.entry(parent, name)
 
     def make(self, parent: Dir, name: bytes, maker: Callable[[int, bytes], None]) -> bool:
         """Make an entry, over a whiteout if there is one; True when there was.

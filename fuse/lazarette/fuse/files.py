@@ -15,6 +15,7 @@ from collections import OrderedDict
 
 from lazarette.fuse import protocol, syscalls
 from lazarette.fuse.copyup import CopyUp
+from lazarette.fuse.dirty import DirtyPaths
 from lazarette.fuse.filesystem import Connection, Filesystem, Later, Reply
 from lazarette.fuse.nodes import File, Handle
 from lazarette.fuse.protocol import (
@@ -55,6 +56,7 @@ class Files:
         self._handles: dict[int, Handle] = {}
         self._next = 1
         self._idle: OrderedDict[File, None] = OrderedDict()
+        self.dirty: DirtyPaths | None = None
         self.through_opens = 0
         self.plain_opens = 0
 
@@ -111,6 +113,8 @@ class Files:
             self._copyup.file(node, keep=0 if flags & os.O_TRUNC else None)
             if flags & os.O_TRUNC:
                 self._truncate_open(node, bool(args.open_flags & protocol.OPEN_KILL_SUIDGID))
+                if self.dirty is not None:
+                    self.dirty.file(node)
         return self.opened(node, flags, -1)
 
     def _truncate_open(self, node: File, kill: bool) -> None:
@@ -133,6 +137,8 @@ class Files:
         self._handles[number] = handle
         if handle.writable:
             node.writers += 1
+            if self.dirty is not None:
+                self.dirty.writer(node)
         if not through:
             node.plain += 1
             self.plain_opens += 1
@@ -184,6 +190,7 @@ class Files:
         try:
             node.backing = self._connection.backing_open(fd)
             node.backing_upper = node.upper
+            node.backing_writable = not own
         finally:
             if own:
                 os.close(fd)
@@ -212,6 +219,9 @@ class Files:
             return node
         node.through -= 1
         if not node.through:
+            if node.backing_writable:
+                self.drop_backing(node)  # or the file counts as open for writing for ever
+                return node
             self._idle[node] = None
             if len(self._idle) > _IDLE_BACKINGS:
                 self.drop_backing(next(iter(self._idle)))

@@ -20,6 +20,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -46,6 +48,16 @@ def open_beneath(fd: int, path: bytes) -> int:
             os.close(current)
         current = deeper
     return current
+
+
+@contextmanager
+def opened_beneath(fd: int, path: bytes) -> Iterator[int]:
+    """:func:`open_beneath`, closed again afterwards."""
+    opened = open_beneath(fd, path)
+    try:
+        yield opened
+    finally:
+        os.close(opened)
 
 
 def entry_path(fd: int, name: bytes) -> bytes:

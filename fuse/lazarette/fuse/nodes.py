@@ -175,6 +175,7 @@ class File(Node):
         successor: the node that took its place when it was copied up under readers.
         backing: id of its registered backing file, 0 for none.
         backing_upper: that file lies in the upper layer.
+        backing_writable: it was registered by a descriptor open for writing.
         through: opens that use the backing file.
         plain: opens that go through the server.
         writers: opens for writing.
@@ -185,6 +186,7 @@ class File(Node):
     __slots__ = (
         "backing",
         "backing_upper",
+        "backing_writable",
         "cached",
         "content",
         "copying",
@@ -216,6 +218,7 @@ class File(Node):
         self.successor: File | None = None
         self.backing = 0
         self.backing_upper = False
+        self.backing_writable = False
         self.through = 0
         self.plain = 0
         self.writers = 0

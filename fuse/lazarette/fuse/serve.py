@@ -5,8 +5,9 @@ ready (``{"pid": ..., "passthrough": ..., "reason": ...}``) or has failed
 (``{"errno": ..., "message": ...}``).  It lives until it is unmounted: by the ``stop``
 command, SIGTERM, or umount(8).
 
-Commands of every kind: ``status``, ``stop`` (``lazy``: bool).  Lazy trees add ``fill`` and
-``progress``.
+Commands of every kind: ``status``, ``stop`` (``lazy``: bool).  Unions add ``flush``,
+``prepare``, ``take``, ``settle`` (``target``: folder of the snapshot) and ``changed``; lazy
+trees ``fill`` (``bytes_per_second``) and ``progress``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -30,6 +31,7 @@ from lazarette.fuse.filesystem import Filesystem
 from lazarette.fuse.lazy import LazyFilesystem
 from lazarette.fuse.loopback import LoopbackFilesystem
 from lazarette.fuse.server import Server
+from lazarette.fuse.snapshots import Snapshots
 from lazarette.fuse.source import Source
 from lazarette.fuse.spec import LazySpec, LoopbackSpec, Spec, UnionSpec
 from lazarette.fuse.union import UnionFilesystem, UnionOptions
@@ -124,6 +126,19 @@ class Process:
 
     def _commands(self) -> Mapping[str, Command]:
         commands: dict[str, Command] = {"status": self._status, "stop": self._stop}
+        union = self._filesystem
+        if isinstance(union, UnionFilesystem) and union.dirty is not None:
+            assert union.stack.upper is not None
+            snapshots = Snapshots(union, union.dirty, union.stack.upper.fd, union.index)
+
+            def on_target(method: Callable[[str], object]) -> Command:
+                return lambda arguments: method(str(arguments.get("target", "")))
+
+            commands["flush"] = lambda arguments: snapshots.flush()
+            commands["changed"] = lambda arguments: snapshots.changed()
+            commands["prepare"] = on_target(snapshots.prepare)
+            commands["take"] = on_target(snapshots.take)
+            commands["settle"] = on_target(snapshots.settle)
         if isinstance(self._filesystem, LazyFilesystem):
             lazy = self._filesystem
 

@@ -272,7 +272,7 @@ class Tree:
                 if is_whiteout(st):
                     return None
                 found = Found(st, UPPER)
-                if parent.lowers and stat.S_ISDIR(st.st_mode):
+                if self.stack.lowers and stat.S_ISDIR(st.st_mode):
                     self._merge_upper(parent, name, found)
                 return found
         return self.find_below(parent, name) if parent.lowers else None
@@ -309,9 +309,11 @@ class Tree:
     def _merge_upper(self, parent: Dir, name: bytes, found: Found) -> None:
         """Find the lower folders under a folder of the upper layer."""
         path = layers.entry_path(self.upper_fd(parent), name)
+        redirect = self.form.read(path, self.form.redirect)
+        if redirect is None and not parent.lowers:
+            return
         if self.form.read(path, self.form.opaque) == b"y":
             return
-        redirect = self.form.read(path, self.form.redirect)
         candidates = self._candidates(parent, redirect or name)
         if redirect is not None and redirect.startswith(b"/"):
             found.lowers, found.bottom = self._descend_path(self.root.lowers, redirect)
@@ -337,7 +339,7 @@ class Tree:
                 found.append(deeper)
                 bottom = self.stack.number(folder.layer, os.stat(fd).st_ino)
                 rest = folders[position + 1 :]
-                if not rest:
+                if folder.layer is self.stack.lowers[-1]:
                     break
                 path = layers.descriptor_path(fd)
                 if self.form.read(path, self.form.opaque, follow=True) == b"y":

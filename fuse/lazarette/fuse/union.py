@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 
 from lazarette.fuse import layers, protocol, syscalls
 from lazarette.fuse.copyup import CopyUp
+from lazarette.fuse.dirty import DirtyPaths
 from lazarette.fuse.entries import Entries
 from lazarette.fuse.files import Files
 from lazarette.fuse.filesystem import Connection, Filesystem, Later, Reply
@@ -119,8 +120,12 @@ class UnionFilesystem(Filesystem):
         self.copyup = CopyUp(self, self.tree, self.work, durable=not options.volatile)
         self.entries = Entries(self.tree, self.copyup, options.reserve_wh, options.redirect)
         self.files = self._make_files()
-        if self.work >= 0:
+        self.dirty: DirtyPaths | None = None
+        if options.work is not None and self.work >= 0:
             self.copyup.clear()
+            self._work_root = os.open(options.work, layers.DIRECTORY)
+            self.dirty = DirtyPaths(self.tree, self._work_root)
+            self.copyup.dirty = self.files.dirty = self.dirty
 
     @staticmethod
     def _format() -> Format:
@@ -144,6 +149,9 @@ class UnionFilesystem(Filesystem):
     def destroy(self) -> None:
         """Close every descriptor."""
         self.files.close()
+        if self.dirty is not None:
+            self.dirty.close()
+            os.close(self._work_root)
         self.tree.close()
         self.stack.close()
         for fd in (self.work, self.index):
@@ -198,11 +206,27 @@ class UnionFilesystem(Filesystem):
         if known.lookups <= 0:
             self._release(known)
 
+    def _note(self, parent: Dir, name: bytes, deep: bool = False) -> None:
+        """Note a changed entry for the next snapshot."""
+        if self.dirty is not None:
+            self.dirty.entry(parent, name, deep)
+
+    def _note_node(self, node: Node) -> None:
+        """Note changed attributes for the next snapshot."""
+        if self.dirty is None:
+            return
+        if isinstance(node, Dir):
+            self.dirty.folder(node)
+        elif isinstance(node, File):
+            self.dirty.file(node)
+
     def _release(self, node: Node) -> None:
         if isinstance(node, File):
             if node.through or node.plain:
                 return
             self.files.drop_backing(node)
+            if self.dirty is not None:
+                self.dirty.forget(node)
         self.tree.drop(node)
 
     def readlink(self, request: Request) -> Reply:
@@ -232,6 +256,7 @@ class UnionFilesystem(Filesystem):
         mode = self._masked(parent, args.mode, args.umask)
         if stat.S_ISCHR(mode) and args.rdev == 0:
             self.entries.leave_whiteout(parent, name)
+            self._note(parent, name)
             found = self.tree.lookup(parent, name)
             assert found is not None
             return self._entry(*found)
@@ -240,7 +265,9 @@ class UnionFilesystem(Filesystem):
             os.mknod(target, mode, protocol.decode_device(args.rdev), dir_fd=folder)
             self._own(request, parent, folder, target, mode)
 
-        return self._entry(*self.entries.make(parent, name, maker))
+        made = self.entries.make(parent, name, maker)
+        self._note(parent, name)
+        return self._entry(*made)
 
     def mkdir(self, request: Request, args: MkdirIn, name: bytes) -> Reply:
         """MKDIR."""
@@ -254,7 +281,9 @@ class UnionFilesystem(Filesystem):
                 os.chmod(target, bits, dir_fd=folder)
             self._own(request, parent, folder, target, 0)
 
-        return self._entry(*self.entries.make(parent, name, maker))
+        made = self.entries.make(parent, name, maker)
+        self._note(parent, name)
+        return self._entry(*made)
 
     def symlink(self, request: Request, name: bytes, target: bytes) -> Reply:
         """SYMLINK."""
@@ -264,7 +293,9 @@ class UnionFilesystem(Filesystem):
             os.symlink(target, link, dir_fd=folder)
             self._own(request, parent, folder, link, stat.S_IFLNK)
 
-        return self._entry(*self.entries.make(parent, name, maker))
+        made = self.entries.make(parent, name, maker)
+        self._note(parent, name)
+        return self._entry(*made)
 
     def link(self, request: Request, node: int, name: bytes) -> Reply:
         """LINK."""
@@ -273,11 +304,17 @@ class UnionFilesystem(Filesystem):
             raise OSError(errno.EPERM, "folders have no hard links")
         self.files.before_change(source)
         parent = self.tree.dir(request.node)
-        return self._entry(*self.entries.link(source, parent, name))
+        linked = self.entries.link(source, parent, name)
+        self._note(parent, name)
+        self._note_node(source)
+        return self._entry(*linked)
 
     def unlink(self, request: Request, name: bytes) -> Reply:
         """UNLINK."""
-        node = self.entries.unlink(self.tree.dir(request.node), name)
+        parent = self.tree.dir(request.node)
+        node = self.entries.unlink(parent, name)
+        self._note(parent, name)
+        self._note_node(node)
         self._settle(node)
         return b""
 
@@ -290,7 +327,9 @@ class UnionFilesystem(Filesystem):
 
     def rmdir(self, request: Request, name: bytes) -> Reply:
         """RMDIR."""
-        node = self.entries.rmdir(self.tree.dir(request.node), name)
+        parent = self.tree.dir(request.node)
+        node = self.entries.rmdir(parent, name)
+        self._note(parent, name)
         if not node.lookups:
             self.tree.drop(node)
         return b""
@@ -303,6 +342,8 @@ class UnionFilesystem(Filesystem):
         if moving is not None and isinstance(moving[0], File):
             self.files.before_change(moving[0])
         self.entries.rename(source, target, args.flags)
+        self._note(*source, deep=True)
+        self._note(*target, deep=True)
         return b""
 
     # -- attributes ---------------------------------------------------------------------
@@ -336,6 +377,7 @@ class UnionFilesystem(Filesystem):
         if valid & (SetattrValid.ATIME | SetattrValid.MTIME):
             self._set_times(path, follow, args)
         self._tell_successor(request, node)
+        self._note_node(node)
         return self._attributes(request, node, tree.stat(node))
 
     @staticmethod
@@ -396,6 +438,7 @@ class UnionFilesystem(Filesystem):
             mode = os.stat(path, follow_symlinks=follow).st_mode
             os.chmod(path, stat.S_IMODE(mode) & ~stat.S_ISGID)
         self._tell_successor(request, node)
+        self._note_node(node)
         return b""
 
     def removexattr(self, request: Request, name: bytes) -> Reply:
@@ -407,6 +450,7 @@ class UnionFilesystem(Filesystem):
         os.removexattr(path, self.tree.form.stored(name), follow_symlinks=follow)
         if isinstance(node, Dir) and name == _DEFAULT_ACL:
             node.default_acl = None
+        self._note_node(node)
         return b""
 
     # -- files --------------------------------------------------------------------------
@@ -439,6 +483,7 @@ class UnionFilesystem(Filesystem):
                 os.close(opened[0])
             raise
         assert isinstance(node, File)
+        self._note(parent, name)
         reply = self.files.opened(node, args.flags, opened[0])
         return self._entry(node, st) + reply
 
