@@ -91,13 +91,14 @@ class ConsistencyRule:
     """What is done so that a backup is consistent.
 
     Attributes:
-        profile: ``auto`` (found by image and labels), ``none``, or a profile's name.
+        profile: ``crash`` (an atomic snapshot, nobody is held), ``auto`` (a profile found by
+            image), ``hooks`` (the commands below make it consistent), or a profile's name.
         mode: see :class:`HoldMode`.
         before: commands before the snapshot; one that fails ends the run.
         after: commands after it, in any case.
     """
 
-    profile: str = "auto"
+    profile: str = "crash"
     mode: HoldMode = HoldMode.SNAPSHOT
     before: tuple[Hook, ...] = ()
     after: tuple[Hook, ...] = ()
@@ -226,7 +227,7 @@ class _Words(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     repository: str = ""
     copies: tuple[str, ...] = ()
     copy_keep: str = ""
-    consistency: str = "auto"
+    consistency: str = "crash"
     mode: str = "snapshot"
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
