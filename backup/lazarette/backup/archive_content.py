@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from lazarette.backup import native, scan
 from lazarette.backup.chunker import MAX_SIZE, Chunker
+from lazarette.backup.pagemaps import PAGE, Delta, PageMap, PageMaps, delta
 from lazarette.backup.repository.entries import PART, Entry
 from lazarette.backup.repository.format import Crypt
 from lazarette.backup.repository.ingest import Ingest, Lane
@@ -149,6 +150,7 @@ class Segment:
         offset: first byte.
         length: bytes to read.
         block: grid of fixed blocks, or 0 to cut by content.
+        bases: by offset, the chunk that was there in the snapshot compared with.
         parts: result, packed ``PART`` rows.
         read: bytes that were there; fewer than ``length`` when the file shrank.
     """
@@ -158,6 +160,7 @@ class Segment:
     length: int
     block: int
     owner: object
+    bases: Mapping[int, bytes] = field(default_factory=dict)
     parts: bytes = b""
     read: int = 0
     error: BaseException | None = None
@@ -189,7 +192,7 @@ class Segment:
                 step = min(self.block - (at + got - left) % self.block, left)
                 lengths.append(step)
                 left -= step
-            rows.append(worker.store(worker.view[:got], lengths))
+            rows.append(worker.store_blocks(worker.view[:got], lengths, at, self.bases))
             at += got
         self.read = at - self.offset
         self.parts = b"".join(rows)
@@ -229,6 +232,34 @@ def _fill_buffer(descriptor: int, view: memoryview, held: int, room: int, offset
 Task = Batch | Segment
 
 
+class _Span:
+    """New blocks that lie together, gathered to be stored as one span."""
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+        self._ids: list[bytes] = []
+        self._lengths: list[int] = []
+        self._data = memoryview(b"")
+        self._start = self._end = 0
+
+    def add(self, chunk: bytes, block: memoryview, data: memoryview, at: int) -> None:
+        """Add a block that is ``data[at:]``."""
+        if at != self._end:
+            self.close()
+        if not self._ids:
+            self._start = at
+        self._data = data
+        self._ids.append(chunk)
+        self._lengths.append(len(block))
+        self._end = at + len(block)
+
+    def close(self) -> None:
+        """Store what was gathered."""
+        if self._ids:
+            self._lane.add_span(self._ids, self._lengths, self._data[self._start : self._end])
+            self._ids, self._lengths = [], []
+
+
 class Worker:
     """One thread of a backup."""
 
@@ -239,7 +270,9 @@ class Worker:
         chunker: Chunker,
         tasks: queue.SimpleQueue[Task | None],
         done: queue.SimpleQueue[Task],
+        maps: PageMaps | None,
     ) -> None:
+        self.maps = maps
         self.ingest = ingest
         self.crypt = crypt
         self.chunker = chunker
@@ -269,6 +302,59 @@ class Worker:
                 at += length
         return b"".join(map(PART.pack, ids, lengths))
 
+    def store_blocks(
+        self, data: memoryview, lengths: list[int], offset: int, bases: Mapping[int, bytes]
+    ) -> bytes:
+        """:meth:`store` for blocks of the grid, as patches where little of one is new.
+
+        Args:
+            data: the blocks.
+            lengths: of each.
+            offset: of the first in its file.
+            bases: by offset, the chunk that was there before.
+        """
+        maps = self.maps
+        if maps is None:
+            return self.store(data, lengths)
+        ids = []
+        at = 0
+        for length in lengths:
+            ids.append(self.crypt.chunk_id(data[at : at + length]))
+            at += length
+        wanted = self.ingest.claim_many(b"".join(ids), ids)
+        span = _Span(self.lane)
+        at = 0
+        for chunk, length, new in zip(ids, lengths, wanted, strict=True):
+            block = data[at : at + length]
+            if new and length % PAGE == 0:
+                hashes = maps.hashes(block)
+                found = self._delta(chunk, block, hashes, bases.get(offset + at))
+                if found is not None:
+                    span.close()
+                    self.lane.add(chunk, found.payload, found.needs)
+                    maps.note(chunk, found.pages)
+                else:
+                    span.add(chunk, block, data, at)
+                    maps.note(chunk, PageMap.plain(chunk, hashes))
+            elif new:
+                span.add(chunk, block, data, at)
+            at += length
+        span.close()
+        return b"".join(map(PART.pack, ids, lengths))
+
+    def _delta(
+        self, chunk: bytes, block: memoryview, hashes: bytes, base: bytes | None
+    ) -> Delta | None:
+        if base is None or self.maps is None:
+            return None
+        known = self.maps.find(base, len(block) // PAGE)
+        if known is None:
+            return None
+        found = delta(chunk, block, hashes, known)
+        if found is None or not all(map(self.ingest.has, found.needs)):
+            return None
+        return found
+
     def _loop(self) -> None:
         while (task := self._tasks.get()) is not None:
             try:
@@ -291,12 +377,13 @@ class Workers:
         crypt: Crypt,
         threads: int,
         finished: Callable[[Task], None],
+        maps: PageMaps | None,
     ) -> None:
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Task] = queue.SimpleQueue()
         chunker = Chunker(crypt.chunk_id_key)
         self._workers = [
-            Worker(ingest, crypt, chunker, self._tasks, self._done) for _ in range(threads)
+            Worker(ingest, crypt, chunker, self._tasks, self._done, maps) for _ in range(threads)
         ]
         self._finished = finished
         self.outstanding = 0

@@ -59,13 +59,18 @@ class FileJob:
     status: os.stat_result | None = None
     block: int = 0
     pieces: list[bytes | Segment] = field(default_factory=list)
+    bases: dict[int, bytes] = field(default_factory=dict)
     waiting: int = 0
     attempts: int = 0
     fault: OSError | None = None
     unstable: bool = False
 
-    def begin(self, reader: ChunkReader) -> list[Segment]:
+    def begin(self, reader: ChunkReader, deltas: bool) -> list[Segment]:
         """Open the file and plan what to read.
+
+        Args:
+            reader: of the repository's chunks.
+            deltas: tell segments what was there before.
 
         Raises:
             OSError: it cannot be opened.
@@ -84,6 +89,9 @@ class FileJob:
             self.block = BLOCK if changes_in_place(self.descriptor, size) else 0
         elif self.ranges is not None and self.attempts == 1:
             kept = self._kept(reader)
+        self.bases = {}
+        if deltas and self.block and self.base is not None:
+            self.bases = self._bases(reader)
         sparse = self.status.st_blocks * 512 < size
         data = scan.data_ranges(self.descriptor, size) if sparse else [(0, size)]
         if self.block:
@@ -99,6 +107,18 @@ class FileJob:
         segments = [piece for piece in self.pieces if isinstance(piece, Segment)]
         self.waiting = len(segments)
         return segments
+
+    def _bases(self, reader: ChunkReader) -> dict[int, bytes]:
+        """Whole blocks of the base by offset."""
+        assert self.base is not None
+        try:
+            return {
+                part.offset: part.chunk
+                for part in parts_of(reader, self.base)
+                if part.chunk is not None and part.length == self.block
+            }
+        except RepositoryDamaged:
+            return {}
 
     def _kept(self, reader: ChunkReader) -> list[Part] | None:
         """Parts of the base that no change touches; None when the base is unreadable."""
@@ -149,7 +169,9 @@ class FileJob:
             stop = min(last, end)
             while at < stop:
                 length = min(SEGMENT - at % SEGMENT, stop - at)
-                self.pieces.append(Segment(self.descriptor, at, length, self.block, self))
+                self.pieces.append(
+                    Segment(self.descriptor, at, length, self.block, self, self.bases)
+                )
                 at += length
         if at < end:
             self.pieces.append(b"".join(holes(end - at)))

@@ -10,6 +10,7 @@ from lazarette.backup.archive_content import SMALL, Batch, Segment, SmallFile, T
 from lazarette.backup.archive_files import FileJob
 from lazarette.backup.archive_frame import Frame
 from lazarette.backup.native import Inode
+from lazarette.backup.pagemaps import PageMaps
 from lazarette.backup.repository.entries import Entry, Extra, Kind, encode_page, paginate
 from lazarette.backup.repository.format import RepositoryDamaged
 from lazarette.backup.repository.ingest import Ingest
@@ -98,7 +99,10 @@ class Run:
         self._cancelled = cancelled
         self.ingest = ingest
         self._trees = self.ingest.lane(TREE)
-        self._workers = Workers(self.ingest, repo.crypt, threads, self._finished)
+        self._maps = None
+        if repo.cache_dir is not None:
+            self._maps = PageMaps(repo.cache_dir / "pages.sqlite", repo.crypt.chunk_id_key)
+        self._workers = Workers(self.ingest, repo.crypt, threads, self._finished, self._maps)
         self._threads = threads
         self._batch = Batch()
         self._owners: dict[int, Frame] = {}
@@ -210,7 +214,7 @@ class Run:
 
     def _begin(self, job: FileJob) -> None:
         try:
-            segments = job.begin(self._repo.reader)
+            segments = job.begin(self._repo.reader, self._maps is not None)
         except OSError as failed:
             job.fault = failed
             self._close_job(job)
@@ -325,6 +329,10 @@ class Run:
         for job in self._jobs.values():
             job.close()
         self._jobs = {}
+        if self._maps is not None:
+            self._maps.flush()
+            self._maps.close()
+            self._maps = None
 
 
 def default_threads() -> int:
