@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import msgspec
 from aiohttp import web
@@ -18,6 +18,7 @@ from lazarette.runtime.images.model import Platform, RunConfig, parse_platform
 from lazarette.runtime.images.progress import Message, Sink, failure
 from lazarette.runtime.images.reference import Reference
 from lazarette.runtime.images.registries import Registries
+from lazarette.runtime.images.registry import download
 from lazarette.runtime.images.removal import Removed, Remover
 from lazarette.runtime.images.store import ImageStore
 from lazarette.storage.errors import InvalidArgument, LazaretteError, Unsupported
@@ -247,26 +248,29 @@ class ImageRoutes:
         return await progress_stream(call, work)
 
     async def _import(self, call: Call, source: str) -> web.StreamResponse:
-        if source != "-":
-            raise Unsupported(
-                f"import from {source} is not supported",
-                hint="download it and send it as the body: docker import FILE",
-            )
         name = target(call.text("repo"), call.text("tag"))
-        body, changes = BodyReader(call.request.content), call.texts("changes")
-        platform, message = _platform(call), call.text("message")
+        changes, platform = call.texts("changes"), _platform(call)
+        message = call.text("message") or f"Imported from {source}"
 
-        def blocking() -> str:
+        def blocking(tar: BinaryIO) -> str:
             with self._store.working():
                 image = commit.import_tar(
-                    self._store, body.stream, changes=changes, message=message, platform=platform
+                    self._store, tar, changes=changes, message=message, platform=platform
                 )
                 if name is not None:
                     self._store.tag(image.id, name)
                 return image.id
 
         async def work(sink: Sink) -> None:
-            sink(Message(status=await asyncio.to_thread(blocking)))
+            if source == "-":
+                image_id = await asyncio.to_thread(
+                    blocking, BodyReader(call.request.content).stream
+                )
+            else:
+                async with download(source) as body:
+                    sink(Message(status=f"Downloading from {source}"))
+                    image_id = await asyncio.to_thread(blocking, BodyReader(body).stream)
+            sink(Message(status=image_id))
 
         return await progress_stream(call, work)
 

@@ -10,12 +10,20 @@ import asyncio
 import io
 from typing import TYPE_CHECKING, BinaryIO, cast
 
-from aiohttp import StreamReader, web
+from aiohttp import ClientError, StreamReader, web
+
+from lazarette.storage.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
 PIECE = 1 << 20
+
+
+class BodyBroken(InvalidArgument):
+    """A body ended before it was whole."""
+
+    number = 393
 
 
 class BodyReader(io.RawIOBase):
@@ -42,7 +50,11 @@ class BodyReader(io.RawIOBase):
         return True
 
     def readinto(self, target: WriteableBuffer, /) -> int:
-        """Fill ``target`` with what is there; 0 at the end."""
+        """Fill ``target`` with what is there; 0 at the end.
+
+        Raises:
+            BodyBroken: the other side went away in the middle.
+        """
         if not self._ready:
             self._ready = memoryview(self._fetch())
         view = memoryview(target).cast("B")
@@ -52,7 +64,15 @@ class BodyReader(io.RawIOBase):
         return size
 
     def _fetch(self) -> bytes:
-        return asyncio.run_coroutine_threadsafe(self._gather(), self._loop).result()
+        """The next piece.
+
+        Raises:
+            BodyBroken: the other side went away in the middle.
+        """
+        try:
+            return asyncio.run_coroutine_threadsafe(self._gather(), self._loop).result()
+        except (ClientError, OSError, asyncio.IncompleteReadError) as gone:
+            raise BodyBroken(f"reading a body: {gone or type(gone).__name__}") from gone
 
     async def _gather(self) -> bytes:
         pieces: list[bytes] = []

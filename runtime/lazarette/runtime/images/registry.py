@@ -35,6 +35,7 @@ from lazarette.runtime.images.errors import (
 )
 from lazarette.runtime.images.model import digest_of
 from lazarette.runtime.images.reference import Reference
+from lazarette.storage.errors import InvalidArgument
 
 PIECE = 1 << 20
 _MAX_MANIFEST = 8 << 20
@@ -386,6 +387,30 @@ def open_session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         timeout=_TIMEOUT, headers={"User-Agent": "lazarette"}, auto_decompress=False
     )
+
+
+@asynccontextmanager
+async def download(url: str) -> AsyncIterator[aiohttp.StreamReader]:
+    """A file from the web, as ``docker import URL`` takes it.
+
+    Raises:
+        InvalidArgument: not an address of the web.
+        RegistryFault: it cannot be had.
+    """
+    if "://" not in url:
+        url = f"http://{url}"
+    if not url.startswith(("http://", "https://")):
+        raise InvalidArgument(f"import from {url}: only http and https are known")
+    endpoint = Endpoint("://".join(urlsplit(url)[:2]))
+    async with open_session() as session:
+        try:
+            response = await session.get(url, proxy=endpoint.proxy)
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as bad:
+            raise _unreachable("get", url, bad) from bad
+        async with response:
+            if response.status != 200:
+                raise RegistryFault(f"Got HTTP status code >= 400: {response.status}")
+            yield response.content
 
 
 async def _pieces(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
