@@ -103,7 +103,7 @@ class SystemRoutes:
                 "Ostype": "linux",
                 "Builder-Version": "1",
                 "Swarm": "inactive",
-                "Docker-Experimental": "false",
+                "Docker-Experimental": "true",
                 "Server": f"Lazarette/{VERSION} (linux)",
                 "Cache-Control": "no-cache, no-store, must-revalidate",
                 "Pragma": "no-cache",
@@ -120,7 +120,7 @@ class SystemRoutes:
             "Os": "linux",
             "Arch": machine,
             "KernelVersion": kernel,
-            "Experimental": "false",
+            "Experimental": "true",
         }
         return json_response(
             {
@@ -205,7 +205,7 @@ class SystemRoutes:
                 "NoProxy": "",
                 "Name": os.uname().nodename,
                 "Labels": list(manager.config.labels),
-                "ExperimentalBuild": False,
+                "ExperimentalBuild": True,
                 "ServerVersion": VERSION,
                 "Runtimes": {
                     "runc": {"path": runtime.program},

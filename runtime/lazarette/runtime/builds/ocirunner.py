@@ -30,6 +30,7 @@ from lazarette.storage.errors import Cancelled, InvalidArgument
 HOSTNAME: Final = "build"
 _CHUNK = 1 << 16
 _POLL_MS = 100
+_RED, _PLAIN = b"\x1b[91m", b"\x1b[0m"  # how clients know standard error
 _MISSING = ("not found", "No such file")
 _HOSTS = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
 
@@ -196,39 +197,47 @@ class OciStepRunner:
             str(bundle),
             run_id,
         ]
-        reading, writing = os.pipe2(os.O_CLOEXEC)
+        ends = [os.pipe2(os.O_CLOEXEC) for _ in range(2)]
         try:
-            child = process.spawn(argv, stdout=writing, stderr=writing)
+            child = process.spawn(argv, stdout=ends[0][1], stderr=ends[1][1])
         finally:
-            os.close(writing)
+            for _, writing in ends:
+                os.close(writing)
         try:
-            self._forward(reading, output, cancelled, run_id)
+            self._forward((ends[0][0], ends[1][0]), output, cancelled, run_id)
             code = child.wait()
         except BaseException:
             self._kill(run_id, child)
             raise
         finally:
-            os.close(reading)
+            for reading, _ in ends:
+                os.close(reading)
         if cancelled.is_set():
             raise Cancelled("build cancelled")
         self._explain(code, log)
         return code if code >= 0 else 128 - code
 
     def _forward(
-        self, reading: int, output: Callable[[bytes], None], cancelled: Event, run_id: str
+        self,
+        streams: tuple[int, int],
+        output: Callable[[bytes], None],
+        cancelled: Event,
+        run_id: str,
     ) -> None:
         waiting = select.poll()
-        waiting.register(reading, select.POLLIN | select.POLLHUP)
-        while True:
+        open_ends = set(streams)
+        for reading in streams:
+            waiting.register(reading, select.POLLIN | select.POLLHUP)
+        while open_ends:
             if cancelled.is_set():
                 self._delete(run_id)  # again until it ends: it may not have begun yet
-            if not waiting.poll(_POLL_MS):
-                continue
-            data = os.read(reading, _CHUNK)
-            if not data:
-                return
-            if not cancelled.is_set():
-                output(data)
+            for reading, _ in waiting.poll(_POLL_MS):
+                data = os.read(reading, _CHUNK)
+                if not data:
+                    waiting.unregister(reading)
+                    open_ends.discard(reading)
+                elif not cancelled.is_set():
+                    output(data if reading == streams[0] else _RED + data + _PLAIN)
 
     def _delete(self, run_id: str) -> None:
         process.run(self._runtime.command("delete", "--force", run_id), check=False)
