@@ -73,10 +73,10 @@ def attach(backing: int, shown: bytes, *, block_size: int = 4096) -> tuple[int, 
 def find(backing: int) -> Path | None:
     """The device that an open file is attached to already, if any."""
     wanted = os.fstat(backing)
-    for entry in os.scandir("/sys/block"):
-        if not entry.name.startswith("loop") or not os.path.exists(f"{entry.path}/loop"):
+    for name in os.listdir("/sys/block"):
+        if not name.startswith("loop") or not os.path.exists(f"/sys/block/{name}/loop"):
             continue
-        path = Path("/dev") / entry.name
+        path = Path("/dev") / name
         try:
             device = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:

@@ -151,12 +151,17 @@ class Pool:
     @contextmanager
     def _locked(self) -> Iterator[int]:
         """The file open and locked, so that two processes cannot attach it twice."""
-        backing = os.open(self.file, os.O_RDWR | os.O_CLOEXEC)
+        # a descriptor of its own: the loop device would keep the other's lock for its life
+        lock = os.open(self.file, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            fcntl.flock(backing, fcntl.LOCK_EX)
-            yield backing
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            backing = os.open(self.file, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                yield backing
+            finally:
+                os.close(backing)
         finally:
-            os.close(backing)
+            os.close(lock)
 
     def _mount(self) -> None:
         with self._locked() as backing:
