@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from lazarette.runtime.events import Event, EventBus
+from lazarette.runtime.networks.etcd import ClusterConfig
 from lazarette.runtime.networks.manager import NetworkManager
 from lazarette.runtime.networks.model import EndpointRequest, PortBinding, PortRequest
+from lazarette.runtime.networks.namespaces import NetNamespace
 from lazarette.storage.clock import SystemClock
 from lazarette.storage.state import State
 
@@ -23,9 +26,13 @@ class NetworkHost:
     Args:
         folder: for its state.
         bridge: its default bridge.
+        cluster: how it takes part in networks over several hosts.
     """
 
-    def __init__(self, folder: Path, bridge: str = "lazt0") -> None:
+    def __init__(
+        self, folder: Path, bridge: str = "lazt0", cluster: ClusterConfig | None = None
+    ) -> None:
+        self.cluster = cluster
         self.folder = folder
         self.bridge = bridge
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,7 +45,9 @@ class NetworkHost:
         bus = EventBus(clock, self.loop)
         bus.on_event(self.seen.append)
         self.state = State(self.folder / "state.db")
-        self.manager = NetworkManager(self.state, self.folder / "exec", self.bridge, bus, clock)
+        self.manager = NetworkManager(
+            self.state, self.folder / "exec", self.bridge, bus, clock, self.cluster
+        )
         self.manager.recover(set(active))
 
     def start(
@@ -64,9 +73,19 @@ class NetworkHost:
 
     def restart(self, *active: Container) -> None:
         """The daemon ends and starts again; these containers ran on."""
+        self.stop_daemon()
+        self.start_daemon(*active)
+
+    def stop_daemon(self) -> None:
+        """The daemon ends; containers run on."""
+        self._namespace = NetNamespace(os.dup(self.manager.host.descriptor))
         self.manager.close()
         self.state.close()
-        self._open([container.id for container in active])
+
+    def start_daemon(self, *active: Container) -> None:
+        """It starts again; these containers ran on."""
+        with self._namespace, self._namespace.entered():
+            self._open([container.id for container in active])
 
     def events(self) -> list[Event]:
         """What was told so far."""

@@ -34,12 +34,14 @@ class BridgeDriver:
     Args:
         host: the namespace the bridges are in.
         netlink: a socket in it.
+        overhead: bytes a frame grows by on its way, off the MTU.
     """
 
     name = "bridge"
     capabilities = NetworkCapabilities(publishes=True, gateway_on_host=True)
 
-    def __init__(self, host: NetNamespace, netlink: nl.Netlink) -> None:
+    def __init__(self, host: NetNamespace, netlink: nl.Netlink, *, overhead: int = 0) -> None:
+        self._overhead = overhead
         self._host = host
         self._netlink = netlink
         self._mtus: dict[str, int] = {}
@@ -53,7 +55,7 @@ class BridgeDriver:
     def make(self, network: Network) -> None:
         """See the contract."""
         name = network.link
-        mtu = self._mtus[network.id] = mtu_of(network, self._outer_mtu())
+        mtu = self._mtus[network.id] = mtu_of(network, self._outer_mtu() - self._overhead)
         self._netlink.run(
             [
                 nl.link_new(
@@ -104,7 +106,7 @@ class BridgeDriver:
         """See the contract."""
         with self._host.entered():
             bridge = socket.if_nametoindex(network.link)
-        mtu = self._mtus.get(network.id) or mtu_of(network, 1500)
+        mtu = self.mtu(network)
         peer = [
             ("IFLA_IFNAME", endpoint.interface),
             ("IFLA_ADDRESS", endpoint.mac),
@@ -133,6 +135,10 @@ class BridgeDriver:
         except BaseException:
             self._netlink.run([nl.link_delete(endpoint.host_interface)])
             raise
+
+    def mtu(self, network: Network) -> int:
+        """The MTU of a network that was made."""
+        return self._mtus.get(network.id) or mtu_of(network, 1500)
 
     def leave(self, network: Network, endpoint: Endpoint, sandbox: NetNamespace | None) -> None:
         """See the contract."""

@@ -13,7 +13,7 @@ import msgspec
 
 from lazarette.runtime.networks import ipam, resolvconf
 from lazarette.runtime.networks import netlink as nl
-from lazarette.runtime.networks.contract import NetworkDriver
+from lazarette.runtime.networks.contract import NetworkDriver, SharedNetworkDriver
 from lazarette.runtime.networks.model import (
     DEFAULT_NETWORK,
     OPTION_BRIDGE_NAME,
@@ -121,12 +121,8 @@ class Catalogue:
             raise NetworkNotFound(f"network {ref} not found")
         return fitting[0]
 
-    def add(self, spec: NetworkSpec, id_: str = "") -> Network:
+    def add(self, spec: NetworkSpec) -> Network:
         """Check, complete and record a network.
-
-        Args:
-            spec: what is asked for.
-            id_: of a network other hosts have too.
 
         Raises:
             InvalidArgument: the name, an address or an option is wrong.
@@ -139,14 +135,31 @@ class Catalogue:
                 raise InvalidArgument(f"invalid network name: {spec.name or 'it is empty'}")
             if any(network.name == spec.name for network in self._networks.values()):
                 raise NetworkExists(f"network with name {spec.name} already exists")
-            id_ = id_ or secrets.token_hex(32)
+            id_ = secrets.token_hex(32)
             network = Network(
                 id=id_, created_ns=self._clock.now_ns(), spec=self._completed(id_, spec)
             )
             self._check(network)
+            shared = self.shared(network)
+            if shared is not None:
+                network = shared.complete(network)
             self._records.save(network)
             self._know(network)
             return network
+
+    def adopt(self, network: Network) -> bool:
+        """Know and record a network another host made; False if it is known."""
+        with self._lock:
+            if network.id in self._networks:
+                return False
+            self._records.save(network)
+            self._know(network)
+            return True
+
+    def shared(self, network: Network) -> SharedNetworkDriver | None:
+        """The driver of a network other hosts have too, None for all others."""
+        driver = self._drivers.get(network.driver)
+        return driver if isinstance(driver, SharedNetworkDriver) else None
 
     def forget(self, network: Network) -> None:
         """Drop a network from memory; :meth:`erase` drops its record."""
@@ -170,7 +183,9 @@ class Catalogue:
         taken: list[tuple[ipam.AddressSpace, str]] = []
         try:
             for version, wanted in ((4, request.ipv4), (6, request.ipv6)):
-                spaces = [s for s in self._spaces[network.id] if s.subnet.version == version]
+                spaces = [
+                    s for s in self._spaces.get(network.id, ()) if s.subnet.version == version
+                ]
                 if wanted and not spaces:
                     raise InvalidArgument(
                         f"invalid address {wanted}: network {network.name} has no such subnet"
@@ -207,8 +222,12 @@ class Catalogue:
 
     def _know(self, network: Network) -> None:
         self._networks[network.id] = network
+        shared = self.shared(network)
+        claims = None if shared is None else _SharedClaims(shared, network)
         self._spaces[network.id] = [
-            ipam.AddressSpace(pool, self._clock) for pool in network.spec.pools if pool.subnet
+            ipam.AddressSpace(pool, self._clock, claims)
+            for pool in network.spec.pools
+            if pool.subnet
         ]
 
     def _check(self, network: Network) -> None:
@@ -296,6 +315,23 @@ class Catalogue:
             except ValueError:
                 continue
         return taken
+
+
+class _SharedClaims:
+    """See :class:`~lazarette.runtime.networks.ipam.Claims`."""
+
+    def __init__(self, driver: SharedNetworkDriver, network: Network) -> None:
+        self._driver = driver
+        self._network = network
+
+    def claim(self, address: str) -> bool:
+        return self._driver.claim(self._network, address)
+
+    def release(self, address: str) -> None:
+        self._driver.release(self._network, address)
+
+    def avoid(self) -> set[str]:
+        return self._driver.avoid(self._network)
 
 
 def _space_for(spaces: Sequence[ipam.AddressSpace], wanted: str, version: int) -> ipam.AddressSpace:

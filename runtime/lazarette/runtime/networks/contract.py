@@ -22,7 +22,7 @@ Semantics every driver keeps:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from lazarette.runtime.networks.firewall import Segment
 from lazarette.runtime.networks.model import Endpoint, Network
@@ -83,4 +83,42 @@ class NetworkDriver(Protocol):
 
     def segment(self, network: Network) -> Segment | None:
         """What the firewall must know; None if its traffic does not pass there."""
+        ...
+
+
+@runtime_checkable
+class SharedNetworkDriver(NetworkDriver, Protocol):
+    """A driver whose networks several hosts share (``scope`` is ``global``).
+
+    An address is used only after :meth:`claim` gave it; it belongs to one host then.
+    """
+
+    def complete(self, network: Network) -> Network:
+        """Make a network known to all hosts, before it is recorded here.
+
+        Raises:
+            NetworkExists: the name is taken on some host.
+            AddressConflict: its subnet is.
+            Unavailable: the hosts' store cannot be reached.
+        """
+        ...
+
+    def retire(self, network: Network) -> None:
+        """Take it from all hosts."""
+        ...
+
+    def users(self, network: Network) -> list[str]:
+        """Names of its endpoints on all hosts."""
+        ...
+
+    def claim(self, network: Network, address: str) -> bool:
+        """Whether this host has the address now."""
+        ...
+
+    def release(self, network: Network, address: str) -> None:
+        """Give it back; fine if it is not this host's."""
+        ...
+
+    def avoid(self, network: Network) -> set[str]:
+        """Addresses not worth claiming while there are others."""
         ...

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 from lazarette.runtime.networks.model import (
     AddressConflict,
@@ -112,15 +114,34 @@ def _inside(text: str, subnet: IPNetwork, what: str) -> IPAddress:
     return address
 
 
+class Claims(Protocol):
+    """Who else gives addresses of the same pool: other hosts."""
+
+    def claim(self, address: str) -> bool:
+        """Whether it is this host's now."""
+        ...
+
+    def release(self, address: str) -> None:
+        """Give it back."""
+        ...
+
+    def avoid(self) -> set[str]:
+        """Those to try last."""
+        ...
+
+
 class AddressSpace:
     """The addresses of one pool.
 
     Args:
         pool: complete.
         clock: for how long a returned address has rested.
+        claims: to be asked for each address; None when this host is the only one.
     """
 
-    def __init__(self, pool: Pool, clock: Clock) -> None:
+    def __init__(self, pool: Pool, clock: Clock, claims: Claims | None = None) -> None:
+        self._claims = claims
+        self._lock = threading.Lock()
         self.pool = pool
         self.subnet = pool.network
         self._clock = clock
@@ -160,20 +181,29 @@ class AddressSpace:
             InvalidArgument: it is not in this pool.
             AddressConflict: it is held by somebody, or none is left.
         """
-        if not wanted:
+        with self._lock:
+            return self._take_wanted(wanted) if wanted else self._take_free()
+
+    def _take_free(self) -> str:
+        avoid = self._claims.avoid() if self._claims else set()
+        for last_resort in (False, True) if avoid else (False,):
             for address in self.free():
-                self._taken.add(int(address))
-                return str(address)
-            raise AddressConflict(
-                f"no available addresses on this pool: {self.subnet}",
-                hint="disconnect containers, or make a network with a larger subnet",
-            )
+                if (str(address) in avoid) == last_resort and self._claimed(str(address)):
+                    self._taken.add(int(address))
+                    return str(address)
+        raise AddressConflict(
+            f"no available addresses on this pool: {self.subnet}",
+            hint="disconnect containers, or make a network with a larger subnet",
+        )
+
+    def _take_wanted(self, wanted: str) -> str:
         address = parse_ip(wanted, self.subnet.version)
         if address not in self.subnet:
             raise InvalidArgument(
                 f"invalid address {wanted}: it does not belong to any of this network's subnets"
             )
-        if int(address) in self._taken or int(address) in self._kept:
+        held = int(address) in self._taken or int(address) in self._kept
+        if held or not self._claimed(str(address)):
             raise AddressConflict("Address already in use")
         self._taken.add(int(address))
         return str(address)
@@ -185,6 +215,13 @@ class AddressSpace:
     def give_back(self, address: str) -> None:
         """Nobody holds it any more."""
         number = int(parse_ip(address))
-        if number in self._taken:
+        with self._lock:
+            if number not in self._taken:
+                return
             self._taken.discard(number)
             self._rested[number] = self._clock.monotonic_ns()
+        if self._claims is not None:
+            self._claims.release(address)
+
+    def _claimed(self, address: str) -> bool:
+        return self._claims is None or self._claims.claim(address)

@@ -23,9 +23,11 @@ from lazarette.runtime.networks.background import Background
 from lazarette.runtime.networks.bridge import BridgeDriver
 from lazarette.runtime.networks.carrier import Carrier
 from lazarette.runtime.networks.catalogue import Catalogue
+from lazarette.runtime.networks.cluster import Cluster, Record
 from lazarette.runtime.networks.contract import NetworkDriver
 from lazarette.runtime.networks.directory import Directory
 from lazarette.runtime.networks.dns import Resolver, Upstream
+from lazarette.runtime.networks.etcd import ClusterConfig
 from lazarette.runtime.networks.firewall import Firewall
 from lazarette.runtime.networks.macvlan import ParentDriver
 from lazarette.runtime.networks.model import (
@@ -46,6 +48,8 @@ from lazarette.runtime.networks.model import (
     parse_mac,
 )
 from lazarette.runtime.networks.namespaces import NetNamespace
+from lazarette.runtime.networks.overlay import OverlayDriver, record_of
+from lazarette.runtime.networks.peers import Peers
 from lazarette.runtime.networks.ports import HostPorts
 from lazarette.runtime.networks.publishing import Publisher
 from lazarette.runtime.networks.reaper import LinkReaper
@@ -70,10 +74,17 @@ class NetworkManager:
         bridge: name of the default bridge; names the nftables table and links too.
         events: told of networks made and removed, joined and left.
         clock: stamps networks.
+        cluster: how to take part in networks over several hosts; None: not at all.
     """
 
     def __init__(
-        self, state: State, exec_root: Path, bridge: str, events: EventBus, clock: Clock
+        self,
+        state: State,
+        exec_root: Path,
+        bridge: str,
+        events: EventBus,
+        clock: Clock,
+        cluster: ClusterConfig | None = None,
     ) -> None:
         self.clock = clock
         self.lock = threading.RLock()
@@ -97,15 +108,25 @@ class NetworkManager:
             self.live,
             self._expose,
         )
+        overlay = OverlayDriver(self.host, self.netlink)
         self._drivers: dict[str, NetworkDriver] = {
+            "overlay": overlay,
             "bridge": BridgeDriver(self.host, self.netlink),
             "macvlan": ParentDriver("macvlan", self.host, self.netlink),
             "ipvlan": ParentDriver("ipvlan", self.host, self.netlink),
         }
-        self._catalogue = Catalogue(
-            NetworkRecords(state), self._drivers, self.netlink, clock, self.lock
-        )
+        records = NetworkRecords(state)
+        self._catalogue = Catalogue(records, self._drivers, self.netlink, clock, self.lock)
         self._sandboxes: dict[str, Sandbox] = {}
+        self._cluster: Cluster | None = None
+        if cluster is not None:
+            host_id = records.host_id()
+            self._peers = Peers(
+                host_id, self._catalogue, self._directory, overlay, self._in_use, self._rebuild
+            )
+            self._cluster = overlay.cluster = Cluster(
+                cluster, host_id, self.host, self._peers.follow, self._lose
+            )
         self._reaper = LinkReaper()
         self._pruning = threading.Lock()
 
@@ -122,11 +143,15 @@ class NetworkManager:
             self._recover_sandboxes(active)
             self._sweep()
             self._rebuild()
+        if self._cluster is not None:
+            self._join_cluster(self._cluster)
         watch = TableWatch(lambda port: port == self._firewall.port, self.restore_rules)
         self._background.start(watch.run())
 
     def close(self) -> None:
         """Let go of sockets and files; networks, endpoints and rules stay."""
+        if self._cluster is not None:
+            self._cluster.close()
         self._resolver.close()
         for sandbox in self._sandboxes.values():
             self._publisher.let_go(sandbox)
@@ -137,6 +162,36 @@ class NetworkManager:
         self.netlink.close()
         self.host.close()
         self.live.close()
+
+    def _join_cluster(self, cluster: Cluster) -> None:
+        shared = [n for n in self._catalogue.all() if self._catalogue.shared(n) is not None]
+        self._peers.expect(shared)
+        ids = {network.id for network in shared}
+        running = [
+            record_of(endpoint, cluster)
+            for sandbox in self._sandboxes.values()
+            for endpoint in sandbox.endpoints.values()
+            if endpoint.network in ids
+        ]
+        cluster.start(running)
+
+    def _lose(self, record: Record) -> None:
+        """Another host has an endpoint's address: take it from the container here."""
+        for container in self.containers():
+            for endpoint in self.of_container(container):
+                if endpoint.id == record.endpoint:
+                    log.warning(
+                        "container %s loses %s in network %s: another host took it over "
+                        "while this one was cut off",
+                        container[:12],
+                        endpoint.ip,
+                        endpoint.network_name,
+                    )
+                    self.disconnect(endpoint.network, container)
+
+    def _in_use(self, network_id: str) -> bool:
+        with self.lock:
+            return any(network_id in s.endpoints for s in self._sandboxes.values())
 
     def restore_rules(self) -> None:
         """Put the firewall's table back if somebody flushed or changed it."""
@@ -247,6 +302,7 @@ class NetworkManager:
                 driver.make(network)
                 self._rebuild()
         except BaseException:
+            self._retire(network)
             self._unmake(network)
             raise
         self._tell(network, "create")
@@ -262,8 +318,11 @@ class NetworkManager:
         network = self.inspect(ref)
         if not network.user_defined:
             raise NetworkInUse(f"{network.name} is a pre-defined network and cannot be removed")
+        shared = self._catalogue.shared(network)
+        elsewhere = shared.users(network) if shared is not None else []
         with self.lock:
-            users = [e.request.name or e.container[:12] for e in self.endpoints(network.id)]
+            here = [e.request.name or e.container[:12] for e in self.endpoints(network.id)]
+            users = list(dict.fromkeys([*here, *elsewhere]))
             if users:
                 raise NetworkInUse(
                     f"error while removing network: network {network.name} id {network.id} "
@@ -271,6 +330,7 @@ class NetworkManager:
                     hint="disconnect or stop them first",
                 )
             self._catalogue.forget(network)
+        self._retire(network)
         self._unmake(network)
         self._tell(network, "destroy")
 
@@ -298,6 +358,11 @@ class NetworkManager:
         finally:
             self._pruning.release()
         return removed
+
+    def _retire(self, network: Network) -> None:
+        shared = self._catalogue.shared(network)
+        if shared is not None:
+            shared.retire(network)
 
     def _unmake(self, network: Network) -> None:
         self._catalogue.forget(network)
@@ -332,6 +397,10 @@ class NetworkManager:
             InvalidArgument: an address or option is wrong.
         """
         sandbox = self._sandbox(container)
+        with sandbox.lock:
+            return self._attach(sandbox, requests)
+
+    def _attach(self, sandbox: Sandbox, requests: Sequence[EndpointRequest]) -> list[Endpoint]:
         made: list[Endpoint] = []
         result: list[Endpoint] = []
         try:
@@ -357,14 +426,16 @@ class NetworkManager:
         """
         network = self.inspect(ref)
         sandbox = self._sandbox(container)
-        if network.id in sandbox.endpoints:
-            name = request.name or container[:12]
-            raise EndpointExists(
-                f"endpoint with name {name} already exists in network {network.name}"
-            )
-        endpoint = self.attach(container, [msgspec.structs.replace(request, network=network.id)])
-        self._publisher.retarget(sandbox)
-        return endpoint[0]
+        with sandbox.lock:
+            if network.id in sandbox.endpoints:
+                name = request.name or container[:12]
+                raise EndpointExists(
+                    f"endpoint with name {name} already exists in network {network.name}"
+                )
+            wanted = msgspec.structs.replace(request, network=network.id)
+            endpoint = self._attach(sandbox, [wanted])[0]
+            self._publisher.retarget(sandbox)
+        return endpoint
 
     def disconnect(self, ref: str, container: str) -> None:
         """Take a running container out of a network.
@@ -374,14 +445,18 @@ class NetworkManager:
         """
         network = self.inspect(ref)
         sandbox = self._sandboxes.get(container)
-        endpoint = sandbox.endpoints.get(network.id) if sandbox else None
-        if sandbox is None or endpoint is None:
-            raise EndpointNotFound(
-                f"container {container} is not connected to network {network.name}"
-            )
-        self._leave(sandbox, endpoint)
-        sandbox.set_routes()
-        self._publisher.retarget(sandbox)
+        missing = EndpointNotFound(
+            f"container {container} is not connected to network {network.name}"
+        )
+        if sandbox is None:
+            raise missing
+        with sandbox.lock:
+            endpoint = sandbox.endpoints.get(network.id)
+            if endpoint is None:
+                raise missing
+            self._leave(sandbox, endpoint)
+            sandbox.set_routes()
+            self._publisher.retarget(sandbox)
 
     def containers(self) -> list[str]:
         """Ids of containers that have a sandbox."""
@@ -401,15 +476,16 @@ class NetworkManager:
         if sandbox is None:
             namespaces.remove(self._folder / container)
             return
-        self._publisher.unpublish(sandbox)
-        self._resolver.stop(container)
-        links = [endpoint.host_interface for endpoint in sandbox.endpoints.values()]
-        for endpoint in list(sandbox.endpoints.values()):
-            self._leave(sandbox, endpoint, ending=True)
-        with self.lock:
-            self._sandboxes.pop(container, None)
-        namespaces.remove(sandbox.path)
-        self.live.forget_container(container)
+        with sandbox.lock:
+            self._publisher.unpublish(sandbox)
+            self._resolver.stop(container)
+            links = [endpoint.host_interface for endpoint in sandbox.endpoints.values()]
+            for endpoint in list(sandbox.endpoints.values()):
+                self._leave(sandbox, endpoint, ending=True)
+            with self.lock:
+                self._sandboxes.pop(container, None)
+            namespaces.remove(sandbox.path)
+            self.live.forget_container(container)
         self._reaper.expect_gone(links)
 
     def settle(self) -> None:
@@ -427,12 +503,14 @@ class NetworkManager:
         driver = self._driver(network)
         if driver is None:
             raise Forbidden(f"container cannot be connected to network {network.name}")
+        endpoint = self._plan(sandbox, network, request)
         with self.lock:
-            if self._catalogue.get(network.id) is None:
-                raise NetworkNotFound(f"network {network.name} not found")
-            endpoint = self._plan(sandbox, network, request)
-            sandbox.endpoints[network.id] = endpoint
-            self.live.save_endpoint(endpoint)
+            known = self._catalogue.get(network.id) is not None
+            if known:
+                sandbox.endpoints[network.id] = endpoint
+                self.live.save_endpoint(endpoint)
+        if not known:
+            raise NetworkNotFound(f"network {network.name} not found")
         try:
             with NetNamespace.at(sandbox.path) as namespace:
                 driver.join(network, endpoint, namespace)
@@ -486,7 +564,7 @@ class NetworkManager:
             sandbox.endpoints.pop(endpoint.network, None)
             if not ending:
                 self.live.forget_endpoint(endpoint)
-            self._catalogue.give_back(endpoint)
+        self._catalogue.give_back(endpoint)
         if network is not None:
             self._tell(network, "disconnect", container=sandbox.container)
 

@@ -7,6 +7,7 @@ needs no sync to the disk, and what it says is void after a boot.
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 
 import msgspec
@@ -21,6 +22,8 @@ CREATE TABLE networks (
     body BLOB NOT NULL
 ) STRICT
 """
+
+_IDENTITY = "CREATE TABLE cluster_host (id TEXT NOT NULL) STRICT"
 
 _LIVE = """
 CREATE TABLE boot (id TEXT NOT NULL) STRICT;
@@ -40,7 +43,17 @@ class NetworkRecords:
 
     def __init__(self, state: State) -> None:
         self._state = state
-        state.migrate("networks", [_NETWORKS])
+        state.migrate("networks", [_NETWORKS, _IDENTITY])
+
+    def host_id(self) -> str:
+        """What this host is called among others; made once."""
+        row = self._state.row("SELECT id FROM cluster_host")
+        if row is not None:
+            return str(row["id"])
+        made = secrets.token_hex(16)
+        with self._state.write() as db:
+            db.execute("INSERT INTO cluster_host VALUES (?)", (made,))
+        return made
 
     def load(self) -> list[Network]:
         """All of them."""

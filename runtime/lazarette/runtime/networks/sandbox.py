@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +36,7 @@ class Sandbox:
         held: host ports held for it.
         forwards: what the firewall does for them.
         dns: resolvers the container was given, instead of the host's.
+        lock: held while the sandbox is joined, left or torn down.
     """
 
     container: str
@@ -43,12 +45,13 @@ class Sandbox:
     held: list[HeldPort] = field(default_factory=list)
     forwards: list[Forward] = field(default_factory=list)
     dns: tuple[str, ...] = ()
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
     def way_out(self) -> Endpoint | None:
         """The endpoint the default routes use, as Docker chooses it: the highest gateway
         priority, then the first name; internal networks never.
         """
-        able = [each for each in self.endpoints.values() if each.gateway or each.ipv6_gateway]
+        able = [each for each in list(self.endpoints.values()) if each.gateway or each.ipv6_gateway]
         return min(able, key=lambda e: (-e.request.gateway_priority, e.network_name), default=None)
 
     def interface_for(self, network: Network, request: EndpointRequest) -> str:

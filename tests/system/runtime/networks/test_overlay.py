@@ -1,0 +1,273 @@
+"""Networks over several hosts: namespaces joined by a switch, with a real etcd.
+
+Hosts are told dead after two seconds here instead of six.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from tests.support.asking import addresses
+from tests.support.etcd import Etcd
+from tests.support.netns import Server, ask, inside, new_namespace
+from tests.support.network_host import Container, NetworkHost
+
+from lazarette.runtime.networks import netlink as nl
+from lazarette.runtime.networks.etcd import ClusterConfig, ClusterUnavailable
+from lazarette.runtime.networks.model import (
+    AddressConflict,
+    EndpointRequest,
+    NetworkExists,
+    NetworkInUse,
+    NetworkSpec,
+    PortRequest,
+)
+from lazarette.runtime.networks.namespaces import NetNamespace
+from lazarette.storage.errors import MissingFeature, Unavailable
+
+TTL = 2
+OVERLAY = NetworkSpec(name="over", driver="overlay", attachable=True)
+
+
+class Site:
+    """Hosts at a switch, 192.0.2.N each; number 1 runs etcd."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self._folder = folder
+        self._stack = stack
+        self._switch = stack.enter_context(new_namespace())
+        with self._switch.entered(), nl.Netlink() as netlink:
+            kind = {"attrs": [("IFLA_INFO_KIND", "bridge")]}
+            made = [("IFLA_IFNAME", "switch"), ("IFLA_LINKINFO", kind)]
+            netlink.run([nl.link_new("make switch", made, up=True)])
+        self.etcd = stack.enter_context(Etcd(folder / "etcd", self.plug(1), "192.0.2.1"))
+        self.hosts: dict[int, NetworkHost] = {}
+
+    def plug(self, number: int) -> NetNamespace:
+        """A namespace at the switch."""
+        made = self._stack.enter_context(new_namespace())
+        with self._switch.entered(), nl.Netlink() as netlink:
+            peer = [("IFLA_IFNAME", "eth0"), ("IFLA_NET_NS_FD", made.descriptor)]
+            data = {"attrs": [("VETH_INFO_PEER", {"attrs": peer})]}
+            info = {"attrs": [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", data)]}
+            port = [
+                ("IFLA_IFNAME", f"port{number}"),
+                ("IFLA_MASTER", socket.if_nametoindex("switch")),
+                ("IFLA_LINKINFO", info),
+            ]
+            netlink.run([nl.link_new("plug", port, up=True)])
+        with made.entered(), nl.Netlink() as netlink:
+            index = socket.if_nametoindex("eth0")
+            netlink.run(
+                [
+                    nl.address_add(index, f"192.0.2.{number}", 24),
+                    nl.link_set(index, "up", up=True),
+                    nl.route_replace("192.0.2.1", family=socket.AF_INET, index=index),
+                ]
+            )
+            assert nl.wait_operational(netlink, index, 5)
+        return made
+
+    def cut(self, number: int, *, heal: bool = False) -> None:
+        """Unplug a host, or plug it in again."""
+        with self._switch.entered(), nl.Netlink() as netlink:
+            index = socket.if_nametoindex(f"port{number}")
+            netlink.run([nl.link_set(index, "cut", up=heal)])
+
+    def host(self, number: int) -> NetworkHost:
+        """A daemon on a host of its own."""
+        config = ClusterConfig((self.etcd.url,), f"192.0.2.{number}", ttl=TTL)
+        with self.plug(number).entered():
+            made = NetworkHost(self._folder / f"host{number}", cluster=config)
+        self.hosts[number] = made
+        self._stack.callback(made.close)
+        return made
+
+
+@pytest.fixture
+def site(namespace: NetNamespace, tmp_path: Path) -> Iterator[Site]:
+    if shutil.which("etcd") is None:
+        pytest.skip("etcd is not installed")
+    with ExitStack() as stack:
+        yield Site(tmp_path, stack)
+
+
+def soon(check: Callable[[], object], seconds: float = 10) -> None:
+    """It becomes true within that long."""
+    deadline = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def knows(host: NetworkHost, name: str = "over") -> Callable[[], bool]:
+    return lambda: any(network.name == name for network in host.manager.networks())
+
+
+def reach(one: Container, other: Container) -> Callable[[], bool]:
+    return lambda: ask(one.path, other.ip, 80, timeout=0.5) == one.ip
+
+
+def test_a_database_on_one_host_its_client_on_another(site: Site) -> None:
+    first, second = site.host(2), site.host(3)
+    network = first.manager.create(OVERLAY)
+    assert network.spec.scope == "swarm"
+    soon(knows(second))
+    assert second.manager.inspect("over").id == network.id
+    db = first.start("db", EndpointRequest(network="over", name="db", aliases=("postgres",)))
+    client = second.start("client", "over")
+    assert db.ip != client.ip
+    with Server(db.path, 80):
+        soon(lambda: addresses(client, "db") == [db.ip])
+        assert addresses(client, "postgres") == [db.ip]
+        soon(reach(client, db), 2)
+        with pytest.raises(NetworkInUse):
+            second.manager.remove("over")
+        with pytest.raises(NetworkExists):
+            second.manager.create(OVERLAY)
+        db.stop()
+        soon(lambda: addresses(client, "db") == [])
+    client.stop()
+    soon(lambda: not first.manager.endpoints("over"))
+    soon(lambda: _removed(second))
+    soon(lambda: not knows(first)())
+    leftovers = [link.name for link in nl.links(first.manager.netlink)]
+    assert not [name for name in leftovers if name.startswith(("vx-", "br-"))]
+
+
+def _removed(host: NetworkHost) -> bool:
+    try:
+        host.manager.remove("over")
+    except NetworkInUse:
+        return False
+    return True
+
+
+def test_ways_out_and_published_ports(site: Site) -> None:
+    first, second = site.host(2), site.host(3)
+    first.manager.create(OVERLAY)
+    soon(knows(second))
+    web = first.start("web", "over", ports=[PortRequest(container_port=80, host_port=8080)])
+    client = second.start("client", "over")
+    with Server(web.path, 80), Server(site.hosts[2].manager.host, 90):
+        assert ask(client.path, "192.0.2.2", 8080) == "192.0.2.3"
+        assert ask(client.path, "192.0.2.2", 90) == "192.0.2.3"
+
+
+def test_no_address_twice(site: Site) -> None:
+    hosts = [site.host(number) for number in (2, 3, 4)]
+    hosts[0].manager.create(OVERLAY)
+    for host in hosts:
+        soon(knows(host))
+    ips = [host.start(f"c{n}", "over").ip for n in range(4) for host in hosts]
+    assert len(set(ips)) == len(ips)
+    with pytest.raises(AddressConflict):
+        hosts[1].start("thief", EndpointRequest(network="over", ipv4=ips[0]))
+
+
+def test_a_daemon_that_restarts(site: Site) -> None:
+    first, second = site.host(2), site.host(3)
+    first.manager.create(OVERLAY)
+    soon(knows(second))
+    db, client = first.start("db", "over"), second.start("client", "over")
+    with Server(db.path, 80):
+        soon(reach(client, db))
+        first.stop_daemon()
+        assert reach(client, db)()
+        first.start_daemon(db)
+        time.sleep(TTL + 1)
+        assert reach(client, db)()
+        assert addresses(client, "db") == [db.ip]
+        second.restart(client)
+        soon(reach(client, db))
+        soon(lambda: addresses(client, "db") == [db.ip])
+
+
+def test_etcd_dies_and_comes_back(site: Site) -> None:
+    first, second = site.host(2), site.host(3)
+    first.manager.create(OVERLAY)
+    soon(knows(second))
+    db, client = first.start("db", "over"), second.start("client", "over")
+    with Server(db.path, 80):
+        soon(reach(client, db))
+        site.etcd.kill()
+        time.sleep(TTL + 1)
+        assert reach(client, db)()
+        assert addresses(client, "db") == [db.ip]
+        with pytest.raises(ClusterUnavailable):
+            second.start("late", "over")
+        local = second.start("local")  # other networks do not care
+        assert local.ip
+        site.etcd.start()
+        soon(lambda: _started(second, "late"))
+        assert reach(client, db)()
+
+
+def _started(host: NetworkHost, name: str) -> bool:
+    try:
+        host.start(name, "over")
+    except Unavailable:
+        return False
+    return True
+
+
+def test_a_host_that_dies_loses_its_names_and_addresses(site: Site) -> None:
+    first, second = site.host(2), site.host(3)
+    first.manager.create(OVERLAY)
+    soon(knows(second))
+    db, client = first.start("db", "over"), second.start("client", "over")
+    soon(lambda: addresses(client, "db") == [db.ip])
+    dead = db.ip
+    site.cut(2)
+    soon(lambda: addresses(client, "db") == [])
+    fresh = second.start("fresh", "over")
+    assert fresh.ip != dead  # given last
+    second.start("heir", EndpointRequest(network="over", name="db", ipv4=dead))
+    assert addresses(client, "db") == [dead]
+
+
+def test_cut_off_and_healed(site: Site) -> None:
+    first, second = site.host(2), site.host(3)
+    first.manager.create(OVERLAY)
+    soon(knows(second))
+    kept, lost = first.start("kept", "over"), first.start("lost", "over")
+    client = second.start("client", "over")
+    with Server(kept.path, 80):
+        soon(reach(client, kept))
+        address = lost.ip
+        site.cut(2)
+        assert ask(lost.path, kept.ip, 80) == address  # local traffic goes on
+        soon(lambda: addresses(client, "lost") == [])
+        heir = second.start("heir", EndpointRequest(network="over", name="heir", ipv4=address))
+        site.cut(2, heal=True)
+        soon(lambda: first.manager.of_container(lost.id) == [])
+        soon(reach(client, kept))
+        soon(lambda: addresses(client, "kept") == [kept.ip])
+        assert addresses(client, "lost") == []
+        assert addresses(client, "heir") == [heir.ip]
+
+
+def test_refusals(site: Site, host: NetworkHost) -> None:
+    with pytest.raises(Unavailable):
+        host.manager.create(OVERLAY)
+    first = site.host(2)
+    with pytest.raises(MissingFeature):
+        first.manager.create(NetworkSpec(name="over", driver="overlay", options={"encrypted": ""}))
+
+
+def test_mtu_leaves_room(site: Site) -> None:
+    first = site.host(2)
+    first.manager.create(OVERLAY)
+    container = first.start("one", "over")
+
+    def mtu() -> int:
+        with nl.Netlink() as netlink:
+            return next(link.mtu for link in nl.links(netlink) if link.name == "eth0")
+
+    assert inside(container.path, mtu) == 1450
