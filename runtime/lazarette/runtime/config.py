@@ -25,6 +25,8 @@ class Config:
         bridge: name of the default bridge.
         insecure_registries: registries reached without TLS or without checking it.
         registry_mirrors: base URLs asked before the hub.
+        etcd: URLs of the etcd that hosts of overlay networks share; none: no overlays.
+        advertise_address: address those hosts reach this one at.
         labels: of the engine, shown in ``info``.
         policy_file: policies in TOML, read again when it changes; need not exist.
     """
@@ -38,6 +40,8 @@ class Config:
     bridge: str = "laz0"
     insecure_registries: tuple[str, ...] = ("127.0.0.0/8", "::1/128")
     registry_mirrors: tuple[str, ...] = ()
+    etcd: tuple[str, ...] = ()
+    advertise_address: str = ""
     labels: tuple[str, ...] = field(default=())
     policy_file: Path = DEFAULT_POLICY_FILE
 

@@ -36,9 +36,9 @@ from lazarette.storage.errors import Conflict, InvalidArgument, LazaretteError, 
 
 log = logging.getLogger("lazarette")
 
-_CONFIG_KEYS = ("volume_driver", "layer_driver", "runtime", "bridge")
+_CONFIG_KEYS = ("volume_driver", "layer_driver", "runtime", "bridge", "advertise_address")
 _CONFIG_PATHS = ("policy_file",)
-_CONFIG_LISTS = ("insecure_registries", "registry_mirrors", "labels")
+_CONFIG_LISTS = ("etcd", "insecure_registries", "registry_mirrors", "labels")
 
 
 class AlreadyRunning(Conflict):
@@ -72,6 +72,8 @@ class AlreadyRunning(Conflict):
     help="TOML file of settings.",
 )
 @click.option("--bridge", default=None, help="Name of the default bridge.")
+@click.option("--etcd", multiple=True, help="URL of an etcd, for networks over several hosts.")
+@click.option("--advertise-address", default=None, help="Address other hosts reach this one at.")
 @click.option("--tlscacert", default=None, help="Clients must have a certificate of this CA.")
 @click.option("--tlscert", default=None)
 @click.option("--tlskey", default=None)
@@ -83,6 +85,8 @@ def lazd(
     hosts: tuple[str, ...],
     config_file: Path | None,
     bridge: str | None,
+    etcd: tuple[str, ...],
+    advertise_address: str | None,
     tlscacert: str | None,
     tlscert: str | None,
     tlskey: str | None,
@@ -108,6 +112,10 @@ def lazd(
         config = with_file(config, config_file)
     if bridge is not None:
         config = replace(config, bridge=bridge)
+    if etcd:
+        config = replace(config, etcd=etcd)
+    if advertise_address is not None:
+        config = replace(config, advertise_address=advertise_address)
     tls = (
         TlsFiles(Path(tlscert), Path(tlskey), Path(tlscacert))
         if tlscacert and tlscert and tlskey

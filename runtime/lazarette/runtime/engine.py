@@ -22,6 +22,7 @@ from lazarette.runtime.hands import EngineHands, StoreArchives
 from lazarette.runtime.images.endpoints import RegistryConfig
 from lazarette.runtime.images.registries import Registries
 from lazarette.runtime.images.store import ImageStore
+from lazarette.runtime.networks.etcd import cluster_of
 from lazarette.runtime.networks.manager import NetworkManager
 from lazarette.runtime.protection.backups import BackupService
 from lazarette.runtime.protection.describe import Describer
@@ -90,7 +91,12 @@ class Engine:
             RegistryConfig(mirrors=config.registry_mirrors, insecure=config.insecure_registries),
         )
         self.networks = NetworkManager(
-            self.state, config.exec_root, config.bridge, self.events, self.clock
+            self.state,
+            config.exec_root,
+            config.bridge,
+            self.events,
+            self.clock,
+            cluster_of(config.etcd, config.advertise_address),
         )
         self.containers = ContainerManager(
             config,

@@ -7,6 +7,7 @@ call has a deadline of seconds: a host that is cut off must notice.
 from __future__ import annotations
 
 import base64
+import ipaddress
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -216,6 +217,24 @@ class EtcdStore:
         raise ClusterUnavailable(
             f"etcd cannot be reached: {failure}", hint="check that etcd runs and the URL is right"
         ) from failure
+
+
+def cluster_of(endpoints: Sequence[str], advertise: str) -> ClusterConfig | None:
+    """The settings of a daemon as a cluster's, None if it takes part in none.
+
+    Raises:
+        InvalidArgument: one setting is there without the other.
+    """
+    if not endpoints:
+        return None
+    try:
+        address = str(ipaddress.IPv4Address(advertise))
+    except ValueError as bad:
+        raise InvalidArgument(
+            f"invalid advertise address {advertise or '(none)'} of this host",
+            hint="name the IPv4 address other hosts reach it at with --advertise-address",
+        ) from bad
+    return ClusterConfig(tuple(endpoints), address)
 
 
 def _client(url: str, config: ClusterConfig) -> Etcd3Client:
