@@ -23,8 +23,10 @@ import zstandard
 from lazarette.runtime.images.compression import CHUNK, HEAD, Encoding, read_up_to, sniff
 from lazarette.runtime.images.errors import BadArchive, DigestMismatch, InvalidReference
 from lazarette.runtime.images.reference import is_digest
+from lazarette.storage.clock import NANOSECONDS
 
 _ZSTD_LEVEL = 1
+_ABANDONED_NS = 7 * 24 * 3600 * NANOSECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +74,15 @@ class BlobStore:
         for folder in (self._final, self.ingest, self.partial):
             folder.mkdir(parents=True, exist_ok=True)
 
-    def recover(self) -> None:
-        """Remove what was being written when the last process died."""
+    def recover(self, now_ns: int) -> None:
+        """Remove what was being written when the last process died.
+
+        Args:
+            now_ns: wall clock; downloads nobody went on with for a week are given up.
+        """
+        for partial in self.partial.iterdir():
+            if now_ns - partial.stat().st_mtime_ns > _ABANDONED_NS:
+                partial.unlink()
         for left in self.ingest.iterdir():
             if left.is_dir():
                 shutil.rmtree(left)

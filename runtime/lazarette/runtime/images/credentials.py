@@ -9,7 +9,6 @@ or nothing at all, and a value that cannot be read means "no login", never an er
 from __future__ import annotations
 
 import base64
-import binascii
 import os
 import re
 from contextlib import suppress
@@ -56,7 +55,7 @@ class Credentials(msgspec.Struct, omit_defaults=True):
         """The same, with user and password taken out of ``auth`` where they are missing."""
         if not self.auth or self.username:
             return self
-        with suppress(binascii.Error, UnicodeDecodeError):
+        with suppress(ValueError):
             user, colon, password = base64.b64decode(self.auth).decode().partition(":")
             if colon:
                 return msgspec.structs.replace(
@@ -70,7 +69,7 @@ class Credentials(msgspec.Struct, omit_defaults=True):
 
 def from_header(value: str) -> Credentials:
     """``X-Registry-Auth`` as credentials; empty ones where it cannot be read."""
-    with suppress(binascii.Error, msgspec.MsgspecError, UnicodeDecodeError):
+    with suppress(ValueError, msgspec.MsgspecError):
         found = msgspec.json.decode(_unpacked(value), type=Credentials | None)
         return found.filled() if found is not None else Credentials()
     return Credentials()
@@ -79,7 +78,7 @@ def from_header(value: str) -> Credentials:
 def from_config_header(value: str) -> dict[str, Credentials]:
     """``X-Registry-Config`` as credentials by registry; entries that cannot be read fall."""
     entries: dict[str, msgspec.Raw] = {}
-    with suppress(binascii.Error, msgspec.MsgspecError, UnicodeDecodeError):
+    with suppress(ValueError, msgspec.MsgspecError):
         entries = msgspec.json.decode(_unpacked(value), type=dict[str, msgspec.Raw])
     found: dict[str, Credentials] = {}
     for server, raw in entries.items():

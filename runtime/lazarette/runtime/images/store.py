@@ -101,7 +101,7 @@ class ImageStore:
 
     def recover(self) -> None:
         """Put right what a killed process left; called once at start, after the driver's own."""
-        self.blobs.recover()
+        self.blobs.recover(self.clock.now_ns())
         self.layers.recover()
         for row in self._state.rows("SELECT id FROM images"):
             if not self._whole(row["id"]):
@@ -272,11 +272,16 @@ class ImageStore:
             image_id: the image's full id.
             name: with a tag or a digest; ``latest`` if neither.
             announce: publish Docker's ``tag`` event.
+
+        Raises:
+            ImageNotFound: the image is gone.
         """
         name = name.with_default_tag()
         if name.digest:
             name = name.with_digest(name.digest)
         with self._state.write() as db:
+            if db.execute("SELECT 1 FROM images WHERE id = ?", (image_id,)).fetchone() is None:
+                raise ImageNotFound(image_id)
             db.execute(
                 "INSERT INTO image_references VALUES (?, ?)"
                 " ON CONFLICT (name) DO UPDATE SET image = excluded.image",
