@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-SCHEDULES = int(os.environ.get("LAZ_TEST_SCHEDULES", "20000"))
+SCHEDULES = int(os.environ.get("LAZ_TEST_SCHEDULES", "12000"))
 Steps = Generator[None, None, None]
 
 
@@ -132,10 +132,10 @@ def restore(world: World, chance: random.Random, lease: int) -> Steps:
     snapshot = chance.choice(sure)
     content = world.snapshots[snapshot]
     known = yield from _read_index(world)
-    firm = {chunk for pack in known for chunk in world.contents[pack]}
     yield
-    for mark in world.marks.values():
-        known |= set(mark.packs)
+    marked = {pack for mark in world.marks.values() for pack in mark.packs}
+    firm = {chunk for pack in known - marked for chunk in world.contents[pack]}
+    known |= marked
     for chunk in sorted(content):
         again = yield from _read_index(world)
         if lease not in world.leases:
