@@ -77,7 +77,7 @@ def test_unknown_things(daemon: Daemon) -> None:
 
 def test_image_missing_leaves_nothing(daemon: Daemon) -> None:
     done = daemon.laz(
-        "run", "--name", "c", "-v", "fresh:/data", "127.0.0.1:1/none:latest", "true", check=False
+        "run", "--name", "cc", "-v", "fresh:/data", "127.0.0.1:1/none:latest", "true", check=False
     )
     assert done.returncode not in (0, 1)
     assert b"Traceback" not in done.stderr
@@ -87,9 +87,9 @@ def test_image_missing_leaves_nothing(daemon: Daemon) -> None:
 
 def test_name_clash(daemon: Daemon) -> None:
     daemon.laz("load", "-q", "-i", str(busybox_archive()))
-    daemon.laz("run", "-d", "--name", "c", "busybox", "sleep", "100")
-    done = daemon.laz("run", "-d", "--name", "c", "busybox", "sleep", "100", check=False)
-    fails(done, 13 if done.returncode == 13 else done.returncode, 'name "/c" is already in use')
+    daemon.laz("run", "-d", "--name", "cc", "busybox", "sleep", "100")
+    done = daemon.laz("run", "-d", "--name", "cc", "busybox", "sleep", "100", check=False)
+    fails(done, 13 if done.returncode == 13 else done.returncode, 'name "/cc" is already in use')
     assert done.returncode not in (0, 1)
     assert len(daemon.json("ps", "-a")) == 1  # type: ignore[arg-type]
 
@@ -106,7 +106,7 @@ def test_port_taken_leaves_nothing(daemon: Daemon) -> None:
             "run",
             "-d",
             "--name",
-            "c",
+            "cc",
             "-p",
             f"127.0.0.1:{port}:80",
             "busybox",
@@ -117,7 +117,7 @@ def test_port_taken_leaves_nothing(daemon: Daemon) -> None:
         assert done.returncode not in (0, 1)
         assert b"Traceback" not in done.stderr
         assert str(port).encode() in done.stderr
-    daemon.laz("start", "c")
+    daemon.laz("start", "cc")
 
 
 @pytest.mark.parametrize("daemonless", [True, False])

@@ -191,7 +191,7 @@ class Engine:
             ending.callback(self.state.close)
             if shutdown:
                 ending.push_async_callback(self._unmount)
-            ending.callback(self.networks.close)
+            ending.callback(self.networks.close, take_down=shutdown)
             ending.push_async_callback(self.containers.close)
             if shutdown:
                 ending.push_async_callback(self._stop_containers)

@@ -19,12 +19,12 @@ COUNTER = 'i=0; while :; do i=$((i+1)); echo "line $i"; echo $i > /data/n; sleep
 def counting(daemon: Daemon) -> Daemon:
     """A daemon with a container that counts into its log and its volume."""
     daemon.laz("load", "-q", "-i", str(busybox_archive()))
-    daemon.laz("run", "-d", "--name", "c", "-v", "v1:/data", "busybox", "sh", "-c", COUNTER)
+    daemon.laz("run", "-d", "--name", "cc", "-v", "v1:/data", "busybox", "sh", "-c", COUNTER)
     return daemon
 
 
 def lines(daemon: Daemon) -> list[int]:
-    told = daemon.laz("logs", "c").stdout.decode().splitlines()
+    told = daemon.laz("logs", "cc").stdout.decode().splitlines()
     return [int(line.removeprefix("line ")) for line in told]
 
 
@@ -40,26 +40,26 @@ def test_container_and_log_go_on(counting: Daemon) -> None:
     assert [one["State"] for one in cast(list[dict], counting.json("ps"))] == ["running"]
     time.sleep(0.2)
     assert lines(counting)[-1] > after[-1], "the log does not go on"
-    assert counting.laz("exec", "c", "cat", "/data/n").returncode == 0
-    counting.laz("stop", "-t", "1", "c")
+    assert counting.laz("exec", "cc", "cat", "/data/n").returncode == 0
+    counting.laz("stop", "-t", "1", "cc")
     assert cast(list[dict], counting.json("ps", "-a"))[0]["State"] == "exited"
 
 
 def test_container_that_ended_meanwhile_has_its_exit_code(daemon: Daemon) -> None:
     daemon.laz("load", "-q", "-i", str(busybox_archive()))
-    daemon.laz("run", "-d", "--name", "c", "busybox", "sh", "-c", "sleep 0.5; echo done; exit 7")
+    daemon.laz("run", "-d", "--name", "cc", "busybox", "sh", "-c", "sleep 0.5; echo done; exit 7")
     daemon.kill()
     time.sleep(1)
     daemon.start()
-    assert daemon.laz("wait", "c").stdout.strip() == b"7"
-    assert daemon.laz("logs", "c").stdout == b"done\n"
+    assert daemon.laz("wait", "cc").stdout.strip() == b"7"
+    assert daemon.laz("logs", "cc").stdout == b"done\n"
 
 
 def test_backups_killed_at_random(counting: Daemon, tmp_path: Path) -> None:
     """Job or daemon killed at any moment: the repository is whole, nothing is left frozen."""
     counting.laz(
         "exec",
-        "c",
+        "cc",
         "sh",
         "-c",
         "for i in $(seq 40); do head -c 200000 /dev/urandom > /data/f$i; done",
@@ -78,9 +78,9 @@ def test_backups_killed_at_random(counting: Daemon, tmp_path: Path) -> None:
         if turn % 2:
             counting.start()
         _settled(counting)
-        number = int(counting.laz("exec", "c", "cat", "/data/n").stdout)
+        number = int(counting.laz("exec", "cc", "cat", "/data/n").stdout)
         time.sleep(0.2)
-        assert int(counting.laz("exec", "c", "cat", "/data/n").stdout) > number, "left frozen"
+        assert int(counting.laz("exec", "cc", "cat", "/data/n").stdout) > number, "left frozen"
     counting.laz("backup", "run", "v1")
     runs = cast(list[dict], counting.json("volume", "snapshots", "v1"))
     assert len(runs) == 1, "stray snapshots"

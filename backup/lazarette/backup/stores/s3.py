@@ -308,6 +308,14 @@ class S3Store:
                 raise error from failed
         self._bucket_seen = True
 
+    def _said(self, refused: ClientError) -> ClientError:
+        """Why HEAD was refused: its answer has no body that could say, that of a GET has."""
+        try:
+            self._client().list_objects_v2(Bucket=self.place.bucket, MaxKeys=1)
+        except ClientError as told:
+            return told
+        return refused
+
     def create_bucket(self) -> bool:
         """Make the bucket; False when it was there.
 
@@ -319,7 +327,7 @@ class S3Store:
             client.head_bucket(Bucket=self.place.bucket)
         except ClientError as failed:
             if Answer.of(failed).status != 404:
-                raise self._translated(failed, "open", "the bucket") from failed
+                raise self._translated(self._said(failed), "open", "the bucket") from failed
         except _FAILURES as failed:
             raise self._translated(failed, "open", "the bucket") from failed
         else:

@@ -13,11 +13,18 @@ from lazarette.runtime.cli.context import Session, json_option, pass_session
 from lazarette.storage.errors import InternalError
 
 
+class TransferFailed(InternalError):
+    """The daemon told, amid its progress, that a pull, push, load or build failed."""
+
+    number = 375
+    exit_code = 54
+
+
 def _show_stream(lines: object, quiet: bool) -> None:
     """Print a progress stream; an error in it is raised."""
     for line in cast(list[dict[str, object]], lines):
         if "error" in line:
-            raise InternalError(str(line["error"]))
+            raise TransferFailed(str(line["error"]), hint=str(line.get("hint", "")))
         if quiet:
             continue
         if "stream" in line:

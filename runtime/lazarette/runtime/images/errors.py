@@ -53,6 +53,7 @@ class RegistryFault(LazaretteError):
     """The registry cannot be reached or answered with a fault."""
 
     number = 385
+    exit_code = 53
     http_status = 500
 
 

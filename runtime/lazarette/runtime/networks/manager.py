@@ -148,8 +148,13 @@ class NetworkManager:
         watch = TableWatch(lambda port: port == self._firewall.port, self.restore_rules)
         self._background.start(watch.run())
 
-    def close(self) -> None:
-        """Let go of sockets and files; networks, endpoints and rules stay."""
+    def close(self, *, take_down: bool = False) -> None:
+        """Let go of sockets and files; networks, endpoints and rules stay.
+
+        Args:
+            take_down: remove links and rules too, for an engine that ends for good; no
+                container may run.  The next start makes them again.
+        """
         if self._cluster is not None:
             self._cluster.close()
         self._resolver.close()
@@ -158,10 +163,19 @@ class NetworkManager:
         self._background.close()
         self._reaper.close()
         self._ports.close()
+        if take_down:
+            self._take_down()
         self._firewall.close()
         self.netlink.close()
         self.host.close()
         self.live.close()
+
+    def _take_down(self) -> None:
+        for network in self._catalogue.all():
+            driver = self._driver(network)
+            if driver is not None:
+                driver.unmake(network)
+        self._firewall.remove()
 
     def _join_cluster(self, cluster: Cluster) -> None:
         shared = [n for n in self._catalogue.all() if self._catalogue.shared(n) is not None]
