@@ -17,6 +17,7 @@ from lazarette.storage.clock import SystemClock
 from lazarette.storage.volumes.bind import BindVolumeDriver
 from lazarette.storage.volumes.btrfs import BtrfsVolumeDriver
 from lazarette.storage.volumes.contract import VolumeDriver
+from lazarette.storage.volumes.fuse import FuseVolumeDriver
 from lazarette.storage.volumes.overlay import OverlayVolumeDriver
 from lazarette.storage.volumes.tmpfs import TmpfsVolumeDriver
 
@@ -51,6 +52,7 @@ KINDS = (
         {"size": "1g"},
     ),
     Kind("overlay", lambda root: OverlayVolumeDriver(root, SystemClock(), pool_size=POOL)),
+    Kind("fuse", lambda root: FuseVolumeDriver(root, SystemClock(), pool_size=POOL)),
     Kind("tmpfs", lambda root: TmpfsVolumeDriver(root, SystemClock())),
     Kind("tmpfs-size", lambda root: TmpfsVolumeDriver(root, SystemClock()), {"size": "64m"}),
     Kind("bind", lambda root: BindVolumeDriver(root, SystemClock())),

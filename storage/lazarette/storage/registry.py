@@ -26,6 +26,7 @@ from lazarette.storage.layers.overlay import OverlayLayerDriver, stack
 from lazarette.storage.volumes.bind import BindVolumeDriver
 from lazarette.storage.volumes.btrfs import BtrfsVolumeDriver
 from lazarette.storage.volumes.contract import VolumeDriver
+from lazarette.storage.volumes.fuse import FuseVolumeDriver
 from lazarette.storage.volumes.overlay import OverlayVolumeDriver
 from lazarette.storage.volumes.tmpfs import TmpfsVolumeDriver
 
@@ -159,9 +160,15 @@ def probe_volumes(root: Path) -> tuple[Finding, ...]:
         reflinks = Finding("overlay", True, "the folder is on a disk with reflinks")
     else:
         reflinks = _probe_pool("overlay", "mkfs.xfs", "xfs")
+    server = _probe_fuse()
+    if server.usable and not reflinks.usable:
+        server = Finding("fuse", False, f"needs reflinks: {reflinks.reason}")
+    elif server.usable:
+        server = Finding("fuse", True, f"a server process over {reflinks.reason}")
     return (
         subvolumes,
         reflinks,
+        server,
         Finding("bind", True, "plain folders: snapshots are copies"),
         Finding("tmpfs", True, "in memory"),
     )
@@ -180,6 +187,7 @@ _LAYERS: Mapping[str, Callable[[Path, Clock], LayerDriver]] = {
 _VOLUMES: Mapping[str, Callable[[Path, Clock], VolumeDriver]] = {
     "btrfs": BtrfsVolumeDriver,
     "overlay": OverlayVolumeDriver,
+    "fuse": FuseVolumeDriver,
     "tmpfs": TmpfsVolumeDriver,
     "bind": BindVolumeDriver,
 }

@@ -86,6 +86,9 @@ class BindVolumeDriver(TreeVolumeDriver):
         device = self._shelf.record(name).options.get("device", "")
         return Path(device) if device else own
 
+    def _content(self, name: str) -> Path:
+        return self.location(name)
+
     def mount(self, name: str) -> Path:
         """See :meth:`VolumeDriver.mount`.
 

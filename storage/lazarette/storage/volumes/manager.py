@@ -191,6 +191,16 @@ class VolumeManager:
         """The driver of an existing volume."""
         return self.driver(self._book.get(name).driver)
 
+    @contextmanager
+    def _reachable(self, name: str) -> Iterator[Path]:
+        """The root of a volume for the length of the block, whether it is in use or not."""
+        driver = self._of(name)
+        try:
+            yield driver.mount(name)
+        finally:
+            if not self._book.users(name):
+                driver.unmount(name)
+
     # ---- after a restart
 
     def recover(self) -> None:
@@ -230,7 +240,8 @@ class VolumeManager:
         elif verb == "rollback" and recorded:
             driver.rollback(volume, detail["snapshot"])
         elif verb == "fill" and recorded:
-            content.clear(driver.location(volume))
+            with self._reachable(volume) as root:
+                content.clear(root)
 
     # ---- life
 
@@ -526,7 +537,8 @@ class VolumeManager:
         self, driver: VolumeDriver, source: str, snapshot: str | None, root: Path
     ) -> None:
         if snapshot is None:
-            content.populate(root, driver.location(source))
+            with self._reachable(source) as origin:
+                content.populate(root, origin)
             return
         try:
             content.populate(root, driver.view(source, snapshot))
@@ -577,7 +589,7 @@ class VolumeManager:
         Of two callers at once one copies and the other waits, so both find everything.
 
         Args:
-            name: the volume, mounted by its caller.
+            name: the volume.
             source: the image's folder, a path or a descriptor.
 
         Returns:
@@ -585,10 +597,11 @@ class VolumeManager:
         """
         with self._held(name):
             volume = self.get(name)
-            if not content.is_empty(volume.mountpoint):
-                return False
-            with self._filling(volume):
-                return content.populate(volume.mountpoint, source)
+            with self._reachable(name) as root:
+                if not content.is_empty(root):
+                    return False
+                with self._filling(volume):
+                    return content.populate(root, source)
 
     @contextmanager
     def _filling(self, volume: Volume) -> Iterator[None]:
@@ -620,9 +633,7 @@ class VolumeManager:
         """
         with self._held(name):
             volume = self.get(name)
-            driver = self.driver(volume.driver)
-            root = driver.mount(name)
-            try:
+            with self._reachable(name) as root:
                 if not content.is_empty(root):
                     raise Conflict(
                         f"import {name}: the volume is not empty",
@@ -630,9 +641,6 @@ class VolumeManager:
                     )
                 with self._filling(volume):
                     return content.read_tar(root, stream)
-            finally:
-                if not volume.users:
-                    driver.unmount(name)
 
     # ---- space
 

@@ -66,11 +66,9 @@ class OverlayVolumeDriver(TreeVolumeDriver):
 
     def create(self, name: str, options: Mapping[str, str]) -> None:
         """See :meth:`VolumeDriver.create`."""
-        check_options("overlay", options, _OPTIONS)
+        check_options(self.capabilities.name, options, _OPTIONS)
         if self._shelf.exists(name):
             return
         self._shelf.make(
-            name,
-            VolumeRecord(dict(options)),
-            lambda staged: self._make_data(staged / "data", options),
+            name, VolumeRecord(dict(options)), lambda staged: self._prepare(staged, options)
         )

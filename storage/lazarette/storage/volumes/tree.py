@@ -82,6 +82,10 @@ class TreeVolumeDriver(ABC):
         """See :meth:`VolumeDriver.location`."""
         return self._shelf.location(name)
 
+    def _content(self, name: str) -> Path:
+        """Where a volume's files are kept, mounted or not."""
+        return self._shelf.location(name)
+
     def mount(self, name: str) -> Path:
         """See :meth:`VolumeDriver.mount`."""
         self._shelf.folder(name)
@@ -119,7 +123,7 @@ class TreeVolumeDriver(ABC):
     def _snapshot_missing(self, names: Sequence[str], snapshot: str, gate: WriteGate) -> None:
         for name in names:
             self._check_source(name)
-            with beneath.opened(self.location(name)) as data:
+            with beneath.opened(self._content(name)) as data:
                 syscalls.syncfs(data)
         staged = {name: self._stage_snapshot(name, snapshot) for name in names}
         try:
@@ -128,7 +132,7 @@ class TreeVolumeDriver(ABC):
             try:
                 created = self._clock.now_ns()
                 for name in names:
-                    self._copy(self.location(name), staged[name])
+                    self._copy(self._content(name), staged[name])
             finally:
                 gate.open()
             pause = self._clock.monotonic_ns() - started
@@ -202,15 +206,19 @@ class TreeVolumeDriver(ABC):
         kept = self._shelf.record(source)
         if snapshot is None:
             self._check_source(source)
-            origin = self.location(source)
+            origin = self._content(source)
         else:
             origin = self._shelf.snapshot(source, snapshot)
 
         def fill(staged: Path) -> None:
-            self._make_data(staged / "data", kept.options)
+            self._prepare(staged, kept.options)
             self._copy(origin, staged / "data")
 
         self._shelf.make(name, VolumeRecord(kept.options, kept.limit), fill)
+
+    def _prepare(self, staged: Path, options: Mapping[str, str]) -> None:
+        """Make what an empty volume has in its folder."""
+        self._make_data(staged / "data", options)
 
     def _make_data(self, data: Path, options: Mapping[str, str]) -> None:
         """Make the empty folder of a volume."""
@@ -225,7 +233,7 @@ class TreeVolumeDriver(ABC):
         staged.mkdir(mode=0o700)
         self._copy(origin, staged)
         steps.reached("tree.rollback.staged")
-        data = self.location(name)
+        data = self._content(name)
         exchange(staged, data)
         status = origin.stat()
         os.utime(data, ns=(status.st_atime_ns, status.st_mtime_ns))  # xfs moves it on a change
@@ -248,7 +256,7 @@ class TreeVolumeDriver(ABC):
         """See :meth:`VolumeDriver.usage`: walks the volume."""
         limit = self._shelf.record(name).limit
         self._check_source(name)
-        with beneath.opened(self.location(name)) as data:
+        with beneath.opened(self._content(name)) as data:
             syscalls.syncfs(data)
             total, shared = space.tree_space(data, shared=self._reflinks)
         return VolumeUsage(total, total - shared, limit)
