@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from tests.support.builds import Bench
 
-from lazarette.runtime.builds.context import pack
+from lazarette.runtime.builds.context import Located, locate, pack, sent_along
 from lazarette.runtime.builds.errors import ContextError, StepFailed
 from lazarette.runtime.builds.options import BuildOptions
 from lazarette.runtime.builds.output import unpack_tree, write_tree
@@ -135,10 +135,10 @@ def test_a_tag_moves(bench: Bench) -> None:
 # ---- contexts
 
 
-def _packed(folder: Path, **options: object) -> tuple[bytes, str]:
+def _packed(folder: Path, located: Located) -> tuple[bytes, str]:
     out = io.BytesIO()
-    packed = pack(folder, out, **options)  # type: ignore[arg-type]
-    return out.getvalue(), packed.dockerfile
+    pack(folder, out, located)
+    return out.getvalue(), located.name
 
 
 def _built(bench: Bench, tar: bytes, dockerfile: str) -> list[str]:
@@ -155,7 +155,7 @@ def test_packing_a_folder(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "keep/a").write_text("1")
     (tmp_path / "node_modules/deep").mkdir(parents=True)
     (tmp_path / "node_modules/deep/x").write_text("1" * 1000)
-    tar, dockerfile = _packed(tmp_path)
+    tar, dockerfile = _packed(tmp_path, locate(tmp_path))
     assert b"node_modules" not in tar
     assert _built(bench, tar, dockerfile) == ["keep 0755 0:0 /", "keep/a 0644 0:0 = '1'"]
 
@@ -165,19 +165,19 @@ def test_packing_with_a_dockerfile_from_elsewhere(bench: Bench, tmp_path: Path) 
     context.mkdir()
     (context / "a").write_text("1")
     (tmp_path / "Elsewhere").write_text("FROM scratch\nCOPY a /\n")
-    tar, dockerfile = _packed(context, dockerfile="../Elsewhere")
+    tar, dockerfile = _packed(context, locate(context, "../Elsewhere"))
     assert _built(bench, tar, dockerfile) == ["a 0644 0:0 = '1'"]
 
 
 def test_packing_with_a_dockerfile_from_standard_input(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "a").write_text("1")
-    tar, dockerfile = _packed(tmp_path, dockerfile_bytes=b"FROM scratch\nCOPY a /\n")
+    tar, dockerfile = _packed(tmp_path, sent_along(b"FROM scratch\nCOPY a /\n"))
     assert _built(bench, tar, dockerfile) == ["a 0644 0:0 = '1'"]
 
 
 def test_packing_without_a_dockerfile(tmp_path: Path) -> None:
     with pytest.raises(ContextError, match="no Dockerfile in"):
-        _packed(tmp_path)
+        locate(tmp_path)
 
 
 @pytest.mark.parametrize("pack_as", ["gzip", "bzip2", "xz", "zstd"])

@@ -90,6 +90,7 @@ class Builder:
 
     def recover(self) -> None:
         """Remove what the builds of a killed daemon left; called once at start."""
+        self._services.runner.recover()
         remove_leftovers(self._services.layers, self.root)
 
     def held_layers(self) -> set[str]:

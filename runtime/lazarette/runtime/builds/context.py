@@ -114,36 +114,25 @@ def _ignore(tree: Tree, dockerfile: str) -> Ignore | None:
 
 
 @dataclass(frozen=True)
-class Packed:
-    """What a client sends.
+class Located:
+    """Where a client's Dockerfile is.
 
     Attributes:
-        dockerfile: value for the ``dockerfile`` parameter.
-        files: how many entries were packed.
+        name: value for the ``dockerfile`` parameter, its path within what is sent.
+        extra: its bytes, where it does not lie in the context.
     """
 
-    dockerfile: str
-    files: int
+    name: str
+    extra: bytes | None = None
 
 
-def pack(
-    folder: Path,
-    out: BinaryIO,
-    *,
-    dockerfile: str = "",
-    dockerfile_bytes: bytes | None = None,
-    working_folder: Path | None = None,
-) -> Packed:
-    """Write a folder as a context's tar, without what ``.dockerignore`` names.
-
-    The Dockerfile and the ignore file are always sent, since the daemon needs them.
+def locate(folder: Path, dockerfile: str = "", working_folder: Path | None = None) -> Located:
+    """Find the Dockerfile of a folder.
 
     Args:
         folder: the context.
-        out: where the tar goes.
-        dockerfile: path of the Dockerfile, relative to ``working_folder``; it may lie
-            outside of the context.
-        dockerfile_bytes: the Dockerfile itself, e.g. from standard input.
+        dockerfile: its path, relative to ``working_folder``; it may lie outside of the
+            context.  Empty for the default.
         working_folder: where relative names start; the context when None.
 
     Raises:
@@ -151,45 +140,41 @@ def pack(
     """
     if not folder.is_dir():
         raise ContextError(f"build context {folder} is not a folder")
-    extra: bytes | None = dockerfile_bytes
-    if extra is None:
-        inside, extra = _located(folder, dockerfile, working_folder)
-    else:
-        inside = f".dockerfile.{secrets.token_hex(10)}"
-    writer = TreeWriter(out)
-    count = 0
-    with Tree(folder) as tree:
-        ignore = _ignore(tree, inside)
-        prunes = ignore.prunes if ignore is not None else None
-        for entry in walk(tree.fd, prunes):
-            path = os.fsdecode(entry.path)
-            if not path or _left_out(ignore, path, inside):
-                continue
-            writer.entry(entry.path, entry.parent, entry.name, entry.status)
-            count += 1
-    if extra is not None:
-        _add_file(writer, inside, extra)
-        count += 1
-    writer.close()
-    return Packed(inside, count)
-
-
-def _located(
-    folder: Path, dockerfile: str, working_folder: Path | None
-) -> tuple[str, bytes | None]:
-    """The Dockerfile's name within the context, and its bytes where it lies outside."""
     if not dockerfile:
         for name in (DOCKERFILE, DOCKERFILE.lower()):
             if (folder / name).is_file():
-                return name, None
+                return Located(name)
         raise ContextError(f"no {DOCKERFILE} in {folder}", hint="name one with -f")
     path = (working_folder or folder) / dockerfile
     if not path.is_file():
         raise ContextError(f"no Dockerfile at {path}")
     real, top = path.resolve(), folder.resolve()
     if real.is_relative_to(top):
-        return str(real.relative_to(top)), None
-    return f".dockerfile.{secrets.token_hex(10)}", path.read_bytes()
+        return Located(str(real.relative_to(top)))
+    return sent_along(path.read_bytes())
+
+
+def sent_along(dockerfile: bytes) -> Located:
+    """A Dockerfile that is no file of the context, e.g. from standard input."""
+    return Located(f".dockerfile.{secrets.token_hex(10)}", dockerfile)
+
+
+def pack(folder: Path, out: BinaryIO, located: Located) -> None:
+    """Write a folder as a context's tar, without what ``.dockerignore`` names.
+
+    The Dockerfile and the ignore file are always sent, since the daemon needs them.
+    """
+    writer = TreeWriter(out)
+    with Tree(folder) as tree:
+        ignore = _ignore(tree, located.name)
+        prunes = ignore.prunes if ignore is not None else None
+        for entry in walk(tree.fd, prunes):
+            path = os.fsdecode(entry.path)
+            if path and not _left_out(ignore, path, located.name):
+                writer.entry(entry.path, entry.parent, entry.name, entry.status)
+    if located.extra is not None:
+        _add_file(writer, located.name, located.extra)
+    writer.close()
 
 
 def _left_out(ignore: Ignore | None, path: str, dockerfile: str) -> bool:

@@ -105,6 +105,12 @@ class OciStepRunner:
         finally:
             beneath.remove_path(bundle)
 
+    def recover(self) -> None:
+        """See :meth:`StepRunner.recover`."""
+        for bundle in list(self._folder.iterdir()):
+            self._delete(bundle.name)
+            beneath.remove_path(bundle)
+
     def release(self, sandbox: str) -> None:
         """See :meth:`StepRunner.release`."""
         if self._networks is not None:

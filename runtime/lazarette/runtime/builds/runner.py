@@ -77,6 +77,10 @@ class StepRunner(Protocol):
         """
         ...
 
+    def recover(self) -> None:
+        """End the steps that a killed daemon left running; called once at start."""
+        ...
+
     def release(self, sandbox: str) -> None:
         """Give back the network sandbox of a build; idempotent."""
         ...

@@ -112,18 +112,18 @@ class Work:
 
     @contextmanager
     def mounted(self, key: str | None) -> Iterator[Path]:
-        """A committed layer's tree; an empty folder for none."""
+        """A committed layer's tree, to read; an empty folder for none.
+
+        It is seen through a layer of the build's own, so that whatever a killed daemon
+        leaves mounted is known by its name and nobody else's.
+        """
         if key is None:
             empty = self.folder / "empty"
             empty.mkdir(exist_ok=True)
             yield empty
             return
-        layers = self.services.layers
-        path = layers.mount(key)
-        try:
-            yield path
-        finally:
-            layers.unmount(key)
+        with self.active(key) as layer:
+            yield layer.root
 
     @contextmanager
     def active(self, parent: str | None) -> Iterator[ActiveLayer]:
@@ -214,6 +214,7 @@ def remove_leftovers(layers: LayerDriver, root: Path) -> None:
     """Remove what the builds of a killed daemon left; called once at start."""
     for key in layers.keys():  # noqa: SIM118 - a method of the driver
         if key.startswith(LAYER_PREFIX):
+            layers.unmount(key)
             layers.remove(key)
     running = root / "running"
     if running.exists():

@@ -214,50 +214,6 @@ def commit(
     click.echo(made["Id"])
 
 
-@click.command("build", context_settings={"help_option_names": ["--help"]})
-@click.option("-t", "--tag", "tags", multiple=True)
-@click.option("-f", "--file", "dockerfile", default=None)
-@click.option("--build-arg", "args", multiple=True, help="NAME=VALUE")
-@click.option("--target", default=None)
-@click.option("--no-cache", is_flag=True)
-@click.option("--pull", "pull_base", is_flag=True)
-@click.option("-q", "--quiet", is_flag=True)
-@click.argument("context", default=".")
-@pass_session
-def build(
-    session: Session,
-    context: str,
-    tags: tuple[str, ...],
-    dockerfile: str | None,
-    args: tuple[str, ...],
-    target: str | None,
-    no_cache: bool,
-    pull_base: bool,
-    quiet: bool,
-) -> None:
-    """Make an image from a Dockerfile."""
-    given = {key: value for key, _, value in (item.partition("=") for item in args)}
-    daemon = session.daemon
-    _show_stream(
-        daemon.build(
-            path=context,
-            tag=tags[0] if tags else None,
-            dockerfile=dockerfile,
-            buildargs=given or None,
-            target=target or "",
-            nocache=no_cache,
-            pull=pull_base,
-            rm=True,
-            decode=True,
-            quiet=quiet,
-        ),
-        quiet,
-    )
-    for extra in tags[1:]:
-        name, _, label = extra.partition(":")
-        daemon.tag(tags[0], name, label or "latest")
-
-
 @click.command("login")
 @click.option("-u", "--username", required=True)
 @click.option("--password-stdin", is_flag=True, help="Read the password from standard input.")
@@ -274,4 +230,4 @@ def login(session: Session, registry: str, username: str, password_stdin: bool) 
     click.echo("Login Succeeded")
 
 
-COMMANDS = (pull, push, images, rmi, tag, load, save, import_, history, commit, build, login)
+COMMANDS = (pull, push, images, rmi, tag, load, save, import_, history, commit, login)

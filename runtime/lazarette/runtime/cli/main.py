@@ -20,7 +20,8 @@ _MODULES = {
         "create run ps logs exec start stop restart kill pause unpause rm wait rename top"
         " inspect cp"
     ),
-    "images": "pull push images rmi tag load save import history commit build login",
+    "images": "pull push images rmi tag load save import history commit login",
+    "build": "build builder",
     "volumes": "volume",
     "networks": "network",
     "system": "info version events system shutdown",
