@@ -22,7 +22,7 @@ from lazarette.backup import scan
 from lazarette.backup.archive_changes import ChangedWalk, plan
 from lazarette.backup.archive_run import Notice, Progress, Run, default_threads
 from lazarette.backup.archive_walk import Walk
-from lazarette.backup.repository import marks, snapshots
+from lazarette.backup.repository import lost, marks, snapshots
 from lazarette.backup.repository.chunks import ChunkReader
 from lazarette.backup.repository.entries import Entry
 from lazarette.backup.repository.format import RepositoryDamaged
@@ -184,11 +184,13 @@ class _Backup:
         self._condemned = marks.packs(repo.store, repo.crypt)
         self._ingest = repo.ingest(self._condemned, guard=guard)
         self._base = self._usable_base()
+        self._lost = lost.still(repo.store, repo.crypt, self._ingest.index)
         self._work = Run(
             repo,
             self._ingest,
             options.threads or default_threads(),
             _trusted_before(self._base),
+            self._lost,
             progress,
             cancelled,
         )
@@ -282,11 +284,13 @@ class _Backup:
         source, work, base = self._source, self._work, self._base
         mounts = scan.mounts_beneath(source.root)
         reader = None if base is None else TreeReader(self._repo.reader, base)
-        if base is not None and reader is not None and source.changes is not None:
+        whole_record = source.changes is not None and not self._lost
+        if base is not None and reader is not None and whole_record:
+            assert source.changes is not None
             try:
                 changed = plan(source.changes, self._root, reader)
-            except ChangesUnknown as lost:
-                work.warn(b"", f"the record of changes is lost, all files are compared: {lost}")
+            except ChangesUnknown as unknown:
+                work.warn(b"", f"the record of changes is lost, all files are compared: {unknown}")
             else:
                 with closing(ChangedWalk(work, reader, mounts)) as walk:
                     return walk.apply(os.dup(self._root), base, changed), True

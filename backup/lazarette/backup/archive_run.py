@@ -12,9 +12,10 @@ from lazarette.backup.archive_frame import Frame
 from lazarette.backup.native import Inode
 from lazarette.backup.pagemaps import PageMaps
 from lazarette.backup.repository.entries import Entry, Extra, Kind, encode_page, paginate
-from lazarette.backup.repository.format import RepositoryDamaged
+from lazarette.backup.repository.format import ID_SIZE, RepositoryDamaged
 from lazarette.backup.repository.ingest import Ingest
 from lazarette.backup.repository.packs import TREE
+from lazarette.backup.repository.references import References
 from lazarette.backup.repository.repository import Repository
 from lazarette.backup.tree import TreeReader
 from lazarette.storage.changes import ByteRange
@@ -75,6 +76,7 @@ class Run:
         threads: worker threads.
         trusted_before_ns: an inode changed at or after this time is read again even if it
             looks the same.
+        lost: chunks to be stored again: files that hold one are read again.
         progress: called now and then.
         cancelled: asked now and then.
 
@@ -90,11 +92,13 @@ class Run:
         ingest: Ingest,
         threads: int,
         trusted_before_ns: int,
+        lost: set[bytes],
         progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],
     ) -> None:
         self._repo = repo
         self._trusted_before_ns = trusted_before_ns
+        self._lost = lost
         self._progress = progress
         self._cancelled = cancelled
         self.ingest = ingest
@@ -153,6 +157,18 @@ class Run:
             and base.mtime == inode[5] * _SECOND + inode[6]
             and ctime < self._trusted_before_ns
             and not (base.extra is not None and base.extra.unstable)
+            and not (self._lost and self._holds_lost(base))
+        )
+
+    def _holds_lost(self, base: Entry) -> bool:
+        try:
+            ids = References(self._repo.reader).file(b"", base)
+        except RepositoryDamaged:
+            return True
+        index = self.ingest.index
+        return any(
+            chunk in self._lost or not self._lost.isdisjoint(index.needs(chunk))
+            for chunk in (ids[at : at + ID_SIZE] for at in range(0, len(ids), ID_SIZE))
         )
 
     def count(self, entry: Entry, sign: int = 1) -> None:

@@ -84,6 +84,15 @@ class ChunkReader:
             )
         return data
 
+    def payload(self, chunk: bytes) -> tuple[Buffer, tuple[bytes, ...]]:
+        """What is stored of a chunk, and the chunks a patch needs.
+
+        Raises:
+            ChunkMissing: it is in no pack, or its pack is gone.
+            RepositoryDamaged: its block is not what was written.
+        """
+        return self._payload(self.locate(chunk)), self._index.needs(chunk)
+
     def assemble(self, payload: Buffer) -> bytes:
         """The chunk a patch's payload stands for.
 
