@@ -305,7 +305,9 @@ def _placed(placed: PlacedMount) -> dict[str, object]:
         raise InvalidArgument(f"mount {point.destination}: nothing to mount")
     options = ["rbind" if point.recursive else "bind", point.propagation or "rprivate"]
     if not point.rw:
-        recursive = point.recursive and point.read_only_recursive != "disabled"
+        # A file has no mounts below it, and crun opens the target of "rro" as a folder.
+        has_below = point.recursive and placed.source.is_dir()
+        recursive = has_below and point.read_only_recursive != "disabled"
         options.append("rro" if recursive else "ro")
         if recursive:
             options.append("ro")
