@@ -170,12 +170,8 @@ class BridgeDriver:
         )
 
     def _set_port(self, endpoint: Endpoint, index: int, flag: str) -> None:
-        slave = [
-            ("IFLA_INFO_SLAVE_KIND", "bridge"),
-            ("IFLA_INFO_SLAVE_DATA", {"attrs": [(flag, 1)]}),
-        ]
         what = f"set {flag} of {endpoint.host_interface}"
-        self._netlink.run([nl.link_set(index, what, linkinfo={"attrs": slave})])
+        self._netlink.run([nl.port_set(index, what, flag)])
 
     def _outer_mtu(self) -> int:
         """Of the link the default route uses: larger packets would be lost on the way."""

@@ -8,6 +8,7 @@ for every request, which is about a millisecond each.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import socket
 import struct
@@ -249,13 +250,34 @@ def _extended(part: bytes) -> str:
     return ""
 
 
-def link_set(index: int, what: str, *, up: bool | None = None, **attributes: object) -> Message:
-    """Change an interface; attributes as ``IFLA_`` names in lower case."""
-    fields: dict[str, object] = {"index": index}
-    if up is not None:
-        fields |= {"flags": IFF_UP if up else 0, "change": IFF_UP}
-    given = [(f"IFLA_{key.upper()}", value) for key, value in attributes.items()]
-    return Message(what, RTM_NEWLINK, 0, encode(ifinfmsg, fields, given))
+def link_set(index: int, what: str, *, up: bool | None = None, mtu: int = 0) -> Message:
+    """Start or stop an interface, or change its MTU."""
+    return Message(what, RTM_NEWLINK, 0, _of_link(_link_body(up, mtu), index))
+
+
+def port_set(index: int, what: str, flag: str) -> Message:
+    """Set a flag (``IFLA_BRPORT_``…) of a port of a bridge."""
+    return Message(what, RTM_NEWLINK, 0, _of_link(_port_body(flag), index))
+
+
+@functools.lru_cache(maxsize=64)
+def _link_body(up: bool | None, mtu: int) -> bytes:
+    fields = {} if up is None else {"flags": IFF_UP if up else 0, "change": IFF_UP}
+    return encode(ifinfmsg, fields, [("IFLA_MTU", mtu)] if mtu else [])
+
+
+@functools.lru_cache(maxsize=8)
+def _port_body(flag: str) -> bytes:
+    slave = [
+        ("IFLA_INFO_SLAVE_KIND", "bridge"),
+        ("IFLA_INFO_SLAVE_DATA", {"attrs": [(flag, 1)]}),
+    ]
+    return encode(ifinfmsg, {}, [("IFLA_LINKINFO", {"attrs": slave})])
+
+
+def _of_link(body: bytes, index: int) -> bytes:
+    """A body with the index put in: it is the second word of ``struct ifinfomsg``."""
+    return body[:4] + struct.pack("=i", index) + body[8:]
 
 
 def link_new(
@@ -327,6 +349,7 @@ def route_replace(
     )
 
 
+@functools.lru_cache(maxsize=2)
 def route_delete_default(family: int) -> Message:
     """Remove the default route; none is fine."""
     body = encode(rtmsg, {"family": family, "table": 254, "scope": 0, "type": 1}, [])

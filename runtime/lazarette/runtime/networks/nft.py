@@ -390,15 +390,18 @@ def _concatenated(fields: Sequence[tuple[int, int]]) -> int:
     return kind
 
 
+_BATCH = encode(nfgen_msg, {"nfgen_family": 0, "res_id": SUBSYSTEM}, [])
+_BEGIN = Message("begin", BATCH_BEGIN, 0, _BATCH)
+_COMMIT = Message("commit", BATCH_END, 0, _BATCH)
+
+
 def commit(netlink: Netlink, messages: Sequence[Message]) -> None:
     """Do all of it or nothing.
 
     Raises:
         NetlinkError: the kernel refused a part.
     """
-    body = encode(nfgen_msg, {"nfgen_family": 0, "res_id": SUBSYSTEM}, [])
-    begin = Message("begin", BATCH_BEGIN, 0, body)
-    netlink.transaction(begin, messages, Message("commit", BATCH_END, 0, body))
+    netlink.transaction(_BEGIN, messages, _COMMIT)
 
 
 def count_rules(netlink: Netlink, table: str, family: int = INET) -> int:
