@@ -18,6 +18,7 @@ maps, added and removed by themselves, so that their number costs packets nothin
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import struct
 from collections.abc import Iterable, Sequence
@@ -107,9 +108,8 @@ class Firewall:
             NetlinkError: the kernel refused; the old table stands.
         """
         table = self._table
-        messages = [table.make(), table.remove(), table.make(), *self._sets(segments)]
-        rules = self._chains(segments)
-        messages += rules
+        rules = _rules(table, segments)
+        messages = [table.make(), table.remove(), table.make(), *_sets(table, segments), *rules]
         by_map: dict[str, list[tuple[bytes, bytes]]] = {}
         for forward in forwards:
             by_map.setdefault(forward.map, []).append(forward.element())
@@ -146,120 +146,125 @@ class Firewall:
     def _element(self, forward: Forward, *, delete: bool) -> Message:
         return self._table.elements(forward.map, [forward.element()], delete=delete)
 
-    def _sets(self, segments: Sequence[Segment]) -> list[Message]:
-        table = self._table
-        port = [(nft.TYPE_PROTO, 1), (nft.TYPE_SERVICE, 2)]
-        four, six = (nft.TYPE_IPV4, 4), (nft.TYPE_IPV6, 16)
-        service = (nft.TYPE_SERVICE, 2)
-        messages = [
-            table.set(1, "links", [(nft.TYPE_IFNAME, 16)]),
-            table.map(2, "dnat4", [four, *port], [four, service]),
-            table.map(3, "dnat4any", port, [four, service]),
-            table.map(4, "dnat6", [six, *port], [six, service]),
-            table.map(5, "dnat6any", port, [six, service]),
-        ]
-        if segments:
-            names = [(nft.interface_name(segment.link), b"") for segment in segments]
-            messages.append(table.elements("links", names))
-        return messages
 
-    def _chains(self, segments: Sequence[Segment]) -> list[Message]:
-        table = self._table
-        nat, filter_ = "nat", "filter"
-        return [
-            table.chain("raw", kind=filter_, hook=nft.PREROUTING, priority=nft.PRIORITY_RAW),
-            table.chain("prerouting", kind=nat, hook=nft.PREROUTING, priority=nft.PRIORITY_DNAT),
-            table.chain("output", kind=nat, hook=nft.OUTPUT, priority=nft.PRIORITY_DNAT),
-            table.chain("postrouting", kind=nat, hook=nft.POSTROUTING, priority=nft.PRIORITY_SNAT),
-            table.chain("forward", kind=filter_, hook=nft.FORWARD, priority=nft.PRIORITY_FILTER),
-            table.chain("publish"),
-            *self._loopback_guard(),
-            *self._publishing(),
-            *self._leaving(segments),
-            *self._passing(segments),
-        ]
+def _sets(table: nft.Table, segments: Sequence[Segment]) -> list[Message]:
+    names = [(nft.interface_name(segment.link), b"") for segment in segments]
+    return [*_empty_sets(table), *([table.elements("links", names)] if names else [])]
 
-    def _loopback_guard(self) -> list[Message]:
-        """``route_localnet`` is on for our links: keep containers off the host's loopback."""
-        ours = [nft.meta(nft.META_IIFNAME), nft.lookup("links")]
-        return [self._table.rule("raw", nft.address_in("daddr", _LOOPBACK), ours, nft.drop())]
 
-    def _publishing(self) -> list[Message]:
-        table = self._table
-        local = nft.destination_type_local()
-        messages = [
-            # a neighbour may send to 127.0.0.1 by our hardware address; it gets no port
-            table.rule("prerouting", nft.address_in("daddr", _LOOPBACK), nft.back()),
-            table.rule("prerouting", local, nft.jump("publish")),
-            table.rule("output", local, nft.jump("publish")),
-        ]
-        first = nft.REGISTER
-        for family, offset, size in ((nft.IPV4, 16, 4), (nft.IPV6, 24, 16)):
-            name = "dnat4" if family == nft.IPV4 else "dnat6"
-            words = size // 4
-            send = nft.destination_nat(family, first, first + words)
-            messages.append(
-                table.rule(
-                    "publish",
-                    nft.family_is(family),
-                    nft.payload(nft.NETWORK, offset, size),
-                    nft.meta(nft.META_L4PROTO, first + words),
-                    nft.payload(nft.TRANSPORT, 2, 2, first + words + 1),
-                    nft.lookup(name, into=first),
-                    send,
-                )
+@functools.cache
+def _empty_sets(table: nft.Table) -> tuple[Message, ...]:
+    port = [(nft.TYPE_PROTO, 1), (nft.TYPE_SERVICE, 2)]
+    four, six = (nft.TYPE_IPV4, 4), (nft.TYPE_IPV6, 16)
+    service = (nft.TYPE_SERVICE, 2)
+    return (
+        table.set(1, "links", [(nft.TYPE_IFNAME, 16)]),
+        table.map(2, "dnat4", [four, *port], [four, service]),
+        table.map(3, "dnat4any", port, [four, service]),
+        table.map(4, "dnat6", [six, *port], [six, service]),
+        table.map(5, "dnat6any", port, [six, service]),
+    )
+
+
+def _rules(table: nft.Table, segments: Sequence[Segment]) -> list[Message]:
+    """Chains, then their rules; all but the order is kept from the last time."""
+    last = _last_of_forward(table)
+    own = [message for segment in segments for message in _of_segment(table, segment)]
+    return [*_fixed(table), *own, *last]
+
+
+@functools.cache
+def _fixed(table: nft.Table) -> tuple[Message, ...]:
+    nat, filter_ = "nat", "filter"
+    known = nft.state_in(nft.CT_ESTABLISHED | nft.CT_RELATED)
+    ours = [nft.meta(nft.META_OIFNAME), nft.lookup("links")]
+    return (
+        table.chain("raw", kind=filter_, hook=nft.PREROUTING, priority=nft.PRIORITY_RAW),
+        table.chain("prerouting", kind=nat, hook=nft.PREROUTING, priority=nft.PRIORITY_DNAT),
+        table.chain("output", kind=nat, hook=nft.OUTPUT, priority=nft.PRIORITY_DNAT),
+        table.chain("postrouting", kind=nat, hook=nft.POSTROUTING, priority=nft.PRIORITY_SNAT),
+        table.chain("forward", kind=filter_, hook=nft.FORWARD, priority=nft.PRIORITY_FILTER),
+        table.chain("publish"),
+        *_loopback_guard(table),
+        *_publishing(table),
+        table.rule("postrouting", nft.address_in("saddr", _LOOPBACK), ours, nft.masquerade()),
+        table.rule("forward", known, nft.accept()),
+    )
+
+
+def _loopback_guard(table: nft.Table) -> list[Message]:
+    """``route_localnet`` is on for our links: keep containers off the host's loopback."""
+    ours = [nft.meta(nft.META_IIFNAME), nft.lookup("links")]
+    return [table.rule("raw", nft.address_in("daddr", _LOOPBACK), ours, nft.drop())]
+
+
+def _publishing(table: nft.Table) -> list[Message]:
+    local = nft.destination_type_local()
+    messages = [
+        # a neighbour may send to 127.0.0.1 by our hardware address; it gets no port
+        table.rule("prerouting", nft.address_in("daddr", _LOOPBACK), nft.back()),
+        table.rule("prerouting", local, nft.jump("publish")),
+        # nothing may leave the host with ::1 as its source; the holder of the port serves it
+        table.rule("output", nft.address_in("daddr", "::1/128"), nft.back()),
+        table.rule("output", local, nft.jump("publish")),
+    ]
+    first = nft.REGISTER
+    for family, offset, size in ((nft.IPV4, 16, 4), (nft.IPV6, 24, 16)):
+        name = "dnat4" if family == nft.IPV4 else "dnat6"
+        words = size // 4
+        send = nft.destination_nat(family, first, first + words)
+        messages.append(
+            table.rule(
+                "publish",
+                nft.family_is(family),
+                nft.payload(nft.NETWORK, offset, size),
+                nft.meta(nft.META_L4PROTO, first + words),
+                nft.payload(nft.TRANSPORT, 2, 2, first + words + 1),
+                nft.lookup(name, into=first),
+                send,
             )
-            messages.append(
-                table.rule(
-                    "publish",
-                    nft.family_is(family),
-                    nft.meta(nft.META_L4PROTO),
-                    nft.payload(nft.TRANSPORT, 2, 2, first + 1),
-                    nft.lookup(f"{name}any", into=first),
-                    send,
-                )
+        )
+        messages.append(
+            table.rule(
+                "publish",
+                nft.family_is(family),
+                nft.meta(nft.META_L4PROTO),
+                nft.payload(nft.TRANSPORT, 2, 2, first + 1),
+                nft.lookup(f"{name}any", into=first),
+                send,
             )
-        return messages
+        )
+    return messages
 
-    def _leaving(self, segments: Sequence[Segment]) -> list[Message]:
-        table = self._table
-        ours = [nft.meta(nft.META_OIFNAME), nft.lookup("links")]
-        messages = [
-            table.rule("postrouting", nft.address_in("saddr", _LOOPBACK), ours, nft.masquerade())
-        ]
-        for segment in segments:
-            for subnet in segment.subnets:
-                source = nft.address_in("saddr", subnet)
-                messages.append(
-                    table.rule(
-                        "postrouting",
-                        source,
-                        nft.address_in("daddr", subnet),
-                        nft.status_has(nft.STATUS_DNAT),
-                        nft.masquerade(),
-                    )
-                )
-                if segment.masquerade and not segment.internal:
-                    outside = nft.interface(nft.META_OIFNAME, segment.link, equal=False)
-                    messages.append(table.rule("postrouting", source, outside, nft.masquerade()))
-        return messages
 
-    def _passing(self, segments: Sequence[Segment]) -> list[Message]:
-        table = self._table
-        known = nft.state_in(nft.CT_ESTABLISHED | nft.CT_RELATED)
-        messages = [table.rule("forward", known, nft.accept())]
-        for segment in segments:
-            inside = nft.interface(nft.META_OIFNAME, segment.link)
-            same = nft.interface(nft.META_IIFNAME, segment.link)
-            other = nft.interface(nft.META_IIFNAME, segment.link, equal=False)
-            away = nft.interface(nft.META_OIFNAME, segment.link, equal=False)
-            if segment.icc:
-                messages.append(table.rule("forward", inside, same, nft.accept()))
-            if segment.internal:
-                messages.append(table.rule("forward", inside, other, nft.drop()))
-                messages.append(table.rule("forward", same, away, nft.drop()))
-        published = nft.status_has(nft.STATUS_DNAT)
-        towards = [nft.meta(nft.META_OIFNAME), nft.lookup("links")]
-        messages.append(table.rule("forward", towards, published, nft.accept()))
-        messages.append(table.rule("forward", towards, nft.drop()))
-        return messages
+@functools.lru_cache(maxsize=1024)
+def _of_segment(table: nft.Table, segment: Segment) -> tuple[Message, ...]:
+    """A network's own rules: what is masqueraded, what may pass."""
+    messages = []
+    inside = nft.interface(nft.META_OIFNAME, segment.link)
+    away = nft.interface(nft.META_OIFNAME, segment.link, equal=False)
+    same = nft.interface(nft.META_IIFNAME, segment.link)
+    other = nft.interface(nft.META_IIFNAME, segment.link, equal=False)
+    for subnet in segment.subnets:
+        source = nft.address_in("saddr", subnet)
+        back = [*nft.address_in("daddr", subnet), *nft.status_has(nft.STATUS_DNAT)]
+        messages.append(table.rule("postrouting", source, back, nft.masquerade()))
+        if segment.masquerade and not segment.internal:
+            messages.append(table.rule("postrouting", source, away, nft.masquerade()))
+    if segment.icc:
+        messages.append(table.rule("forward", inside, same, nft.accept()))
+    if segment.internal:
+        messages.append(table.rule("forward", inside, other, nft.drop()))
+        messages.append(table.rule("forward", same, away, nft.drop()))
+    return tuple(messages)
+
+
+@functools.cache
+def _last_of_forward(table: nft.Table) -> tuple[Message, ...]:
+    """What was published may come in, all else may not."""
+    towards = [nft.meta(nft.META_OIFNAME), nft.lookup("links")]
+    published = nft.status_has(nft.STATUS_DNAT)
+    return (
+        table.rule("forward", towards, published, nft.accept()),
+        table.rule("forward", towards, nft.drop()),
+    )

@@ -11,6 +11,7 @@ import errno
 import socket
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pyroute2.netlink.nfnetlink import nfgen_msg
@@ -248,12 +249,12 @@ def status_has(bits: int) -> list[Expression]:
     return [connection(CT_STATUS), masked(struct.pack("=I", bits)), compare(bytes(4), equal=False)]
 
 
+@dataclass(frozen=True)
 class Table:
     """A table by name, whose sentences these methods make; nothing is sent."""
 
-    def __init__(self, name: str, family: int = INET) -> None:
-        self.name = name
-        self._family = family
+    name: str
+    family: int = INET
 
     def _message(
         self,
@@ -264,7 +265,7 @@ class Table:
         attributes: list[tuple[str, object]],
         ignore: frozenset[int] = frozenset(),
     ) -> Message:
-        body = encode(kind, {"nfgen_family": self._family}, attributes)
+        body = encode(kind, {"nfgen_family": self.family}, attributes)
         return Message(f"{what} in table {self.name}", SUBSYSTEM << 8 | type_, flags, body, ignore)
 
     def make(self) -> Message:
