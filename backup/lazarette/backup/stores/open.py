@@ -16,14 +16,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from lazarette.backup.stores.contract import BlobStore, is_name
 from lazarette.backup.stores.local import LocalStore
 from lazarette.backup.stores.retry import RetryPolicy, RetryStore
-from lazarette.backup.stores.s3 import Credentials, S3Place, S3Store
 from lazarette.storage.clock import Clock, SystemClock
 from lazarette.storage.errors import Forbidden, InvalidArgument
+
+if TYPE_CHECKING:  # boto3 takes a third of a second to import: only for those who use it
+    from lazarette.backup.stores.s3 import Credentials, S3Place
 
 _OPTIONS = {"endpoint", "region", "style"}
 
@@ -52,6 +55,8 @@ def open_store(
     place = parse_url(url)
     if isinstance(place, str):
         return LocalStore(place)
+    from lazarette.backup.stores.s3 import S3Store
+
     return RetryStore(
         S3Store(place, credentials or credentials_from(os.environ), conditional=conditional),
         clock or SystemClock(),
@@ -79,6 +84,8 @@ def create_place(
         except OSError as failed:
             raise Forbidden(f"cannot make the folder {place}: {failed.strerror}") from failed
         return LocalStore(place)
+    from lazarette.backup.stores.s3 import S3Store
+
     store = S3Store(place, credentials or credentials_from(os.environ))
     store.create_bucket()
     return RetryStore(store, clock or SystemClock(), retry)
@@ -132,6 +139,8 @@ def _s3_place(bucket: str, path: str, options: Mapping[str, str]) -> S3Place:
     style = options.get("style", "path" if endpoint else "virtual")
     if style not in ("path", "virtual"):
         raise InvalidArgument(f"style is path or virtual, not {style}")
+    from lazarette.backup.stores.s3 import S3Place
+
     return S3Place(
         bucket,
         prefix + "/" if prefix else "",
@@ -147,4 +156,6 @@ def credentials_from(environment: Mapping[str, str]) -> Credentials | None:
     secret = environment.get("AWS_SECRET_ACCESS_KEY")
     if not access or not secret:
         return None
+    from lazarette.backup.stores.s3 import Credentials
+
     return Credentials(access, secret, environment.get("AWS_SESSION_TOKEN") or None)

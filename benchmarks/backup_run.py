@@ -1,0 +1,57 @@
+"""One command of ours as a process of its own, as a person would run it.
+
+``backup_run.py init|backup|record|restore|check REPO [SOURCE|TARGET] [RANGES]``
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from lazarette.backup import archive, restore
+from lazarette.backup.repository import keys
+from lazarette.backup.repository.repository import Repository
+from lazarette.backup.stores.open import open_store
+from lazarette.storage.changes import ByteRange, Change, ChangeKind
+from lazarette.storage.clock import SystemClock
+
+KEY = keys.KeyFile(bytes(range(32)))
+
+
+def _record(file: str) -> list[Change]:
+    """Change record from JSON: ``[[path, offset], …]``, pages of 8 KiB."""
+    found: dict[str, list[ByteRange]] = {}
+    for path, offset in json.loads(Path(file).read_text()):
+        found.setdefault(path, []).append(ByteRange(offset, 8192))
+    return [
+        Change(ChangeKind.MODIFIED, os.fsencode(path), None, tuple(ranges))
+        for path, ranges in found.items()
+    ]
+
+
+def main() -> None:
+    command, url, *rest = sys.argv[1:]
+    clock = SystemClock()
+    store = open_store(url)
+    if command == "init":
+        Repository.create(store, keys.create(store, [KEY], clock=clock), clock)
+        return
+    cache = Path(os.environ.get("LAZ_BENCH_CACHE", "/tmp/laz-bench-cache"))
+    repo = Repository.open(store, keys.unlock(store, KEY), clock, cache)
+    known = repo.snapshots("bench")
+    if command in ("backup", "record"):
+        changes = iter(_record(rest[1])) if command == "record" else None
+        source = archive.Source(Path(rest[0]), "bench", known[-1] if known else None, changes)
+        report = archive.run(repo, source)
+        print(report.stats.bytes_read, report.stats.bytes_sent)
+    elif command == "restore":
+        done = restore.run(repo, known[-1], Path(rest[0]))
+        assert not done.damaged and not done.warnings
+    else:
+        assert repo.check(1.0).clean
+
+
+if __name__ == "__main__":
+    main()
