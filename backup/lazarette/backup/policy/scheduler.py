@@ -182,7 +182,14 @@ class Scheduler:
         """Begin; what was missed since the daemon's last life runs once, soon."""
         _schedulers[self._number] = self
         self._scheduler.start(paused=True)
-        self.replace(policies)
+        known = list(policies)
+        now = self._clock.now_ns()
+        self._missed = {
+            policy.name
+            for policy in known
+            if missed(policy.schedule, self._journal.last_fired(policy.name), now)
+        }
+        self.replace(known)
         self._scheduler.resume()
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
@@ -252,12 +259,11 @@ class Scheduler:
     def _schedule(self, policy: Policy) -> None:
         trigger = PolicyTrigger.of(policy)
         job = self._scheduler.get_job(policy.name)
-        now, last = self._clock.now_ns(), self._journal.last_fired(policy.name)
-        if missed(policy.schedule, last, now):
-            self._missed.add(policy.name)
         if job is not None and job.trigger == trigger:
-            self._scheduler.modify_job(policy.name, args=(self._number, policy.name))
+            if job.args != (self._number, policy.name):  # kept by another life of the daemon
+                self._scheduler.modify_job(policy.name, args=(self._number, policy.name))
             return
+        now, last = self._clock.now_ns(), self._journal.last_fired(policy.name)
         due = now if policy.name in self._missed else trigger.next_ns(last, now)
         self._scheduler.add_job(
             _fire,
