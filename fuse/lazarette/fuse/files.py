@@ -33,8 +33,8 @@ from lazarette.fuse.protocol import (
 from lazarette.fuse.tree import Tree
 
 _IDLE_BACKINGS = 4096
-_THROUGH = int(OpenFlag.PASSTHROUGH | OpenFlag.NOFLUSH)
-_PLAIN = int(OpenFlag.KEEP_CACHE | OpenFlag.NOFLUSH)
+_THROUGH = OpenFlag.PASSTHROUGH | OpenFlag.NOFLUSH
+_PLAIN = OpenFlag.KEEP_CACHE | OpenFlag.NOFLUSH
 _REFUSED = (errno.ELOOP, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.ENOTTY)
 _SUID_SGID = stat.S_ISUID | stat.S_ISGID
 
@@ -178,10 +178,12 @@ class Files:
         return True
 
     def _has_privileges(self, node: File) -> bool:
-        if self._tree.stat(node).st_mode & _SUID_SGID:
-            return True
-        path, follow = self._tree.path(node)
-        return self._tree.form.read(path, b"security.capability", follow) is not None
+        if node.privileged is None:
+            path, follow = self._tree.path(node)
+            capability = self._tree.form.read(path, b"security.capability", follow)
+            mode = self._tree.stat(node).st_mode
+            node.privileged = bool(mode & _SUID_SGID) or capability is not None
+        return node.privileged
 
     def _register(self, node: File, fd: int) -> None:
         own = fd < 0

@@ -191,7 +191,7 @@ class LazyFiles(Files):
             self.let_go(node)
 
     def _truncate_open(self, node: File, kill: bool) -> None:
-        valid = SetattrValid.SIZE | (SetattrValid.KILL_SUIDGID if kill else SetattrValid(0))
+        valid = SetattrValid.SIZE | (SetattrValid.KILL_SUIDGID if kill else 0)
         self.truncate(node, SetattrIn(valid, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0))
 
     def fsync(self, args: FsyncIn) -> Reply:

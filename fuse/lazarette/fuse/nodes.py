@@ -97,6 +97,7 @@ class Dir(Node):
         default_acl: it has a default ACL; None when not yet known.
         listing: its entries, once read.
         lower_names: which lower folders hold a name, for folders with many.
+        misses: how many names were looked for in vain.
         expanded: all entries are here (lazy trees only).
         pins: names of known files and folders in it; while there are any it is kept, so
             that a rename of it reaches all of them.
@@ -111,6 +112,7 @@ class Dir(Node):
         "lower_fds",
         "lower_names",
         "lowers",
+        "misses",
         "name",
         "parent",
         "pins",
@@ -139,6 +141,7 @@ class Dir(Node):
         self.default_acl: bool | None = None
         self.listing: Listing | None = None
         self.lower_names: dict[bytes, tuple[int, ...]] | None = None
+        self.misses = 0
         self.expanded = False
         self.pins = 0
         self.parent.pins += 1
@@ -179,6 +182,7 @@ class File(Node):
         through: opens that use the backing file.
         plain: opens that go through the server.
         writers: opens for writing.
+        privileged: it has set-id bits or capabilities; None when not yet known.
         cached: the kernel holds its attributes for long.
         content: what is known of a file that is still being fetched (lazy trees only).
     """
@@ -198,6 +202,7 @@ class File(Node):
         "origin",
         "orphan",
         "plain",
+        "privileged",
         "real",
         "successor",
         "through",
@@ -222,6 +227,7 @@ class File(Node):
         self.through = 0
         self.plain = 0
         self.writers = 0
+        self.privileged: bool | None = None
         self.cached = False
         self.content: object = None
 

@@ -126,8 +126,8 @@ class InitFlag(IntFlag):
     ALLOW_IDMAP = 1 << 40
 
 
-class OpenFlag(IntFlag):
-    """``FOPEN_*``: what the reply to OPEN asks of the kernel."""
+class OpenFlag:
+    """``FOPEN_*``: what the reply to OPEN asks of the kernel (plain numbers: they are hot)."""
 
     DIRECT_IO = 1 << 0
     KEEP_CACHE = 1 << 1
@@ -137,8 +137,8 @@ class OpenFlag(IntFlag):
     PASSTHROUGH = 1 << 7
 
 
-class SetattrValid(IntFlag):
-    """``FATTR_*``: which fields of SETATTR count."""
+class SetattrValid:
+    """``FATTR_*``: which fields of SETATTR count (plain numbers: they are hot)."""
 
     MODE = 1 << 0
     UID = 1 << 1
@@ -598,9 +598,8 @@ def entry_reply(
     )
 
 
-def negative_reply(ttl: int) -> bytes:
-    """An entry that says the name does not exist, for the kernel to keep."""
-    return _ENTRY_OUT.pack(0, 0, ttl, *([0] * 19))
+NEGATIVE_REPLY = _ENTRY_OUT.pack(0, 0, FOREVER, *([0] * 19))
+"""An entry that says the name does not exist, for the kernel to keep."""
 
 
 def attr_reply(ino: int, st: os.stat_result, nlink: int, ttl: int) -> bytes:
@@ -679,11 +678,6 @@ ENTRY_SIZE = _ENTRY_OUT.size
 def no_lookup_entry() -> bytes:
     """The entry of a READDIRPLUS item whose attributes are left out."""
     return bytes(ENTRY_SIZE)
-
-
-def reply_header(size: int, unique: int) -> bytes:
-    """Header of a good reply with ``size`` bytes of body."""
-    return OUT_HEADER.pack(16 + size, 0, unique)
 
 
 def error_reply(errno: int, unique: int) -> bytes:

@@ -113,7 +113,8 @@ class Server(Connection):
         buffer = bytearray(MAX_WRITE + 65536)
         view = memoryview(buffer)
         device, table, lock = self._device, self._table, self._filesystem.lock
-        read_into, parse = os.readv, protocol.parse_header
+        read_into, write, parse = os.readv, os.write, protocol.parse_header
+        header = protocol.OUT_HEADER.pack
         target = [view]
         try:
             while True:
@@ -147,7 +148,10 @@ class Server(Connection):
                 finally:
                     lock.release()
                 if type(reply) is bytes:
-                    self._answer(request.unique, reply)
+                    try:
+                        write(device, header(16 + len(reply), 0, request.unique) + reply)
+                    except OSError as error:
+                        self._answer_refused(request.unique, error)
                 elif type(reply) is Later:
                     self._pool.submit(self._finish, request, reply)
         finally:
@@ -157,12 +161,15 @@ class Server(Connection):
 
     def _answer(self, unique: int, body: bytes) -> None:
         try:
-            os.write(self._device, protocol.reply_header(len(body), unique) + body)
+            os.write(self._device, protocol.OUT_HEADER.pack(16 + len(body), 0, unique) + body)
         except OSError as error:
-            # ENOENT: the caller was killed meanwhile; ENODEV: unmounted meanwhile.
-            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
-                log.warning("reply to request %d refused by the kernel: %s", unique, error)
-                self._refuse(unique, errno.EIO)
+            self._answer_refused(unique, error)
+
+    def _answer_refused(self, unique: int, error: OSError) -> None:
+        # ENOENT: the caller was killed meanwhile; ENODEV: unmounted meanwhile.
+        if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
+            log.warning("reply to request %d refused by the kernel: %s", unique, error)
+            self._refuse(unique, errno.EIO)
 
     def _refuse(self, unique: int, code: int) -> None:
         try:

@@ -61,6 +61,9 @@ from lazarette.fuse.tree import Tree
 _WRITTEN_TTL = 1
 """Seconds attributes are cached while a mapping may change a file behind the kernel's back."""
 
+_MISSES = 16
+_BYTES_A_MISS = 4096
+
 _SUID_SGID = stat.S_ISUID | stat.S_ISGID
 _DEFAULT_ACL = b"system.posix_acl_default"
 
@@ -176,8 +179,10 @@ class UnionFilesystem(Filesystem):
         ttl = self._attr_ttl(node) if node.id == request.node else 0
         return protocol.attr_reply(node.ino, st, self.tree.links(node, st), ttl)
 
-    def _tell_successor(self, request: Request, node: Node) -> None:
-        """After a change by way of a replaced node: its successor's attributes are old."""
+    def _attributes_changed(self, request: Request, node: Node) -> None:
+        """After a change of attributes; by way of a replaced node, its successor's are old."""
+        if isinstance(node, File):
+            node.privileged = None
         if node.id != request.node:
             self.connection.forget_attributes(node.id)
 
@@ -189,13 +194,30 @@ class UnionFilesystem(Filesystem):
         tree.trim()
         parent = tree.dir(request.node)
         if parent.listing is not None and name not in parent.listing:
-            if len(name) > protocol.NAME_MAX:
-                raise OSError(errno.ENAMETOOLONG, "name is too long")
-            return protocol.negative_reply(FOREVER)
+            return self._missing(name)
         found = tree.lookup(parent, name)
         if found is None:
-            return protocol.negative_reply(FOREVER)
+            self._count_miss(parent)
+            return self._missing(name)
         return self._entry(*found)
+
+    @staticmethod
+    def _missing(name: bytes) -> bytes:
+        if len(name) > protocol.NAME_MAX:
+            raise OSError(errno.ENAMETOOLONG, "name is too long")
+        return protocol.NEGATIVE_REPLY
+
+    def _count_miss(self, parent: Dir) -> None:
+        """Read the listing of a folder in which many names are looked for in vain.
+
+        The next misses then need no system call.  It must pay: a folder is read once it has
+        seen a miss for every few kilobytes of its size.
+        """
+        parent.misses += 1
+        if parent.misses % _MISSES or parent.listing is not None or parent.dead:
+            return
+        if os.stat(self.tree.top_fd(parent)).st_size <= parent.misses * _BYTES_A_MISS:
+            self.tree.listing(parent)
 
     def forget(self, node: int, lookups: int) -> None:
         """FORGET."""
@@ -376,13 +398,19 @@ class UnionFilesystem(Filesystem):
             self.files.truncate(node, args)
         if valid & (SetattrValid.ATIME | SetattrValid.MTIME):
             self._set_times(path, follow, args)
-        self._tell_successor(request, node)
+        self._attributes_changed(request, node)
         self._note_node(node)
         return self._attributes(request, node, tree.stat(node))
 
     @staticmethod
     def _set_times(path: bytes, follow: bool, args: SetattrIn) -> None:
         valid = args.valid
+        both = SetattrValid.ATIME | SetattrValid.MTIME
+        if valid & (both | SetattrValid.ATIME_NOW | SetattrValid.MTIME_NOW) == both:
+            atime_ns = _signed(args.atime) * 1_000_000_000 + args.atimensec
+            mtime_ns = _signed(args.mtime) * 1_000_000_000 + args.mtimensec
+            os.utime(path, ns=(atime_ns, mtime_ns), follow_symlinks=follow)
+            return
         atime = mtime = OMIT
         if valid & SetattrValid.ATIME_NOW:
             atime = NOW
@@ -437,7 +465,7 @@ class UnionFilesystem(Filesystem):
         if args.extra & protocol.SETXATTR_ACL_KILL_SGID:
             mode = os.stat(path, follow_symlinks=follow).st_mode
             os.chmod(path, stat.S_IMODE(mode) & ~stat.S_ISGID)
-        self._tell_successor(request, node)
+        self._attributes_changed(request, node)
         self._note_node(node)
         return b""
 
@@ -450,6 +478,7 @@ class UnionFilesystem(Filesystem):
         os.removexattr(path, self.tree.form.stored(name), follow_symlinks=follow)
         if isinstance(node, Dir) and name == _DEFAULT_ACL:
             node.default_acl = None
+        self._attributes_changed(request, node)
         self._note_node(node)
         return b""
 
