@@ -214,3 +214,28 @@ class BlobStore(Protocol):
     def close(self) -> None:
         """Let go of connections."""
         ...
+
+
+class LockingStore(BlobStore, Protocol):
+    """An optional ability: objects that nobody can delete or change until a date.
+
+    L1.  A lock is only ever extended; asking for less changes nothing.
+    L2.  ``delete`` and ``put`` of a locked object succeed and hide it; what it was stays
+         readable through :class:`VersionedStore`.
+    """
+
+    def lock(self, name: str, until_ns: int) -> None:
+        """Lock an object until then (wall clock), rounded up to a second."""
+        ...
+
+    def locked_until(self, name: str) -> int:
+        """When its lock ends; 0 when there is none."""
+        ...
+
+
+class VersionedStore(BlobStore, Protocol):
+    """An optional ability: what was deleted or replaced can still be read."""
+
+    def as_of(self, time_ns: int) -> BlobStore:
+        """The store as it was at that moment by its own clock; for reading only."""
+        ...

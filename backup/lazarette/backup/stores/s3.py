@@ -73,7 +73,7 @@ _CRC = "lazarette-crc32"
 _AT_ONCE = 256 << 10
 _OWNER = "lazarette-owner"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_FAILURES = (ClientError, BotoCoreError, HTTPError, OSError)
+FAILURES = (ClientError, BotoCoreError, HTTPError, OSError)
 
 
 class _Condition(TypedDict, total=False):
@@ -227,8 +227,8 @@ class S3Store:
         except TagMismatch as doubt:
             found = self._head(name)
             if found is not None and found["Metadata"].get(_OWNER) == owner:
-                return _unquote(found["ETag"])
-            if found is None or _unquote(found["ETag"]) != tag:
+                return unquote(found["ETag"])
+            if found is None or unquote(found["ETag"]) != tag:
                 raise TagMismatch(f"object {name} in {self.url} changed meanwhile") from doubt
         other = self._put(name, data, {"IfMatch": _quote(tag, not quoted)}, owner)
         self._quoted = not quoted
@@ -242,14 +242,14 @@ class S3Store:
                 raise ShortBlob(f"object {name} in {self.url} ends before byte {offset}")
             return b""
         ranged = offset > 0 or length is not None
-        request: GetObjectRequestTypeDef = {"Bucket": self.place.bucket, "Key": self._key(name)}
+        request: GetObjectRequestTypeDef = {"Bucket": self.place.bucket, "Key": self.key(name)}
         if ranged:
             end = "" if length is None else str(offset + length - 1)
             request["Range"] = f"bytes={offset}-{end}"
         try:
-            answer = self._client().get_object(**request)
+            answer = self.client().get_object(**request)
             data = self._body(answer)
-        except _FAILURES as failed:
+        except FAILURES as failed:
             raise self._translated(failed, "read", name) from failed
         self._bucket_seen = True
         if ranged and answer["ResponseMetadata"]["HTTPStatusCode"] == 200:
@@ -267,7 +267,7 @@ class S3Store:
         if found is None:
             raise BlobNotFound(f"no object {name} in {self.url}")
         return BlobInfo(
-            name, found["ContentLength"], _unquote(found["ETag"]), _ns(found["LastModified"])
+            name, found["ContentLength"], unquote(found["ETag"]), moment_ns(found["LastModified"])
         )
 
     def list(self, prefix: str = "") -> Iterator[BlobInfo]:
@@ -282,15 +282,15 @@ class S3Store:
             if token:
                 request["ContinuationToken"] = token
             try:
-                page = self._client().list_objects_v2(**request)
-            except _FAILURES as failed:
+                page = self.client().list_objects_v2(**request)
+            except FAILURES as failed:
                 raise self._translated(failed, "list", prefix or "objects") from failed
             self._bucket_seen = True
             for entry in page.get("Contents", []):
                 name = entry["Key"][skip:]
                 if is_name(name):
-                    modified = _ns(entry["LastModified"])
-                    yield BlobInfo(name, entry["Size"], _unquote(entry["ETag"]), modified)
+                    modified = moment_ns(entry["LastModified"])
+                    yield BlobInfo(name, entry["Size"], unquote(entry["ETag"]), modified)
             token = page.get("NextContinuationToken")
             if not page.get("IsTruncated"):
                 return
@@ -301,8 +301,8 @@ class S3Store:
         """See :meth:`BlobStore.delete`."""
         check_name(name)
         try:
-            self._client().delete_object(Bucket=self.place.bucket, Key=self._key(name))
-        except _FAILURES as failed:
+            self.client().delete_object(Bucket=self.place.bucket, Key=self.key(name))
+        except FAILURES as failed:
             error = self._translated(failed, "delete", name)
             if not isinstance(error, BlobNotFound):
                 raise error from failed
@@ -311,7 +311,7 @@ class S3Store:
     def _said(self, refused: ClientError) -> ClientError:
         """Why HEAD was refused: its answer has no body that could say, that of a GET has."""
         try:
-            self._client().list_objects_v2(Bucket=self.place.bucket, MaxKeys=1)
+            self.client().list_objects_v2(Bucket=self.place.bucket, MaxKeys=1)
         except ClientError as told:
             return told
         return refused
@@ -322,13 +322,13 @@ class S3Store:
         Raises:
             Forbidden: the key may not, or the bucket is somebody else's.
         """
-        client = self._client()
+        client = self.client()
         try:
             client.head_bucket(Bucket=self.place.bucket)
         except ClientError as failed:
             if Answer.of(failed).status != 404:
                 raise self._translated(self._said(failed), "open", "the bucket") from failed
-        except _FAILURES as failed:
+        except FAILURES as failed:
             raise self._translated(failed, "open", "the bucket") from failed
         else:
             return False
@@ -346,7 +346,7 @@ class S3Store:
             if Answer.of(failed).code == "BucketAlreadyOwnedByYou":
                 return False
             raise self._translated(failed, "make", "the bucket") from failed
-        except _FAILURES as failed:
+        except FAILURES as failed:
             raise self._translated(failed, "make", "the bucket") from failed
         return True
 
@@ -357,7 +357,8 @@ class S3Store:
                 client.close()
             self._clients.clear()
 
-    def _client(self, *, signed: bool = False) -> S3Client:
+    def client(self, *, signed: bool = False) -> S3Client:
+        """The boto3 client; for the modules beside this one."""
         with self._lock:
             client = self._clients.get(signed)
         if client is not None:
@@ -400,7 +401,8 @@ class S3Store:
         client.meta.events.register("before-sign.s3.PutObject", _send_small_bodies_at_once)
         return client
 
-    def _key(self, name: str) -> str:
+    def key(self, name: str) -> str:
+        """The object's key in the bucket."""
         return self.place.prefix + name
 
     def _put(self, name: str, data: Buffer, condition: _Condition, owner: str) -> str:
@@ -414,7 +416,7 @@ class S3Store:
                 first = first or failed
                 if answer.code not in DIALECT_CODES and answer.status != 501:
                     raise self._translated(failed, "write", name) from failed
-            except _FAILURES as failed:
+            except FAILURES as failed:
                 raise self._translated(failed, "write", name) from failed
             else:
                 self._integrity = integrity
@@ -430,7 +432,7 @@ class S3Store:
         crc = base64.b64encode(zlib.crc32(body).to_bytes(4, "big")).decode()
         request: PutObjectRequestTypeDef = {
             "Bucket": self.place.bucket,
-            "Key": self._key(name),
+            "Key": self.key(name),
             "Body": body,
             "Metadata": {_CRC: crc, _OWNER: owner} if owner else {_CRC: crc},
         }
@@ -443,14 +445,14 @@ class S3Store:
         elif integrity is Integrity.MD5:
             digest = hashlib.md5(body, usedforsecurity=False).digest()
             request["ContentMD5"] = base64.b64encode(digest).decode()
-        answer = self._client(signed=integrity is Integrity.SIGNED).put_object(**request)
-        return _unquote(answer["ETag"])
+        answer = self.client(signed=integrity is Integrity.SIGNED).put_object(**request)
+        return unquote(answer["ETag"])
 
     def _settle(self, name: str, owner: str, doubt: TagMismatch | StoreUnavailable) -> str:
         """Find out who won a conditional write (S4)."""
         found = self._head(name)
         if found is not None and found["Metadata"].get(_OWNER) == owner:
-            return _unquote(found["ETag"])
+            return unquote(found["ETag"])
         if isinstance(doubt, TagMismatch):
             if found is None:
                 raise StoreUnavailable(
@@ -467,14 +469,14 @@ class S3Store:
 
     def _replace_looking_first(self, name: str, data: Buffer, tag: str) -> str:
         found = self._head(name)
-        if found is None or _unquote(found["ETag"]) != tag:
+        if found is None or unquote(found["ETag"]) != tag:
             raise TagMismatch(f"object {name} in {self.url} changed meanwhile")
         return self._put(name, data, {}, "")
 
     def _head(self, name: str) -> HeadObjectOutputTypeDef | None:
         try:
-            found = self._client().head_object(Bucket=self.place.bucket, Key=self._key(name))
-        except _FAILURES as failed:
+            found = self.client().head_object(Bucket=self.place.bucket, Key=self.key(name))
+        except FAILURES as failed:
             error = self._translated(failed, "look up", name)
             if isinstance(error, BlobNotFound):
                 self._check_bucket()
@@ -488,7 +490,7 @@ class S3Store:
         if self._bucket_seen:
             return
         try:
-            self._client().head_bucket(Bucket=self.place.bucket)
+            self.client().head_bucket(Bucket=self.place.bucket)
         except ClientError as failed:
             if Answer.of(failed).status == 404:
                 raise WrongStore(
@@ -496,7 +498,7 @@ class S3Store:
                     hint="check its name, or make it with laz repo init",
                 ) from failed
             raise self._translated(failed, "open", "the bucket") from failed
-        except _FAILURES as failed:
+        except FAILURES as failed:
             raise self._translated(failed, "open", "the bucket") from failed
         self._bucket_seen = True
 
@@ -544,10 +546,12 @@ def _quote(tag: str, quoted: bool) -> str:
     return f'"{tag}"' if quoted else tag
 
 
-def _unquote(tag: str) -> str:
+def unquote(tag: str) -> str:
+    """An ETag without its quotes."""
     return tag.strip('"')
 
 
-def _ns(moment: datetime) -> int:
+def moment_ns(moment: datetime) -> int:
+    """An aware datetime as nanoseconds since the epoch."""
     since = moment - _EPOCH
     return (since.days * 86_400 + since.seconds) * NANOSECONDS + since.microseconds * 1000
