@@ -64,8 +64,9 @@ _STDIN = "-"
 @click.option("--build-context", "contexts", multiple=True, help="NAME=docker-image://IMAGE")
 @click.option("-o", "--output", "outputs", default="", help="Folder, or type=tar,dest=FILE")
 @click.argument("context", default=".")
+@json_option
 @pass_session
-def build(session: Session, /, context: str, outputs: str, **given: object) -> None:
+def build(session: Session, /, context: str, outputs: str, as_json: bool, **given: object) -> None:
     """Make an image from a Dockerfile.
 
     CONTEXT is a folder, a git or http URL, or - for a tar or Dockerfile on standard input.
@@ -80,9 +81,11 @@ def build(session: Session, /, context: str, outputs: str, **given: object) -> N
     quiet = bool(given["quiet"])
     with ExitStack() as until:
         body, more = _body(context, dockerfile, until)
-        image = _post(daemon, query + more, body, quiet)
+        image = _post(daemon, query + more, body, quiet, silent=as_json)
     if outputs:
         _write(daemon, image, _destination(outputs))
+    if as_json:
+        output.write_json({"id": image})
 
 
 def _query(given: dict[str, object]) -> list[tuple[str, str]]:
@@ -233,7 +236,13 @@ def _pieces(body: BinaryIO) -> Iterator[bytes]:
         yield data
 
 
-def _post(daemon: Daemon, query: list[tuple[str, str]], body: BinaryIO | None, quiet: bool) -> str:
+def _post(
+    daemon: Daemon,
+    query: list[tuple[str, str]],
+    body: BinaryIO | None,
+    quiet: bool,
+    silent: bool,
+) -> str:
     """Build; the image's id."""
     headers = {"Content-Type": "application/x-tar"}
     config = docker_auth.load_config()
@@ -255,10 +264,10 @@ def _post(daemon: Daemon, query: list[tuple[str, str]], body: BinaryIO | None, q
     with answer:
         if answer.status_code >= 400:
             raise failure(answer.content, answer.status_code)
-        return _follow(answer, quiet)
+        return _follow(answer, quiet, silent)
 
 
-def _follow(answer: requests.Response, quiet: bool) -> str:
+def _follow(answer: requests.Response, quiet: bool, silent: bool) -> str:
     image = ""
     for line in answer.iter_lines(chunk_size=1):
         if not line:
@@ -273,6 +282,8 @@ def _follow(answer: requests.Response, quiet: bool) -> str:
         text = str(record.get("stream", ""))
         if quiet and text.startswith("sha256:"):
             image = text.strip()
+        if silent:
+            continue
         if text:
             click.echo(text, nl=False)
         elif record.get("status") and not record.get("progressDetail"):
@@ -329,8 +340,15 @@ def builder() -> None:
 @click.option("-a", "--all", "everything", is_flag=True, help="Also what images have.")
 @click.option("--keep-storage", default="", help="Bytes that may stay, e.g. 10g.")
 @click.option("--filter", "filters", multiple=True, help="until=24h")
+@json_option
 @pass_session
-def prune(session: Session, everything: bool, keep_storage: str, filters: tuple[str, ...]) -> None:
+def prune(
+    session: Session,
+    everything: bool,
+    keep_storage: str,
+    filters: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Remove what the build cache does not need."""
     query = {"all": "1" if everything else "0"}
     if keep_storage:
@@ -347,9 +365,9 @@ def prune(session: Session, everything: bool, keep_storage: str, filters: tuple[
         if answer.status_code >= 400:
             raise failure(answer.content, answer.status_code)
         gone = msgspec.json.decode(answer.content, type=dict[str, object])
-    for one in cast(list[str], gone["CachesDeleted"] or []):
-        click.echo(one)
-    click.echo(f"reclaimed {output.size_text(cast(int, gone['SpaceReclaimed']))}")
+    caches = cast(list[str], gone["CachesDeleted"] or [])
+    freed = output.size_text(cast(int, gone["SpaceReclaimed"]))
+    output.answer(as_json, gone, *caches, f"reclaimed {freed}")
 
 
 @builder.command("du")

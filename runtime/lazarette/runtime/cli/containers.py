@@ -222,10 +222,14 @@ def _create(
 @_create_options
 @click.argument("image")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@json_option
 @pass_session
-def create(session: Session, /, image: str, command: tuple[str, ...], **given: object) -> None:
+def create(
+    session: Session, /, image: str, command: tuple[str, ...], as_json: bool, **given: object
+) -> None:
     """Make a container without starting it."""
-    click.echo(_create(session.daemon, image, command, given, attach=False))
+    made = _create(session.daemon, image, command, given, attach=False)
+    output.answer(as_json, {"id": made}, made)
 
 
 @click.command("run", context_settings={"allow_interspersed_args": False})
@@ -233,9 +237,16 @@ def create(session: Session, /, image: str, command: tuple[str, ...], **given: o
 @_create_options
 @click.argument("image")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@json_option
 @pass_session
 def run(
-    session: Session, /, detach: bool, image: str, command: tuple[str, ...], **given: object
+    session: Session,
+    /,
+    detach: bool,
+    image: str,
+    command: tuple[str, ...],
+    as_json: bool,
+    **given: object,
 ) -> int:
     """Make and start a container."""
     daemon = session.daemon
@@ -247,7 +258,7 @@ def run(
             if given["remove"]:
                 daemon.remove_container(container, force=True)
             raise
-        click.echo(container)
+        output.answer(as_json, {"id": container}, container)
         return 0
     return terminal.run_attached(
         daemon,
@@ -369,89 +380,105 @@ def exec_(
     return terminal.run_exec(daemon, str(made["Id"]), stdin=interactive, tty=tty)
 
 
-def _each(names: Sequence[str], act: Callable[[str], object]) -> None:
+def _each(names: Sequence[str], act: Callable[[str], object], as_json: bool) -> None:
     for name in names:
         act(name)
-        click.echo(name)
+    output.answer(as_json, {"names": list(names)}, *names)
 
 
 @click.command("start")
 @click.argument("containers", nargs=-1, required=True)
+@json_option
 @pass_session
-def start(session: Session, containers: tuple[str, ...]) -> None:
+def start(session: Session, containers: tuple[str, ...], as_json: bool) -> None:
     """Start stopped containers."""
-    _each(containers, session.daemon.start)
+    _each(containers, session.daemon.start, as_json)
 
 
 @click.command("stop")
 @click.option("-t", "--timeout", type=int, default=None, help="Seconds until SIGKILL.")
 @click.argument("containers", nargs=-1, required=True)
+@json_option
 @pass_session
-def stop(session: Session, containers: tuple[str, ...], timeout: int | None) -> None:
+def stop(session: Session, containers: tuple[str, ...], timeout: int | None, as_json: bool) -> None:
     """Stop containers: their stop signal, then SIGKILL after the timeout."""
-    _each(containers, lambda name: session.daemon.stop(name, timeout=timeout))
+    _each(containers, lambda name: session.daemon.stop(name, timeout=timeout), as_json)
 
 
 @click.command("restart")
 @click.option("-t", "--timeout", type=int, default=10)
 @click.argument("containers", nargs=-1, required=True)
+@json_option
 @pass_session
-def restart(session: Session, containers: tuple[str, ...], timeout: int) -> None:
+def restart(session: Session, containers: tuple[str, ...], timeout: int, as_json: bool) -> None:
     """Stop and start containers."""
-    _each(containers, lambda name: session.daemon.restart(name, timeout=timeout))
+    _each(containers, lambda name: session.daemon.restart(name, timeout=timeout), as_json)
 
 
 @click.command("kill")
 @click.option("-s", "--signal", "signal_", default="KILL")
 @click.argument("containers", nargs=-1, required=True)
+@json_option
 @pass_session
-def kill(session: Session, containers: tuple[str, ...], signal_: str) -> None:
+def kill(session: Session, containers: tuple[str, ...], signal_: str, as_json: bool) -> None:
     """Send a signal to containers."""
-    _each(containers, lambda name: session.daemon.kill(name, signal_))
+    _each(containers, lambda name: session.daemon.kill(name, signal_), as_json)
 
 
 @click.command("pause")
 @click.argument("containers", nargs=-1, required=True)
+@json_option
 @pass_session
-def pause(session: Session, containers: tuple[str, ...]) -> None:
+def pause(session: Session, containers: tuple[str, ...], as_json: bool) -> None:
     """Freeze containers."""
-    _each(containers, session.daemon.pause)
+    _each(containers, session.daemon.pause, as_json)
 
 
 @click.command("unpause")
 @click.argument("containers", nargs=-1, required=True)
+@json_option
 @pass_session
-def unpause(session: Session, containers: tuple[str, ...]) -> None:
+def unpause(session: Session, containers: tuple[str, ...], as_json: bool) -> None:
     """Let frozen containers go on."""
-    _each(containers, session.daemon.unpause)
+    _each(containers, session.daemon.unpause, as_json)
 
 
 @click.command("rm")
 @click.option("-f", "--force", is_flag=True, help="Kill it first if it runs.")
 @click.option("-v", "--volumes", is_flag=True, help="Its anonymous volumes too.")
 @click.argument("containers", nargs=-1, required=True)
+@json_option
 @pass_session
-def rm(session: Session, containers: tuple[str, ...], force: bool, volumes: bool) -> None:
+def rm(
+    session: Session, containers: tuple[str, ...], force: bool, volumes: bool, as_json: bool
+) -> None:
     """Remove containers."""
-    _each(containers, lambda name: session.daemon.remove_container(name, v=volumes, force=force))
+    _each(
+        containers,
+        lambda name: session.daemon.remove_container(name, v=volumes, force=force),
+        as_json,
+    )
 
 
 @click.command("wait")
 @click.argument("containers", nargs=-1, required=True)
+@json_option
 @pass_session
-def wait(session: Session, containers: tuple[str, ...]) -> None:
+def wait(session: Session, containers: tuple[str, ...], as_json: bool) -> None:
     """Wait for containers to end; print their exit codes."""
-    for name in containers:
-        click.echo(session.daemon.wait(name)["StatusCode"])
+    codes = {name: int(session.daemon.wait(name)["StatusCode"]) for name in containers}
+    output.answer(as_json, codes, *map(str, codes.values()))
 
 
 @click.command("rename")
 @click.argument("container")
 @click.argument("name")
+@json_option
 @pass_session
-def rename(session: Session, container: str, name: str) -> None:
+def rename(session: Session, container: str, name: str, as_json: bool) -> None:
     """Give a container another name."""
     session.daemon.rename(container, name)
+    output.answer(as_json, {"name": name})
 
 
 @click.command("top")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import cast
 
 import click
+import msgspec
 
 from lazarette.runtime.cli import output
 from lazarette.runtime.cli.client import Daemon, Json
@@ -20,21 +22,23 @@ class TransferFailed(InternalError):
     exit_code = 54
 
 
-def _show_stream(lines: object, quiet: bool) -> None:
-    """Print a progress stream; an error in it is raised."""
-    for line in cast(list[dict[str, object]], lines):
+def _show_stream(lines: Iterable[object], quiet: bool, as_json: bool = False) -> None:
+    """Print a progress stream, as it is with ``as_json``; an error in it is raised."""
+    for line in cast(Iterable[dict[str, object]], lines):
         if "error" in line:
             raise TransferFailed(str(line["error"]), hint=str(line.get("hint", "")))
-        if quiet:
+        if as_json:
+            click.echo(msgspec.json.encode(line).decode())
+        elif quiet:
             continue
-        if "stream" in line:
+        elif "stream" in line:
             click.echo(str(line["stream"]), nl=False)
         elif line.get("status") and not line.get("progressDetail"):
             where = f"{line['id']}: " if line.get("id") else ""
             click.echo(f"{where}{line['status']}")
 
 
-def pull_image(daemon: Daemon, reference: str, *, quiet: bool) -> None:
+def pull_image(daemon: Daemon, reference: str, *, quiet: bool, as_json: bool = False) -> None:
     """Pull an image, showing progress.
 
     Raises:
@@ -43,25 +47,27 @@ def pull_image(daemon: Daemon, reference: str, *, quiet: bool) -> None:
     name, tag = reference, None
     if "@" not in reference and ":" not in reference.rpartition("/")[2]:
         tag = "latest"
-    _show_stream(daemon.pull(name, tag=tag, stream=True, decode=True), quiet)
+    _show_stream(daemon.pull(name, tag=tag, stream=True, decode=True), quiet, as_json)
 
 
 @click.command("pull")
 @click.option("-q", "--quiet", is_flag=True)
 @click.argument("reference")
+@json_option
 @pass_session
-def pull(session: Session, reference: str, quiet: bool) -> None:
+def pull(session: Session, reference: str, quiet: bool, as_json: bool) -> None:
     """Fetch an image from a registry."""
-    pull_image(session.daemon, reference, quiet=quiet)
+    pull_image(session.daemon, reference, quiet=quiet, as_json=as_json)
 
 
 @click.command("push")
 @click.option("-q", "--quiet", is_flag=True)
 @click.argument("reference")
+@json_option
 @pass_session
-def push(session: Session, reference: str, quiet: bool) -> None:
+def push(session: Session, reference: str, quiet: bool, as_json: bool) -> None:
     """Send an image to a registry."""
-    _show_stream(session.daemon.push(reference, stream=True, decode=True), quiet)
+    _show_stream(session.daemon.push(reference, stream=True, decode=True), quiet, as_json)
 
 
 @click.command("images")
@@ -96,35 +102,44 @@ def images(session: Session, everything: bool, quiet: bool, as_json: bool) -> No
 @click.command("rmi")
 @click.option("-f", "--force", is_flag=True)
 @click.argument("references", nargs=-1, required=True)
+@json_option
 @pass_session
-def rmi(session: Session, references: tuple[str, ...], force: bool) -> None:
+def rmi(session: Session, references: tuple[str, ...], force: bool, as_json: bool) -> None:
     """Remove images."""
-    for reference in references:
-        for line in session.daemon.remove_image(reference, force=force):
-            for kind, name in line.items():
-                click.echo(f"{kind}: {name}")
+    gone = [
+        (kind, str(name))
+        for reference in references
+        for line in session.daemon.remove_image(reference, force=force)
+        for kind, name in line.items()
+    ]
+    output.answer(
+        as_json, [{kind: name} for kind, name in gone], *(f"{kind}: {name}" for kind, name in gone)
+    )
 
 
 @click.command("tag")
 @click.argument("source")
 @click.argument("target")
+@json_option
 @pass_session
-def tag(session: Session, source: str, target: str) -> None:
+def tag(session: Session, source: str, target: str, as_json: bool) -> None:
     """Give an image another name."""
     name, colon, label = target.rpartition(":")
     if not colon or "/" in label:
         name, label = target, "latest"
     session.daemon.tag(source, name, label)
+    output.answer(as_json, {"name": f"{name}:{label}"})
 
 
 @click.command("load")
 @click.option("-i", "--input", "path", default="-", help="File; - for standard input.")
 @click.option("-q", "--quiet", is_flag=True)
+@json_option
 @pass_session
-def load(session: Session, path: str, quiet: bool) -> None:
+def load(session: Session, path: str, quiet: bool, as_json: bool) -> None:
     """Load images from an archive."""
     with click.open_file(path, "rb") as source:
-        _show_stream(session.daemon.load_image(source, quiet=quiet), quiet=False)
+        _show_stream(session.daemon.load_image(source, quiet=quiet), False, as_json)
 
 
 @click.command("save")
@@ -142,8 +157,11 @@ def save(session: Session, reference: str, path: str) -> None:
 @click.option("-c", "--change", "changes", multiple=True, help="A Dockerfile instruction.")
 @click.argument("path")
 @click.argument("reference", required=False)
+@json_option
 @pass_session
-def import_(session: Session, path: str, reference: str | None, changes: tuple[str, ...]) -> None:
+def import_(
+    session: Session, path: str, reference: str | None, changes: tuple[str, ...], as_json: bool
+) -> None:
     """Make an image of a root filesystem tar."""
     name, _, label = (reference or "").partition(":")
     query: list[tuple[str, str]] = [("fromSrc", "-"), ("repo", name), ("tag", label)]
@@ -163,9 +181,8 @@ def import_(session: Session, path: str, reference: str | None, changes: tuple[s
             from lazarette.runtime.cli.client import failure
 
             raise failure(answer.content, answer.status_code)
-        import msgspec
-
-        _show_stream((msgspec.json.decode(line) for line in answer.iter_lines() if line), False)
+        lines = (msgspec.json.decode(line) for line in answer.iter_lines() if line)
+        _show_stream(lines, False, as_json)
 
 
 @click.command("history")
@@ -197,6 +214,7 @@ def history(session: Session, reference: str, as_json: bool) -> None:
 @click.option("-c", "--change", "changes", multiple=True)
 @click.argument("container")
 @click.argument("reference", required=False)
+@json_option
 @pass_session
 def commit(
     session: Session,
@@ -205,21 +223,25 @@ def commit(
     author: str,
     message: str,
     changes: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Make an image of a container."""
     name, _, label = (reference or "").partition(":")
     made = session.daemon.commit(
         container, name or None, label or None, message, author, changes=list(changes)
     )
-    click.echo(made["Id"])
+    output.answer(as_json, {"id": made["Id"]}, str(made["Id"]))
 
 
 @click.command("login")
 @click.option("-u", "--username", required=True)
 @click.option("--password-stdin", is_flag=True, help="Read the password from standard input.")
 @click.argument("registry", default="")
+@json_option
 @pass_session
-def login(session: Session, registry: str, username: str, password_stdin: bool) -> None:
+def login(
+    session: Session, registry: str, username: str, password_stdin: bool, as_json: bool
+) -> None:
     """Check credentials of a registry and keep them."""
     password = (
         sys.stdin.readline().rstrip("\n")
@@ -227,7 +249,7 @@ def login(session: Session, registry: str, username: str, password_stdin: bool) 
         else click.prompt("Password", hide_input=True)
     )
     session.daemon.login(username, password, registry=registry or None, reauth=True)
-    click.echo("Login Succeeded")
+    output.answer(as_json, {"status": "Login Succeeded"}, "Login Succeeded")
 
 
 COMMANDS = (pull, push, images, rmi, tag, load, save, import_, history, commit, login)

@@ -28,6 +28,7 @@ def network() -> None:
 @click.option("-o", "--opt", "options", multiple=True, help="NAME=VALUE")
 @click.option("--label", "labels", multiple=True, help="KEY=VALUE")
 @click.argument("name")
+@json_option
 @pass_session
 def create(
     session: Session,
@@ -41,6 +42,7 @@ def create(
     ipv6: bool,
     options: tuple[str, ...],
     labels: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Make a network."""
     pools = [IPAMPool(subnet=subnet, gateway=gateway, iprange=ip_range) for subnet in subnets]
@@ -54,7 +56,7 @@ def create(
         enable_ipv6=ipv6,
         attachable=attachable,
     )
-    click.echo(made["Id"])
+    output.answer(as_json, {"id": made["Id"]}, str(made["Id"]))
 
 
 @network.command("ls")
@@ -89,23 +91,25 @@ def inspect(session: Session, names: tuple[str, ...]) -> None:
 
 @network.command("rm")
 @click.argument("names", nargs=-1, required=True)
+@json_option
 @pass_session
-def rm(session: Session, names: tuple[str, ...]) -> None:
+def rm(session: Session, names: tuple[str, ...], as_json: bool) -> None:
     """Remove networks nobody uses."""
     for name in names:
         session.daemon.remove_network(name)
-        click.echo(name)
+    output.answer(as_json, {"names": list(names)}, *names)
 
 
 @network.command("prune")
 @click.option("-f", "--force", is_flag=True, help="Do not ask.")
+@json_option
 @pass_session
-def prune(session: Session, force: bool) -> None:
+def prune(session: Session, force: bool, as_json: bool) -> None:
     """Remove networks nobody uses."""
     if not force:
         click.confirm("Remove all networks that no container uses?", abort=True)
-    for name in session.daemon.prune_networks()["NetworksDeleted"] or []:
-        click.echo(name)
+    gone = session.daemon.prune_networks()["NetworksDeleted"] or []
+    output.answer(as_json, {"names": gone}, *gone)
 
 
 @network.command("connect")

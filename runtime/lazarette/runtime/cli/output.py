@@ -55,6 +55,15 @@ def write_json(value: object) -> None:
     sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
 
 
+def answer(as_json: bool, value: object, *lines: str) -> None:
+    """What a command answers: one JSON document, or its lines for a person."""
+    if as_json:
+        write_json(value)
+        return
+    for line in lines:
+        sys.stdout.write(f"{printable(line)}\n")
+
+
 def write_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Columns padded to their widest cell, as docker prints them."""
     lines = [list(heads), *[[printable(cell) for cell in row] for row in rows]]

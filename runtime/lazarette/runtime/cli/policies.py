@@ -73,10 +73,12 @@ def show(session: Session, volume: str | None, as_json: bool) -> None:
 
 @policy.command("rm")
 @click.argument("volume")
+@json_option
 @pass_session
-def rm(session: Session, volume: str) -> None:
+def rm(session: Session, volume: str, as_json: bool) -> None:
     """Take a volume's policy away; its backups stay."""
     session.daemon.call("DELETE", f"/policies/{volume}")
+    output.answer(as_json, {"volume": volume})
 
 
 def _show(one: Json) -> None:

@@ -89,8 +89,11 @@ def ls(session: Session, as_json: bool) -> None:
 @click.option("--name", default="")
 @secret_options
 @click.argument("url")
+@json_option
 @pass_session
-def add(session: Session, url: str, name: str, key_file: str | None, kit: str | None) -> None:
+def add(
+    session: Session, url: str, name: str, key_file: str | None, kit: str | None, as_json: bool
+) -> None:
     """Let the daemon know an existing repository."""
     access = store_access(url, key_file, kit)
     made = session.daemon.ask(
@@ -98,23 +101,29 @@ def add(session: Session, url: str, name: str, key_file: str | None, kit: str | 
         "/repositories",
         {"access": msgspec.to_builtins(access), "name": name, "mode": "adopt"},
     )
-    click.echo(made["name"])
+    output.answer(as_json, made, str(made["name"]))
 
 
 @repo.command("rm")
 @click.argument("name")
+@json_option
 @pass_session
-def rm(session: Session, name: str) -> None:
+def rm(session: Session, name: str, as_json: bool) -> None:
     """Let the daemon forget a repository; its bytes stay."""
     session.daemon.call("DELETE", f"/repositories/{name}")
+    output.answer(as_json, {"name": name})
 
 
 @repo.command("kit")
 @click.argument("name", default="default")
+@json_option
 @pass_session
-def kit(session: Session, name: str) -> None:
+def kit(session: Session, name: str, as_json: bool) -> None:
     """Make one more recovery kit."""
     made = session.daemon.ask("POST", f"/repositories/{name}/kit")
+    if as_json:
+        output.write_json({"kit": made["kit"]})
+        return
     click.echo(str(made["qr"]))
     click.echo(str(made["kit"]))
 

@@ -101,10 +101,12 @@ def df(session: Session, as_json: bool) -> None:
 
 
 @click.command("shutdown")
+@json_option
 @pass_session
-def shutdown(session: Session) -> None:
+def shutdown(session: Session, as_json: bool) -> None:
     """Stop all containers (their stop timeouts honoured), unmount everything, end the daemon."""
     session.daemon.call("POST", "/shutdown")
+    output.answer(as_json, {"status": "ending"})
 
 
 COMMANDS = (info, version, events, system, shutdown)

@@ -88,12 +88,13 @@ def inspect(session: Session, names: tuple[str, ...]) -> None:
 @volume.command("rm")
 @click.option("-f", "--force", is_flag=True)
 @click.argument("names", nargs=-1, required=True)
+@json_option
 @pass_session
-def rm(session: Session, names: tuple[str, ...], force: bool) -> None:
+def rm(session: Session, names: tuple[str, ...], force: bool, as_json: bool) -> None:
     """Remove volumes nobody uses."""
     for name in names:
         session.daemon.remove_volume(name, force=force)
-        click.echo(name)
+    output.answer(as_json, {"names": list(names)}, *names)
 
 
 @volume.command("prune")
@@ -151,10 +152,12 @@ def snapshots(session: Session, name: str, as_json: bool) -> None:
 @volume.command("snapshot-rm")
 @click.argument("name")
 @click.argument("snapshot")
+@json_option
 @pass_session
-def snapshot_rm(session: Session, name: str, snapshot: str) -> None:
+def snapshot_rm(session: Session, name: str, snapshot: str, as_json: bool) -> None:
     """Remove a snapshot."""
     session.daemon.call("DELETE", _path(name, "snapshots", quote(snapshot, safe="")))
+    output.answer(as_json, {"volume": name, "snapshot": snapshot})
 
 
 @volume.command("clone")
@@ -189,19 +192,23 @@ def rollback(session: Session, name: str, snapshot: str, as_json: bool) -> None:
 @volume.command("resize")
 @click.argument("name")
 @click.argument("size")
+@json_option
 @pass_session
-def resize(session: Session, name: str, size: str) -> None:
+def resize(session: Session, name: str, size: str, as_json: bool) -> None:
     """Set a volume's size limit, e.g. 20g."""
     session.daemon.call("POST", _path(name, "resize"), {"size": parse_bytes(size)})
+    output.answer(as_json, {"volume": name, "size": parse_bytes(size)})
 
 
 @volume.command("rename")
 @click.argument("name")
 @click.argument("new_name")
+@json_option
 @pass_session
-def rename(session: Session, name: str, new_name: str) -> None:
+def rename(session: Session, name: str, new_name: str, as_json: bool) -> None:
     """Give a volume another name."""
     session.daemon.call("POST", _path(name, "rename"), {"name": new_name})
+    output.answer(as_json, {"volume": new_name})
 
 
 @volume.command("usage")
