@@ -94,7 +94,13 @@ class Entry:
         return stat.S_ISDIR(self.status.st_mode)
 
 
-def _names(folder: int) -> list[bytes]:
+def names(folder: int) -> list[bytes]:
+    """The names in a folder behind a descriptor, sorted.
+
+    btrfs lists what was there when the descriptor was opened or last wound back, so it is
+    wound back first.
+    """
+    os.lseek(folder, 0, os.SEEK_SET)
     return sorted(os.fsencode(name) for name in os.listdir(folder))
 
 
@@ -110,11 +116,11 @@ def walk(root: int) -> Iterator[Entry]:
 
 def _walk_into(root: int, prefix: bytes) -> Iterator[Entry]:
     top = os.dup(root)
-    stack: list[tuple[int, bytes, Iterator[bytes]]] = [(top, prefix, iter(_names(top)))]
+    stack: list[tuple[int, bytes, Iterator[bytes]]] = [(top, prefix, iter(names(top)))]
     try:
         while stack:
-            folder, path, names = stack[-1]
-            name = next(names, None)
+            folder, path, left = stack[-1]
+            name = next(left, None)
             if name is None:
                 os.close(stack.pop()[0])
                 continue
@@ -141,7 +147,7 @@ def _walk_into(root: int, prefix: bytes) -> Iterator[Entry]:
                     os.close(inner)
                 raise
             if inner is not None:
-                stack.append((inner, own, iter(_names(inner))))
+                stack.append((inner, own, iter(names(inner))))
     finally:
         for folder, _, _ in stack:
             os.close(folder)
@@ -200,6 +206,7 @@ def _remove_folder(parent: int, name: bytes) -> None:
 def _empty(folder: int) -> list[bytes]:
     """Unlink what is no folder and drop empty ones; the names of folders left."""
     left: list[bytes] = []
+    os.lseek(folder, 0, os.SEEK_SET)
     with os.scandir(folder) as entries:
         listed = [(os.fsencode(e.name), e.is_dir(follow_symlinks=False)) for e in entries]
     for name, is_folder in listed:

@@ -400,8 +400,8 @@ def destroy_tree(parent: int, name: bytes) -> None:
                     os.close(holder)
             destroy_subvolume(parent, name)
             return
-        for entry in os.listdir(folder):
-            destroy_tree(folder, os.fsencode(entry))
+        for entry in beneath.names(folder):
+            destroy_tree(folder, entry)
     finally:
         os.close(folder)
     os.rmdir(name, dir_fd=parent)

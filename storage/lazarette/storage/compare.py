@@ -31,8 +31,7 @@ def tree_changes(base: int, target: int, *, shared: bool) -> Iterator[Change]:
 
 
 def _folder(base: int, target: int, path: bytes, shared: bool) -> Iterator[Change]:
-    was = {os.fsencode(name) for name in os.listdir(base)}
-    now = {os.fsencode(name) for name in os.listdir(target)}
+    was, now = set(beneath.names(base)), set(beneath.names(target))
     for name in sorted(was | now):
         own = path + b"/" + name if path else name
         before = os.stat(name, dir_fd=base, follow_symlinks=False) if name in was else None

@@ -96,6 +96,16 @@ def copy_metadata(
     )
 
 
+def renew_metadata(
+    source: int, name: bytes, status: os.stat_result, target: int, target_name: bytes
+) -> None:
+    """:func:`copy_metadata` for an entry that had other metadata before."""
+    kept = read_xattrs(source, name)
+    for key in read_xattrs(target, target_name).keys() - kept.keys():
+        os.removexattr(_via(target, target_name), key, follow_symlinks=False)
+    copy_metadata(source, name, status, target, target_name)
+
+
 def copy_content(source: int, target: int, size: int) -> None:
     """Copy a file's content, by reflink where both are on a disk that can, holes kept."""
     if size == 0:
@@ -106,6 +116,7 @@ def copy_content(source: int, target: int, size: int) -> None:
     except OSError as refused:
         if refused.errno not in _NO_REFLINK:
             raise
+    os.ftruncate(target, 0)  # nothing of an earlier content may show in a hole
     os.ftruncate(target, size)
     position = 0
     while position < size:

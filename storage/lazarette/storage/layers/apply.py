@@ -67,7 +67,7 @@ class DirectWhiteouts:
     def opaque(self, folder: int, path: bytes, own: Own) -> None:
         """See :meth:`Whiteouts.opaque`."""
         kept = own.get(path, set())
-        for name in map(os.fsencode, os.listdir(folder)):
+        for name in beneath.names(folder):
             if name not in kept:
                 beneath.remove_tree(folder, name)
                 continue

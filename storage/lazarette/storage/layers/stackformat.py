@@ -198,6 +198,6 @@ def _names(root: int, path: bytes) -> set[bytes]:
     finally:
         os.close(holder)
     try:
-        return {os.fsencode(entry) for entry in os.listdir(folder)}
+        return set(beneath.names(folder))
     finally:
         os.close(folder)

@@ -11,10 +11,10 @@ labelled ``UNSAFE``: good files, not one instant.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from lazarette.storage import extents
+from lazarette.storage import copying, extents
 from lazarette.storage.clock import Clock
 from lazarette.storage.errors import InvalidArgument, SourceMissing, Unsupported
 from lazarette.storage.volumes.contract import (
@@ -85,6 +85,10 @@ class BindVolumeDriver(TreeVolumeDriver):
             return own
         device = self._shelf.record(name).options.get("device", "")
         return Path(device) if device else own
+
+    def _begin_copy(self, source: int, target: int) -> Callable[[], object]:
+        # the folder may be on any filesystem: nothing can be said of its change times
+        return lambda: copying.copy_tree(source, target)
 
     def _content(self, name: str) -> Path:
         return self.location(name)

@@ -42,8 +42,8 @@ def populate(root: Path, source: Path | int) -> bool:
 def clear(root: Path) -> None:
     """Delete everything in a folder but the folder; mounts inside are refused."""
     with beneath.opened(root) as folder:
-        for name in os.listdir(folder):
-            beneath.remove_tree(folder, os.fsencode(name))
+        for name in beneath.names(folder):
+            beneath.remove_tree(folder, name)
 
 
 def write_tar(root: Path, out: BinaryIO) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from lazarette.fuse.client import UnionMount
 from lazarette.fuse.spec import UnionSpec
 from lazarette.storage import beneath, mounts
+from lazarette.storage.syscalls import syncfs
 from lazarette.storage.volumes.contract import (
     ChangeSource,
     SnapshotKind,
@@ -68,6 +69,12 @@ class FuseVolumeDriver(OverlayVolumeDriver):
         super()._prepare(staged, options)
         (staged / "work").mkdir(mode=0o700)
         (staged / "merged").mkdir(mode=0o755)
+
+    def _settle(self, name: str) -> None:
+        # what was stored through a mapping is with the kernel's side of the server still
+        if mounts.is_mount_point(self.location(name)):
+            with beneath.opened(self.location(name)) as root:
+                syncfs(root)
 
     def close(self) -> None:
         """See :meth:`VolumeDriver.close`; ends the servers of volumes that nobody uses."""

@@ -1,7 +1,7 @@
 """What drivers have in common whose volumes are plain folders.
 
-A snapshot is a copy of the folder (by reflink where the disk can), made while the gate
-holds the writers; what can be done before, writing back dirty pages, is done before.
+A snapshot is a copy of the folder made while the gate holds the writers.  Where the disk has
+reflinks, nearly all of it is made before, and only what changed since is made then.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import secrets
 import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from lazarette.storage import beneath, copying, mounts, space, steps, syscalls
+from lazarette.storage import beneath, copying, mounts, space, steps
 from lazarette.storage.changes import Change
 from lazarette.storage.clock import Clock
 from lazarette.storage.compare import tree_changes
 from lazarette.storage.errors import NoSpace, Unsupported
+from lazarette.storage.refresh import RefreshedCopy
+from lazarette.storage.syscalls import syncfs
 from lazarette.storage.volumes.contract import (
     SnapshotInfo,
     VolumeCapabilities,
@@ -123,19 +126,9 @@ class TreeVolumeDriver(ABC):
     def _snapshot_missing(self, names: Sequence[str], snapshot: str, gate: WriteGate) -> None:
         for name in names:
             self._check_source(name)
-            with beneath.opened(self._content(name)) as data:
-                syscalls.syncfs(data)
         staged = {name: self._stage_snapshot(name, snapshot) for name in names}
         try:
-            started = self._clock.monotonic_ns()
-            gate.close()
-            try:
-                created = self._clock.now_ns()
-                for name in names:
-                    self._copy(self._content(name), staged[name])
-            finally:
-                gate.open()
-            pause = self._clock.monotonic_ns() - started
+            created, pause = self._copy_held(staged, gate)
             steps.reached("tree.snapshot.copied")
             made = SnapshotRecord(created, pause, self.capabilities.snapshot)
             for name in names:
@@ -145,6 +138,40 @@ class TreeVolumeDriver(ABC):
             for path in staged.values():
                 self._shelf.destroy(path)
             raise
+
+    def _copy_held(self, staged: Mapping[str, Path], gate: WriteGate) -> tuple[int, int]:
+        """Copy volumes as they are at one instant: that instant, and for how long it took."""
+        with ExitStack() as opened:
+            finish: list[Callable[[], object]] = []
+            for name, folder in staged.items():
+                source = opened.enter_context(beneath.opened(self._content(name)))
+                target = opened.enter_context(beneath.opened(folder))
+                finish.append(self._begin_copy(source, target))
+            started = self._clock.monotonic_ns()
+            gate.close()
+            try:
+                created = self._clock.now_ns()
+                for name in staged:
+                    self._settle(name)
+                for step in finish:
+                    step()
+            finally:
+                gate.open()
+            return created, self._clock.monotonic_ns() - started
+
+    def _begin_copy(self, source: int, target: int) -> Callable[[], object]:
+        """Do what can be done while writers run; what is left to do while they are held."""
+        syncfs(source)
+        if not self._reflinks:
+            return lambda: copying.copy_tree(source, target)
+        copy = RefreshedCopy(source, target)
+        copy.refresh()
+        copy.refresh()
+        return copy.refresh
+
+    def _settle(self, name: str) -> None:
+        """Bring what is written to the content's own filesystem, writers being held."""
+        self._shelf.folder(name)
 
     def _check_source(self, name: str) -> None:
         """Raise :class:`SourceMissing` where the content is not there (case A36)."""
@@ -257,7 +284,7 @@ class TreeVolumeDriver(ABC):
         limit = self._shelf.record(name).limit
         self._check_source(name)
         with beneath.opened(self._content(name)) as data:
-            syscalls.syncfs(data)
+            syncfs(data)
             total, shared = space.tree_space(data, shared=self._reflinks)
         return VolumeUsage(total, total - shared, limit)
 
