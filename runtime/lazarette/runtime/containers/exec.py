@@ -231,22 +231,20 @@ class ExecSessions:
             user = resolve_user(root, request.user or definition.config.user, groups)
         finally:
             os.close(root)
-        host = definition.host
-        if request.privileged:
-            host = msgspec.structs.replace(host, privileged=True)
         env = spec.environment(definition, definition.config.hostname, user.home)
         given = {entry.partition("=")[0]: entry for entry in [*env, *(request.env or [])]}
         if tty:
             given.setdefault("TERM", "TERM=xterm")
-        process: dict[str, object] = {
-            "terminal": tty,
-            "user": spec.user(user),
-            "args": session.command,
-            "env": [entry for entry in given.values() if "=" in entry],
-            "cwd": request.working_dir or definition.config.working_dir or "/",
-            "capabilities": spec.capability_sets(host, self._facts, user),
-            "noNewPrivileges": spec.security_options(host.security_opt).no_new_privileges,
-        }
+        process = spec.further_process(
+            definition,
+            user,
+            session.command,
+            self._facts,
+            env=[entry for entry in given.values() if "=" in entry],
+            cwd=request.working_dir,
+            terminal=tty,
+            privileged=request.privileged,
+        )
         size = console or request.console_size
         if tty and size and len(size) == 2 and any(size):
             process["consoleSize"] = {"height": size[0], "width": size[1]}

@@ -182,14 +182,8 @@ class HealthChecks:
             )
         finally:
             os.close(root)
-        return {
-            "terminal": False,
-            "user": spec.user(user),
-            "args": command,
-            "env": spec.environment(definition, definition.config.hostname, user.home),
-            "cwd": definition.config.working_dir or "/",
-            "capabilities": spec.capability_sets(definition.host, self._manager.facts, user),
-        }
+        env = spec.environment(definition, definition.config.hostname, user.home)
+        return spec.further_process(definition, user, command, self._manager.facts, env=env)
 
     def _end_tree(self, top: int) -> None:
         """Kill a probe with all it started, leaves first."""

@@ -236,10 +236,12 @@ def start_failure(message: str) -> StartFailed:
         tail = f'exec: "{name}": executable file not found in $PATH' if name else text
         return StartFailed(_wrap(tail), 127)
     if "no such file or directory" in low:
-        return StartFailed(_wrap(text), 127)
+        return StartFailed(_wrap(low), 127)
     refusals = ("permission denied", "is a directory", "exec format error", "not permitted")
     if any(refusal in low for refusal in refusals):
-        return StartFailed(_wrap(text), 126)
+        # the words by which the docker command line chooses its exit code
+        words = low if "permission denied" in low else f"{low}: permission denied"
+        return StartFailed(_wrap(words), 126)
     return StartFailed(_wrap(text), 128)
 
 

@@ -143,7 +143,7 @@ def build(definition: Definition, made: Prepared, facts: HostFacts) -> dict[str,
     Raises:
         InvalidArgument: a security option, capability, device or limit that cannot be.
     """
-    host, config = definition.host, definition.config
+    host = definition.host
     options = security_options(host.security_opt)
     devices = resources.find_devices(host.devices or [])
     if host.privileged:
@@ -161,7 +161,6 @@ def build(definition: Definition, made: Prepared, facts: HostFacts) -> dict[str,
             spec["domainname"] = made.domainname
     if not isinstance(host.annotations, msgspec.UnsetType):
         spec["annotations"] = host.annotations
-    del config
     return spec
 
 
@@ -171,7 +170,7 @@ def process(
     """The ``process`` object: command, user, environment, capabilities, limits."""
     host, config = definition.host, definition.config
     command = list(definition.command)
-    if host.init is True:
+    if host.init is True and facts.init is not None:
         command = [INIT_IN_CONTAINER, "--", *command]
     spec: dict[str, object] = {
         "terminal": config.tty,
@@ -180,19 +179,51 @@ def process(
         "env": made.env,
         "cwd": config.working_dir or "/",
         "capabilities": capability_sets(host, facts, made.user),
-        "noNewPrivileges": options.no_new_privileges,
     }
     if config.tty and any(host.console_size):
         spec["consoleSize"] = {"height": host.console_size[0], "width": host.console_size[1]}
-    limits = resources.rlimits(host.ulimits or [], "SYS_RESOURCE" in facts.bounding)
-    if limits:
-        spec["rlimits"] = limits
+    spec |= _confinement(host, facts, options)
     adjust = host.oom_score_adj
     if adjust > 0 or (adjust < 0 and "SYS_RESOURCE" in facts.bounding):
         spec["oomScoreAdj"] = adjust
-    if facts.apparmor and not host.privileged and options.apparmor not in ("", "unconfined"):
-        spec["apparmorProfile"] = options.apparmor
     return spec
+
+
+def further_process(
+    definition: Definition,
+    found: User,
+    command: list[str],
+    facts: HostFacts,
+    *,
+    env: list[str],
+    cwd: str = "",
+    terminal: bool = False,
+    privileged: bool = False,
+) -> dict[str, object]:
+    """The ``process`` object of one more process in a running container."""
+    host = definition.host
+    if privileged:
+        host = msgspec.structs.replace(host, privileged=True)
+    return {
+        "terminal": terminal,
+        "user": user(found),
+        "args": command,
+        "env": env,
+        "cwd": cwd or definition.config.working_dir or "/",
+        "capabilities": capability_sets(host, facts, found),
+        **_confinement(host, facts, security_options(host.security_opt)),
+    }
+
+
+def _confinement(host: HostConfig, facts: HostFacts, options: SecurityOptions) -> dict[str, object]:
+    """What every process of a container is held to beside its capabilities."""
+    made: dict[str, object] = {"noNewPrivileges": options.no_new_privileges}
+    limits = resources.rlimits(host.ulimits or [], "SYS_RESOURCE" in facts.bounding)
+    if limits:
+        made["rlimits"] = limits
+    if facts.apparmor and not host.privileged and options.apparmor not in ("", "unconfined"):
+        made["apparmorProfile"] = options.apparmor
+    return made
 
 
 def user(found: User) -> dict[str, object]:
@@ -271,10 +302,6 @@ def _mounts(
         mounts.append(_bind(INIT_IN_CONTAINER, facts.init, ["bind", "ro"]))
     mounts = [mount for mount in mounts if mount["destination"] not in taken]
     mounts += [_placed(placed) for placed in made.mounts]
-    if host.readonly_rootfs and not writable:
-        for mount in mounts:
-            if mount["destination"] == "/dev/shm" and mount["type"] == "tmpfs":
-                continue
     return mounts
 
 
