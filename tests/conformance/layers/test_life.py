@@ -12,6 +12,7 @@ from tests.support.layers import LayerBench, file, folder, tar
 
 from lazarette.storage import mounts
 from lazarette.storage.errors import Conflict, InUse, InvalidArgument, NameTaken, NotFound
+from lazarette.storage.layers.contract import CommitsInPlace
 
 
 def test_l1_prepare_is_idempotent(layers: LayerBench) -> None:
@@ -249,3 +250,31 @@ def test_the_root_of_the_tree_has_metadata_of_its_own(layers: LayerBench) -> Non
     root.chmod(0o700)
     layers.unmount(key)
     assert layers.mount(key).stat().st_mode & 0o7777 == 0o700
+
+
+def test_committing_in_place_is_what_applying_the_diff_gives(layers: LayerBench) -> None:
+    base, active, applied, adopted = (layers.key() for _ in range(4))
+    driver = layers.driver
+    driver.apply(base, None, tar(file("kept", b"k"), file("gone", b"g")))
+    driver.prepare(active, base)
+    root = layers.mount(active)
+    (root / "new").write_bytes(b"n")
+    (root / "gone").unlink()
+    assert isinstance(driver, CommitsInPlace)
+    with pytest.raises(InUse):
+        driver.commit_as(active, adopted, size=1, diff_id="sha256:0")
+    layers.unmount(active)
+    with driver.diff(active) as stream:
+        made = driver.apply(applied, base, stream)
+    with pytest.raises(NameTaken):
+        driver.commit_as(active, base, size=1, diff_id=made.diff_id)
+    driver.commit_as(active, adopted, size=made.size, diff_id=made.diff_id)
+    assert not driver.exists(active)
+    for key in (applied, adopted):
+        merged = layers.mount(key)
+        assert sorted(os.listdir(merged)) == ["kept", "new"]
+        child = layers.key()
+        driver.prepare(child, key)
+        assert (layers.mount(child) / "new").read_bytes() == b"n"
+    with driver.diff(adopted) as stream:
+        assert driver.apply(adopted, base, stream) == made

@@ -205,10 +205,8 @@ class StageRunner:
         if self._cached(key, created_by):
             return
         made: MadeLayer | None = None
-        with self._work.mounted(self._state.layer) as root, Tree(root) as tree:
-            exists = tree.is_folder(path.encode())
-        if not exists:
-            with self._work.active(self._state.layer) as layer:
+        with self._work.active(self._state.layer) as layer:
+            if not layer.tree.is_folder(path.encode()):
                 try:
                     layer.tree.make_folders(path.encode())
                 except OSError as refused:

@@ -1,17 +1,18 @@
 """What all steps of a build share, and the layers they make.
 
 A step that changes files works on an active layer that is mounted for it.  Afterwards the
-layer's tar goes to the image store, which names it by its content; the active layer is
-removed.  Active layers of builds are named ``build-…`` so that those of a killed daemon
-are found and removed at the next start.
+layer's tar goes to the image store, which names it by its content, and the layer itself
+becomes that of the image.  Active layers of builds are named ``build-…`` so that those of
+a killed daemon are found and removed at the next start.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
+import stat
 import threading
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from lazarette.runtime.builds.tree import Tree
 from lazarette.runtime.images.model import layer_key
 from lazarette.runtime.images.store import ImageStore
 from lazarette.storage import beneath
-from lazarette.storage.changes import ChangeKind
+from lazarette.storage.changes import Change, ChangeKind
 from lazarette.storage.clock import NANOSECONDS, Clock
 from lazarette.storage.errors import Cancelled
 from lazarette.storage.layers.contract import LayerDriver
@@ -178,36 +179,32 @@ class ActiveLayer:
             The layer; None if nothing was changed.
         """
         services = self._work.services
-        if self._is_empty(ignored):
+        changes = list(services.layers.changes(self.key))
+        if all(c.kind is ChangeKind.MODIFIED and c.path in ignored for c in changes):
             return None
-        self._clamp_times()
+        size = self._measured(changes)
         self.tree.close()
         self.unmount()
         with services.layers.diff(self.key) as tar:
             stored = services.images.layers.with_diff_id(services.images.blobs.put_layer(tar))
-        layer = services.images.layers.add(parent_chain or None, stored, stored.diff_id)
+        layer = services.images.layers.adopt(parent_chain or None, self.key, stored, size)
         return MadeLayer(layer.diff_id, layer.chain, layer.size)
 
-    def _is_empty(self, ignored: Set[bytes]) -> bool:
-        for change in self._work.services.layers.changes(self.key):
-            if change.kind is not ChangeKind.MODIFIED or change.path not in ignored:
-                return False
-        return True
-
-    def _clamp_times(self) -> None:
-        """With SOURCE_DATE_EPOCH nothing in a layer is younger than that."""
+    def _measured(self, changes: Sequence[Change]) -> int:
+        """Bytes of the files; with SOURCE_DATE_EPOCH nothing is younger than that after it."""
         epoch = self._work.options.source_date_epoch
-        if epoch is None:
-            return
-        limit = epoch * NANOSECONDS
-        for change in sorted(
-            self._work.services.layers.changes(self.key), key=lambda c: c.path, reverse=True
-        ):
+        limit = None if epoch is None else epoch * NANOSECONDS
+        size = 0
+        for change in reversed(changes):  # what is in a folder before the folder itself
             status = self.tree.status(change.path)
-            if status is None or status.st_mtime_ns <= limit:
+            if status is None:
                 continue
-            with self.tree.parent(change.path) as (folder, name):
-                os.utime(name, ns=(limit, limit), dir_fd=folder, follow_symlinks=False)
+            if stat.S_ISREG(status.st_mode):
+                size += status.st_size
+            if limit is not None and status.st_mtime_ns > limit:
+                with self.tree.parent(change.path) as (folder, name):
+                    os.utime(name, ns=(limit, limit), dir_fd=folder, follow_symlinks=False)
+        return size
 
 
 def remove_leftovers(layers: LayerDriver, root: Path) -> None:

@@ -23,7 +23,7 @@ from lazarette.runtime.images.compression import CHUNK, Encoding, Unpacked, Unpa
 from lazarette.runtime.images.errors import DigestMismatch
 from lazarette.runtime.images.model import digest_of, layer_key
 from lazarette.storage.errors import InUse
-from lazarette.storage.layers.contract import LayerDriver
+from lazarette.storage.layers.contract import CommitsInPlace, LayerDriver
 from lazarette.storage.state import State
 
 if TYPE_CHECKING:
@@ -187,13 +187,41 @@ class LayerStore:
             layer = Layer(
                 chain, parent, diff_id, source.blob, tar.encoding, tar.count, applied.size
             )
+        self._note(layer)
+        return layer
+
+    def adopt(self, parent: str | None, key: str, source: LayerBlob, size: int) -> Layer:
+        """Make an active layer of the driver one of images; it is gone under its old key.
+
+        Args:
+            parent: chain id of the layer below.
+            key: the driver's name of it; unmounted, and not used any more.
+            source: its diff, stored.
+            size: bytes of the files it adds.
+        """
+        diff_id = source.diff_id
+        chain = digest_of(f"{parent} {diff_id}".encode()) if parent else diff_id
+        with self._one_at_a_time(chain):
+            known = self.get(chain)
+            if known is None and isinstance(self.driver, CommitsInPlace):
+                self.driver.commit_as(key, layer_key(chain), size=size, diff_id=diff_id)
+                layer = Layer(
+                    chain, parent, diff_id, source.blob, source.encoding, source.tar_size, size
+                )
+                self._note(layer)
+                return layer
+            made = known or self._unpack(chain, parent, source, diff_id)
+        self.driver.remove(key)
+        return made
+
+    def _note(self, layer: Layer) -> None:
         with self._state.write() as db:
             db.execute(
                 "INSERT INTO image_layers VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (
-                    chain,
-                    parent,
-                    diff_id,
+                    layer.chain,
+                    layer.parent,
+                    layer.diff_id,
                     layer.blob.digest,
                     layer.encoding.value,
                     layer.blob.size,
@@ -201,7 +229,6 @@ class LayerStore:
                     layer.size,
                 ),
             )
-        return layer
 
     def remove_unused(self, used: Collection[str]) -> list[str]:
         """Remove layers no image uses; those still under a container stay for later.

@@ -66,6 +66,12 @@ class BtrfsLayerDriver(FullLayerDriver):
         with beneath.opened(self._tree(key)) as tree:
             btrfs.set_read_only(tree, True)
 
+    def commit_as(self, key: str, new_key: str, *, size: int, diff_id: str) -> None:
+        """See :meth:`CommitsInPlace.commit_as`; the subvolume becomes read-only too."""
+        super().commit_as(key, new_key, size=size, diff_id=diff_id)
+        with beneath.opened(self._tree(new_key)) as tree:
+            btrfs.set_read_only(tree, True)
+
     def _compare(self, parent: Path, own: Path) -> Iterator[Change]:
         with beneath.opened(own) as tree:
             btrfs.sync(tree)

@@ -47,7 +47,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, runtime_checkable
 
 from lazarette.storage.changes import Change
 
@@ -156,5 +156,28 @@ class LayerDriver(Protocol):
 
         Raises:
             InUse: it is mounted or others are built on it.
+        """
+        ...
+
+
+@runtime_checkable
+class CommitsInPlace(Protocol):
+    """An ability some drivers have: an active layer becomes what applying its own diff
+    would make, without copying anything."""
+
+    def commit_as(self, key: str, new_key: str, *, size: int, diff_id: str) -> None:
+        """Commit an unmounted active layer under another key.
+
+        Killed meanwhile, it is there under the old key or under the new one.
+
+        Args:
+            key: the active layer.
+            new_key: a key that is free.
+            size: what ``apply`` would report.
+            diff_id: SHA-256 of the layer's diff.
+
+        Raises:
+            InUse: it is mounted.
+            NameTaken: the new key is taken.
         """
         ...

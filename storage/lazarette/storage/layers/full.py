@@ -93,6 +93,12 @@ class FullLayerDriver(ABC):
         """See :meth:`LayerDriver.commit`."""
         self._shelf.commit(key)
 
+    def commit_as(self, key: str, new_key: str, *, size: int, diff_id: str) -> None:
+        """See :meth:`CommitsInPlace.commit_as`."""
+        with beneath.opened(self._tree(key)) as root:
+            syscalls.syncfs(root)
+        self._shelf.commit_as(key, new_key, size, diff_id)
+
     def mount(self, key: str) -> Path:
         """See :meth:`LayerDriver.mount`."""
         return self._shelf.mount(key, lambda target: self._attach(key, target))

@@ -189,6 +189,26 @@ class Shelf:
             self._records[key] = committed
             return True
 
+    def commit_as(self, key: str, new_key: str, size: int, diff_id: str) -> None:
+        """Mark an active layer committed and give it another key.
+
+        Raises:
+            InUse: it is mounted.
+            NameTaken: the new key is taken.
+        """
+        with self.lock:
+            record = self.record(key)
+            if self.mounted(key):
+                raise InUse(f"committing the layer {key}: it is mounted", hint="unmount it first")
+            if new_key in self._records:
+                raise NameTaken(f"committing the layer {key}: {new_key} exists already")
+            committed = LayerRecord(record.parent, True, size, diff_id)
+            files.write_atomic(self.folder(key) / "layer.json", msgspec.json.encode(committed))
+            os.rename(self.folder(key), self.folder(new_key))
+            del self._records[key]
+            self._records[new_key] = committed
+        files.sync_folder(self._layers)
+
     def remove(self, key: str) -> None:
         """Delete a layer; nothing happens if it is not there.
 

@@ -97,6 +97,14 @@ class StackedLayerDriver(ABC):
             if self._shelf.commit(key):
                 beneath.remove_path(self._shelf.folder(key) / "work")
 
+    def commit_as(self, key: str, new_key: str, *, size: int, diff_id: str) -> None:
+        """See :meth:`CommitsInPlace.commit_as`; what the layer says of the ones below stays
+        true, since its parent stays the same."""
+        with beneath.opened(self._shelf.folder(key) / "diff") as root:
+            syscalls.syncfs(root)
+        beneath.remove_path(self._shelf.folder(key) / "work")
+        self._shelf.commit_as(key, new_key, size, diff_id)
+
     # ---- mounting
 
     def mount(self, key: str) -> Path:
