@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lazarette.storage.clock import NANOSECONDS, Clock, SystemClock
 from lazarette.storage.errors import MissingFeature
-from lazarette.storage.process import run
+from lazarette.storage.process import CommandFailed, run
 
 DEFAULT_CACHE = Path("/var/cache/lazarette/rootfs")
 MAX_AGE = 7 * 24 * 3600
@@ -123,8 +123,11 @@ def cached_rootfs(
     with (cache / f"{wanted.key()}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         now_ns = (clock or SystemClock()).now_ns()
-        if not tar.exists() or now_ns - tar.stat().st_mtime_ns > max_age * NANOSECONDS:
+        if not tar.exists():
             _make(wanted, tar)
+        elif now_ns - tar.stat().st_mtime_ns > max_age * NANOSECONDS:
+            with suppress(CommandFailed, MissingFeature):
+                _make(wanted, tar)
     return tar
 
 

@@ -41,7 +41,6 @@ _AFTER = (
     ' "$1"/usr/share/postgresql/[0-9]*/postgresql.conf.sample',
     'mkdir -p "$1/docker-entrypoint-initdb.d"',
     f'install -d -o 999 -g 999 -m 1777 "$1{DATA}"',
-    'install -d -o 999 -g 999 -m 3777 "$1/run/postgresql"',
     'chown 999:999 "$1/var/lib/postgresql"',
 )
 
@@ -107,7 +106,7 @@ def build(
 
 
 def _scripts() -> bytes:
-    """The layer with the entry point; the same bytes every time."""
+    """The layer with the entry point and the socket's folder; the same bytes every time."""
     source = resources.files("lazarette.runtime.images") / "files" / "postgres-entrypoint.sh"
     script = source.read_bytes()
     packed = io.BytesIO()
@@ -115,6 +114,10 @@ def _scripts() -> bytes:
         entry = tarfile.TarInfo("usr/local/bin/docker-entrypoint.sh")
         entry.size, entry.mode = len(script), 0o755
         tar.addfile(entry, io.BytesIO(script))
+        # mmdebstrap empties /run, so the folder of the socket comes in this layer.
+        sockets = tarfile.TarInfo("run/postgresql")
+        sockets.type, sockets.mode, sockets.uid, sockets.gid = tarfile.DIRTYPE, 0o3777, 999, 999
+        tar.addfile(sockets)
     return packed.getvalue()
 
 
