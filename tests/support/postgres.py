@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import socket
 import subprocess
@@ -14,14 +15,21 @@ from pathlib import Path
 
 from tests.support.daemon import Daemon
 
+from lazarette.runtime.images import postgres
+
 IMAGE = "postgres:latest"
 _DATA = "/var/lib/postgresql/data"
 _PATIENCE_S = 60.0
+_ENTRY_POINT = "postgres-entrypoint.sh"
 
 
 def archive() -> Path:
     """The image as a docker archive, made once on this machine."""
-    path = Path(tempfile.gettempdir()) / "lazarette-tests" / "postgres.tar"
+    made_by = hashlib.sha256()
+    for source in (postgres.__file__, Path(postgres.__file__).parent / "files" / _ENTRY_POINT):
+        made_by.update(Path(source).read_bytes())
+    name = f"postgres-{made_by.hexdigest()[:12]}.tar"
+    path = Path(tempfile.gettempdir()) / "lazarette-tests" / name
     path.parent.mkdir(exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 from tests.support.daemon import Daemon
+from tests.support.postgres import IMAGE, archive
 
 from lazarette.runtime.images.mmdebstrap import host_suite
-from lazarette.runtime.images.postgres import build
 from lazarette.storage.errors import LazaretteError
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("postgres-image")]
-
-IMAGE = "postgres:tests"
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +23,11 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         host_suite()
     except LazaretteError as other:
         pytest.skip(str(other))
-    build(root / "image.tar", tags=(IMAGE,))
+    image = archive()
     one = Daemon(root / "lazd")
     one.start()
     try:
-        one.docker("load", "-i", str(root / "image.tar"))
-        (root / "image.tar").unlink()
+        one.docker("load", "-i", str(image))
         yield one
     finally:
         one.end()
