@@ -157,13 +157,12 @@ class BridgeDriver:
 
     def segment(self, network: Network) -> Segment | None:
         """See the contract."""
+        versions = _versions(network)
+        pools = [pool for pool in network.spec.pools if pool.network.version in versions]
         return Segment(
             link=network.link,
-            subnets=tuple(
-                pool.subnet
-                for pool in network.spec.pools
-                if pool.network.version in _versions(network)
-            ),
+            subnets=tuple(pool.subnet for pool in pools),
+            gateways=tuple(pool.gateway for pool in pools if pool.gateway),
             internal=network.spec.internal,
             masquerade=network.option_on(OPTION_MASQUERADE),
             icc=network.option_on(OPTION_ICC),

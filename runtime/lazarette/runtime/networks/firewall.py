@@ -9,7 +9,9 @@ Semantics, of which packets can be sure:
 3. A published port answers on every address asked for, from outside, from the host's own
    loopback and from containers, its own included (hairpin).  The source is kept unless the
    answer could not find its way back: loopback, and sources in the container's own subnet.
-4. The table is replaced in one transaction.  Other tables are left alone; one that drops
+4. What containers of one network send one another is not tracked: where bridged packets
+   pass here at all, they pass at little cost.
+5. The table is replaced in one transaction.  Other tables are left alone; one that drops
    what this accepts wins, as nftables has it.
 
 Chains of a network are few and rebuilt with the table; published ports are elements of
@@ -43,6 +45,7 @@ class Segment:
     Attributes:
         link: the bridge's name.
         subnets: its addresses, CIDR.
+        gateways: the host's addresses in them.
         internal: nothing in or out.
         masquerade: give what leaves the host's address.
         icc: its containers may reach one another.
@@ -50,6 +53,7 @@ class Segment:
 
     link: str
     subnets: tuple[str, ...]
+    gateways: tuple[str, ...] = ()
     internal: bool = False
     masquerade: bool = True
     icc: bool = True
@@ -71,7 +75,7 @@ class Forward:
         six = ":" in self.target
         return ("dnat6" if six else "dnat4") + ("" if self.host_ip else "any")
 
-    def element(self) -> tuple[bytes, bytes]:
+    def element(self) -> tuple[bytes, bytes | dict[str, object]]:
         """Its key and data in that map."""
         key = b"" if not self.host_ip else ipaddress.ip_address(self.host_ip).packed
         key += struct.pack("!B3xH2x", PROTOCOLS[self.proto], self.host_port)
@@ -109,8 +113,14 @@ class Firewall:
         """
         table = self._table
         rules = _rules(table, segments)
+        jumps = [
+            (nft.interface_name(segment.link), nft.jump_data(_chain(segment)))
+            for segment in segments
+        ]
         messages = [table.make(), table.remove(), table.make(), *_sets(table, segments), *rules]
-        by_map: dict[str, list[tuple[bytes, bytes]]] = {}
+        if jumps:
+            messages.append(table.elements("inside", jumps))
+        by_map: dict[str, list[tuple[bytes, bytes | dict[str, object]]]] = {}
         for forward in forwards:
             by_map.setdefault(forward.map, []).append(forward.element())
         messages += [table.elements(name, entries) for name, entries in by_map.items()]
@@ -148,7 +158,9 @@ class Firewall:
 
 
 def _sets(table: nft.Table, segments: Sequence[Segment]) -> list[Message]:
-    names = [(nft.interface_name(segment.link), b"") for segment in segments]
+    names: list[tuple[bytes, bytes | dict[str, object]]] = [
+        (nft.interface_name(segment.link), b"") for segment in segments
+    ]
     return [*_empty_sets(table), *([table.elements("links", names)] if names else [])]
 
 
@@ -163,6 +175,7 @@ def _empty_sets(table: nft.Table) -> tuple[Message, ...]:
         table.map(3, "dnat4any", port, [four, service]),
         table.map(4, "dnat6", [six, *port], [six, service]),
         table.map(5, "dnat6any", port, [six, service]),
+        table.verdicts(6, "inside", (nft.TYPE_IFNAME, 16)),
     )
 
 
@@ -195,7 +208,14 @@ def _fixed(table: nft.Table) -> tuple[Message, ...]:
 def _loopback_guard(table: nft.Table) -> list[Message]:
     """``route_localnet`` is on for our links: keep containers off the host's loopback."""
     ours = [nft.meta(nft.META_IIFNAME), nft.lookup("links")]
-    return [table.rule("raw", nft.address_in("daddr", _LOOPBACK), ours, nft.drop())]
+    return [
+        table.rule("raw", nft.address_in("daddr", _LOOPBACK), ours, nft.drop()),
+        table.rule("raw", nft.meta(nft.META_IIFNAME), nft.lookup_verdict("inside")),
+    ]
+
+
+def _chain(segment: Segment) -> str:
+    return f"inside-{segment.link}"
 
 
 def _publishing(table: nft.Table) -> list[Message]:
@@ -240,7 +260,14 @@ def _publishing(table: nft.Table) -> list[Message]:
 @functools.lru_cache(maxsize=1024)
 def _of_segment(table: nft.Table, segment: Segment) -> tuple[Message, ...]:
     """A network's own rules: what is masqueraded, what may pass."""
-    messages = []
+    messages = [table.chain(_chain(segment))]
+    for subnet in segment.subnets:
+        ends = [*nft.address_in("saddr", subnet), *nft.address_in("daddr", subnet)]
+        four = ":" not in subnet
+        for gateway in segment.gateways:
+            if (":" not in gateway) == four:
+                ends += nft.address_in("daddr", f"{gateway}/{32 if four else 128}", inside=False)
+        messages.append(table.rule(_chain(segment), ends, nft.untracked()))
     inside = nft.interface(nft.META_OIFNAME, segment.link)
     away = nft.interface(nft.META_OIFNAME, segment.link, equal=False)
     same = nft.interface(nft.META_IIFNAME, segment.link)

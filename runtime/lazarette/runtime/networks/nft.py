@@ -58,6 +58,9 @@ REGISTER = 8
 TYPE_IPV4, TYPE_IPV6, TYPE_PROTO, TYPE_SERVICE, TYPE_IFNAME = 7, 8, 12, 13, 41
 """How ``nft list`` prints a value (``datatype.h`` of nftables)."""
 
+DATA_VERDICT = 0xFFFFFF00
+_HOST_ORDER = ("NFTNL_UDATA_SET_KEYBYTEORDER", struct.pack("=I", 1))
+
 Expression = dict[str, Any]
 
 
@@ -162,6 +165,16 @@ def lookup(name: str, *, found: bool = True, into: int = 0) -> Expression:
     return _expression("lookup", **attributes)
 
 
+def lookup_verdict(name: str) -> Expression:
+    """Do what a verdict map says for the register's value; go on if it has none."""
+    return _expression("lookup", set=name, sreg=REGISTER, dreg=0)
+
+
+def untracked() -> Expression:
+    """Keep connection tracking, and so translation, away from it."""
+    return {"attrs": [("NFTA_EXPR_NAME", "notrack")]}
+
+
 def destination_type_local() -> list[Expression]:
     """Go on only if the destination is an address of this host."""
     local = _expression("fib", dreg=REGISTER, result=3, flags=("daddr",))
@@ -175,6 +188,12 @@ def verdict(code: int, chain: str = "") -> Expression:
         attributes.append(("NFTA_VERDICT_CHAIN", chain))
     data = {"attrs": [("NFTA_DATA_VERDICT", {"attrs": attributes})]}
     return _expression("immediate", dreg=0, data=data)
+
+
+def jump_data(chain: str) -> dict[str, Any]:
+    """The data of a verdict map's element that jumps to a chain."""
+    attributes = [("NFTA_VERDICT_CODE", -3), ("NFTA_VERDICT_CHAIN", chain)]
+    return {"attrs": [("NFTA_DATA_VERDICT", {"attrs": attributes})]}
 
 
 def accept() -> Expression:
@@ -222,8 +241,10 @@ def interface_name(name: str) -> bytes:
     return name.encode().ljust(16, b"\0")
 
 
-def address_in(field: str, network: str) -> list[Expression]:
-    """Go on only if the source (``saddr``) or destination (``daddr``) is in a subnet."""
+def address_in(field: str, network: str, *, inside: bool = True) -> list[Expression]:
+    """Go on only if the source (``saddr``) or destination (``daddr``) is in a subnet, or
+    only if it is not.
+    """
     address, _, prefix = network.partition("/")
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     packed = socket.inet_pton(family, address)
@@ -235,7 +256,7 @@ def address_in(field: str, network: str) -> list[Expression]:
         *family_is(IPV4 if size == 4 else IPV6),
         payload(NETWORK, offset, size),
         masked(mask),
-        compare(packed),
+        compare(packed, equal=inside),
     ]
 
 
@@ -320,6 +341,20 @@ class Table:
         """A map from keys to data."""
         return self._set(number, name, key, data)
 
+    def verdicts(self, number: int, name: str, key: tuple[int, int]) -> Message:
+        """A map from keys in host byte order to verdicts."""
+        attributes: list[tuple[str, object]] = [
+            ("NFTA_SET_TABLE", self.name),
+            ("NFTA_SET_NAME", name),
+            ("NFTA_SET_FLAGS", ("NFT_SET_MAP",)),
+            ("NFTA_SET_KEY_TYPE", key[0]),
+            ("NFTA_SET_KEY_LEN", key[1]),
+            ("NFTA_SET_DATA_TYPE", DATA_VERDICT),
+            ("NFTA_SET_ID", number),
+            ("NFTA_SET_USERDATA", [_HOST_ORDER]),
+        ]
+        return self._message(f"map {name}", MSG_NEWSET, nft_set_msg, NLM_F_CREATE, attributes)
+
     def _set(
         self,
         number: int,
@@ -336,8 +371,7 @@ class Table:
             ("NFTA_SET_ID", number),
         ]
         if not data:  # for those who print it; the kernel does not care
-            order = ("NFTNL_UDATA_SET_KEYBYTEORDER", struct.pack("=I", 1))
-            attributes.append(("NFTA_SET_USERDATA", [order]))
+            attributes.append(("NFTA_SET_USERDATA", [_HOST_ORDER]))
         if data:
             attributes += [
                 ("NFTA_SET_DATA_TYPE", _concatenated(data)),
@@ -346,14 +380,19 @@ class Table:
         return self._message(f"set {name}", MSG_NEWSET, nft_set_msg, NLM_F_CREATE, attributes)
 
     def elements(
-        self, name: str, entries: Sequence[tuple[bytes, bytes]], *, delete: bool = False
+        self,
+        name: str,
+        entries: Sequence[tuple[bytes, bytes | dict[str, Any]]],
+        *,
+        delete: bool = False,
     ) -> Message:
-        """Entries of a set or map: (key, data), data empty for a set."""
+        """Entries of a set or map: (key, data); empty for a set, bytes, or a verdict."""
         listed = []
         for key, data in entries:
             parts: list[tuple[str, object]] = [("NFTA_SET_ELEM_KEY", _value(key))]
             if data and not delete:
-                parts.append(("NFTA_SET_ELEM_DATA", _value(data)))
+                value = _value(data) if isinstance(data, bytes) else data
+                parts.append(("NFTA_SET_ELEM_DATA", value))
             listed.append({"attrs": parts})
         attributes: list[tuple[str, object]] = [
             ("NFTA_SET_ELEM_LIST_TABLE", self.name),
