@@ -110,8 +110,7 @@ def layer_bench(kind: Kind, root: Path) -> Iterator[LayerBench]:
         yield LayerBench(kind, driver, root)
     finally:
         remove_all(driver)
-        if isinstance(driver, BtrfsLayerDriver):
-            driver.close()
+        driver.close()
         prefix = os.fsencode(root) + b"/"
         with open("/proc/self/mountinfo", "rb") as table:
             left = [line.split(b" ")[4] for line in table.read().splitlines()]

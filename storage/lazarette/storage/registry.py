@@ -177,14 +177,14 @@ def probe_volumes(root: Path) -> tuple[Finding, ...]:
 # ---- making
 
 
-_LAYERS: Mapping[str, Callable[[Path, Clock], LayerDriver]] = {
+LAYERS: Mapping[str, Callable[[Path, Clock], LayerDriver]] = {
     "overlay": OverlayLayerDriver,
     "btrfs": BtrfsLayerDriver,
     "fuse": FuseLayerDriver,
     "copy": CopyLayerDriver,
 }
 
-_VOLUMES: Mapping[str, Callable[[Path, Clock], VolumeDriver]] = {
+VOLUMES: Mapping[str, Callable[[Path, Clock], VolumeDriver]] = {
     "btrfs": BtrfsVolumeDriver,
     "overlay": OverlayVolumeDriver,
     "fuse": FuseVolumeDriver,
@@ -208,7 +208,7 @@ def open_layers(root: Path, clock: Clock, wanted: str = AUTOMATIC) -> tuple[Laye
     choice = _choose("layer", wanted, probe_layers(root))
     own = root / choice.name
     own.mkdir(exist_ok=True)
-    return _LAYERS[choice.name](own, clock), choice
+    return LAYERS[choice.name](own, clock), choice
 
 
 class VolumeDrivers(Mapping[str, VolumeDriver]):
@@ -234,20 +234,20 @@ class VolumeDrivers(Mapping[str, VolumeDriver]):
         self._opened: dict[str, VolumeDriver] = {}
 
     def __getitem__(self, name: str) -> VolumeDriver:
-        maker = _VOLUMES[name]
+        maker = VOLUMES[name]
         with self._lock:
             if name not in self._opened:
                 self._opened[name] = maker(self._root / name, self._clock)
             return self._opened[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(_VOLUMES)
+        return iter(VOLUMES)
 
     def __len__(self) -> int:
-        return len(_VOLUMES)
+        return len(VOLUMES)
 
     def __contains__(self, name: object) -> bool:
-        return name in _VOLUMES
+        return name in VOLUMES
 
     def close(self) -> None:
         """Close the drivers that were opened; volumes stay."""

@@ -47,7 +47,7 @@ class BtrfsLayerDriver(FullLayerDriver):
         )
 
     def close(self) -> None:
-        """Unmount the pool; layers stay."""
+        """See :meth:`LayerDriver.close`: unmounts the pool."""
         if self.pool is not None:
             self.pool.close()
 

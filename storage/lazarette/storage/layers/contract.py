@@ -29,6 +29,8 @@ Semantics
     L9.  ``apply`` never writes outside the layer: absolute names, ``..`` and symlinked
          parents are resolved inside it or refused.
     L10. 128 layers may be stacked.
+    L11. ``close`` lets go of what the driver itself holds (the mount of a pool); layers and
+         their mounts stay, and another process may open the driver's folder again.
 
 Example::
 
@@ -95,6 +97,10 @@ class LayerDriver(Protocol):
 
     def recover(self) -> None:
         """Undo what a killed process left half made; called once at start."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what the driver itself holds (L11)."""
         ...
 
     def prepare(self, key: str, parent: str | None) -> None:

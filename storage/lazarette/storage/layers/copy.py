@@ -34,6 +34,9 @@ class CopyLayerDriver(FullLayerDriver):
         """See :class:`LayerCapabilities`."""
         return LayerCapabilities(name="copy", copy_on_write=False, directory_rename=True)
 
+    def close(self) -> None:
+        """See :meth:`LayerDriver.close`: there is nothing to let go."""
+
     def _fill(self, parent: Path | None, staged: Path) -> None:
         tree = staged / "tree"
         tree.mkdir(mode=0o755)

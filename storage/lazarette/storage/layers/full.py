@@ -44,6 +44,10 @@ class FullLayerDriver(ABC):
         """What differs between two trees."""
 
     @abstractmethod
+    def close(self) -> None:
+        """See :meth:`LayerDriver.close`."""
+
+    @abstractmethod
     def usage(self, key: str) -> LayerUsage:
         """See :meth:`LayerDriver.usage`."""
 

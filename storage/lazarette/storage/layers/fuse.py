@@ -81,6 +81,9 @@ class FuseLayerDriver(StackedLayerDriver):
             )
         )
 
+    def close(self) -> None:
+        """See :meth:`LayerDriver.close`: there is nothing to let go."""
+
     def _stack(
         self, lower: list[Path], upper: Path | None, work: Path | None, target: Path
     ) -> None:

@@ -37,6 +37,9 @@ class OverlayLayerDriver(StackedLayerDriver):
             name="overlay", copy_on_write=True, directory_rename=True, needs=("overlay",)
         )
 
+    def close(self) -> None:
+        """See :meth:`LayerDriver.close`: there is nothing to let go."""
+
     def _stack(
         self, lower: list[Path], upper: Path | None, work: Path | None, target: Path
     ) -> None:

@@ -47,6 +47,10 @@ class StackedLayerDriver(ABC):
         """See :meth:`LayerDriver.recover`."""
         self._shelf.recover()
 
+    @abstractmethod
+    def close(self) -> None:
+        """See :meth:`LayerDriver.close`."""
+
     # ---- making
 
     def prepare(self, key: str, parent: str | None) -> None:

@@ -71,7 +71,7 @@ class ChangeSource(Enum):
     """What a driver finds changes by, and so how exact they are."""
 
     EXTENTS = "changed extents"
-    FILES = "changed files, by ctime and inode"
+    FILES = "changed files, by comparing both snapshots"
     DIRTY_RANGES = "dirty ranges"
     NONE = "none"
 
