@@ -240,7 +240,7 @@ class CopyUp:
         form = self._tree.form
         for attribute in _list_attributes(source, follow):
             key = os.fsencode(attribute)
-            if form.shown(key) is None:
+            if form.shown(key) is None and key != form.node:
                 continue
             try:
                 value = os.getxattr(source, key, follow_symlinks=follow)

@@ -349,6 +349,8 @@ class Entries:
             os.close(os.open(target, flags, 0, dir_fd=folder))
             os.setxattr(entry_path(folder, target), self._tree.form.node, b"y")
 
+        self._copyup.folder(parent)
+        self._copyup.mark_impure(parent)
         self.make(parent, name, maker)
 
 

@@ -5,14 +5,16 @@ Source: ``Documentation/filesystems/overlayfs.rst``.  A layer is an ordinary fol
 * a character device 0:0 (*whiteout*) hides the name from all layers below;
 * a folder with the xattr ``PREFIX.opaque`` = ``y`` hides all names of its lower folders;
 * a folder with ``PREFIX.redirect`` continues below under another name (``b``) or from the
-  root of the layers (``/a/b``): read here, never written (renames of lower folders: EXDEV);
+  root of the layers (``/a/b``); written only by a union with ``redirect``;
 * ``PREFIX.impure`` = ``y`` marks a folder in which some entry keeps the inode number it had
-  before copy-up.
+  before copy-up, or is a whiteout to users.
 
-PREFIX is ``trusted.overlay``, or ``user.overlay`` for a server without privileges.  Two
-xattrs of our own under the same prefix, which the kernel hides but leaves alone:
-``lazarette.ino`` (inode number before copy-up, 8 bytes little-endian) and ``lazarette.links``
-(links of an indexed file that are not links on disk, 8 bytes signed little-endian).
+PREFIX is ``trusted.overlay``, or ``user.overlay`` for a server without privileges.  Xattrs of
+our own under the same prefix, which the kernel hides but leaves alone: ``lazarette.ino``
+(inode number before copy-up, 8 bytes little-endian), ``lazarette.links`` (links of an indexed
+file that are not links on disk, 8 bytes signed little-endian) and ``lazarette.whiteout`` (an
+empty file without permissions that users see as a character device 0:0: they stacked an
+overlay on this union).
 """
 
 from __future__ import annotations

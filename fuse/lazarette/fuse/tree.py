@@ -235,7 +235,10 @@ class Tree:
             return os.stat(self.top_fd(node))
         assert isinstance(node, File)
         fd, name, follow = self.locate(node)
-        return os.stat(name, dir_fd=fd, follow_symlinks=follow)
+        st = os.stat(name, dir_fd=fd, follow_symlinks=follow)
+        if node.kind == stat.S_IFCHR and stat.S_ISREG(st.st_mode):
+            return seen_as_whiteout(st)
+        return st
 
     def open(self, node: File, flags: int) -> int:
         """Open the real file; ``flags`` without O_CREAT."""
@@ -271,6 +274,8 @@ class Tree:
             else:
                 if is_whiteout(st):
                     return None
+                if _bare(st):
+                    st = self._as_seen(st, layers.entry_path(self.upper_fd(parent), name))
                 found = Found(st, UPPER)
                 if self.stack.lowers and stat.S_ISDIR(st.st_mode):
                     self._merge_upper(parent, name, found)
@@ -286,11 +291,17 @@ class Tree:
                 continue
             if is_whiteout(st):
                 return None
+            if _bare(st):
+                st = self._as_seen(st, layers.entry_path(self.lower_fd(parent, index), name))
             found = Found(st, index)
             if stat.S_ISDIR(st.st_mode):
                 found.lowers, found.bottom = self._descend(parent.lowers[index:], name)
             return found
         return None
+
+    def _as_seen(self, st: os.stat_result, path: bytes) -> os.stat_result:
+        """Attributes of a file that may stand for a whiteout made by a user of the union."""
+        return seen_as_whiteout(st) if self.form.read(path, self.form.node) else st
 
     def _candidates(self, parent: Dir, name: bytes) -> Sequence[int]:
         """Lower folders that may hold a name; exact when the folder merges many."""
@@ -447,7 +458,7 @@ class Tree:
             return known, st
         node = File(self.new_number(), ino, stat.S_IFMT(st.st_mode), real)
         node.add_name(parent, name, in_upper)
-        node.origin = origin or indexed is not None
+        node.origin = origin or indexed is not None or is_whiteout(st)
         if indexed is not None:
             node.index = index
             links = self.form.read_links(layers.entry_path(self.index, index))
@@ -528,6 +539,18 @@ class Tree:
                 if impure:
                     merged.add(name)
                 listing.put(name, self.stack.number(layer, entry.inode()), kind)
+
+
+def _bare(st: os.stat_result) -> bool:
+    """Whether a file may stand for something else: empty, and without any permission."""
+    return st.st_size == 0 and st.st_mode == stat.S_IFREG
+
+
+def seen_as_whiteout(st: os.stat_result) -> os.stat_result:
+    """The attributes with the type of a whiteout: character device 0:0."""
+    times = {name: getattr(st, name) for name in ("st_atime_ns", "st_mtime_ns", "st_ctime_ns")}
+    more = {"st_blksize": st.st_blksize, "st_blocks": st.st_blocks, "st_rdev": 0}
+    return os.stat_result((stat.S_IFCHR | 0o600, *st[1:]), times | more)
 
 
 def _kind(mode: int) -> int:

@@ -1,0 +1,73 @@
+"""SIGKILL of the server under load: nothing that was reported done is lost.
+
+``LAZ_KILLS`` sets how often.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.support.unions import kill, prepare, serving
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+
+WRITER = """
+import os, sys, itertools, random
+root, seed = sys.argv[1], int(sys.argv[2])
+rng = random.Random(seed)
+try:
+    for number in itertools.count():
+        name = f"{root}/d{number % 7}/{seed}-{number}"
+        os.makedirs(os.path.dirname(name), exist_ok=True)
+        with open(name + ".tmp", "wb") as stream:
+            stream.write(b"%d" % number * 500)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.rename(name + ".tmp", name)
+        with open(f"{root}/low{rng.randrange(20)}", "ab") as stream:
+            stream.write(b"+")
+        print("done", number, flush=True)
+        if number % 3 == 0:
+            os.unlink(name)
+            print("gone", number, flush=True)
+except OSError:
+    pass
+"""
+
+
+def test_kills_under_load_lose_nothing(tmp_path: Path) -> None:
+    union = prepare(tmp_path, lowers=1)
+    for number in range(20):
+        (union.lower() / f"low{number}").write_bytes(b"x" * 400_000)
+    rng = random.Random(5)
+    sizes = dict.fromkeys(range(20), 400000)
+    with serving(union):
+        for round_number in range(int(os.environ.get("LAZ_KILLS", "4"))):
+            command = [sys.executable, "-c", WRITER, str(union.root), str(round_number)]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+                time.sleep(0.2 + rng.random() * 0.4)
+                kill(union.mounted.status().pid)
+                output, _ = writer.communicate(timeout=60)
+            union.mounted.ensure()
+            done = {int(line.split()[1]) for line in output.splitlines() if line[:4] == "done"}
+            gone = {int(line.split()[1]) for line in output.splitlines() if line[:4] == "gone"}
+            assert done, "the writer got nowhere: the kill tested nothing"
+            for number in done:
+                path = union.root / f"d{number % 7}" / f"{round_number}-{number}"
+                if number in gone:
+                    assert not path.exists()
+                elif number + 1 in done:  # the last one may be on its way out
+                    assert path.read_bytes() == b"%d" % number * 500
+            for number, size in sizes.items():
+                now = (union.root / f"low{number}").stat().st_size
+                assert now >= size
+                sizes[number] = now
+                assert set((union.root / f"low{number}").read_bytes()) <= set(b"x+")
+            leftovers = [name for name in os.listdir(tmp_path / "work/tmp") if name[0] == "#"]
+            assert leftovers == []
