@@ -8,6 +8,7 @@ handed on, and a client that closes its sending side only ends stdin.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable
 from typing import TypeVar
 
@@ -20,6 +21,10 @@ from lazarette.storage.errors import InternalError
 RAW = "application/vnd.docker.raw-stream"
 MULTIPLEXED = "application/vnd.docker.multiplexed-stream"
 _HIGH_WATER = 1 << 20
+_LONGEST_HEAD = 1 << 20
+_HIJACKABLE = re.compile(rb"POST \S+/(attach(\?\S*)?|start(\?\S*)?) HTTP/1")
+_CONTENT_LENGTH = re.compile(rb"(?im)^content-length:\s*(\d+)\s*$")
+_CHUNKED = re.compile(rb"(?im)^transfer-encoding:")
 
 T = TypeVar("T")
 
@@ -27,15 +32,23 @@ T = TypeVar("T")
 class HijackProtocol(RequestHandler):
     """aiohttp's connection, which survives a half-closed client once it is hijacked.
 
+    aiohttp would read what comes right behind a request that is about to be hijacked as
+    the next request.  So the end of such a request is found here, and what follows is
+    held until it is known who gets it.
+
     Attributes:
+        hijacked: the stream the connection became.
         lost: done when the connection is gone.
     """
 
-    __slots__ = ("hijacked", "lost")
+    __slots__ = ("_beginning", "_held", "_holding", "hijacked", "lost")
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See :class:`asyncio.Protocol`."""
         self.hijacked: RawStream | None = None
+        self._beginning = b""
+        self._held = b""
+        self._holding = False
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         super().connection_made(transport)
 
@@ -46,6 +59,49 @@ class HijackProtocol(RequestHandler):
         if self.hijacked is not None:
             self.hijacked.lose()
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """See :class:`asyncio.Protocol`."""
+        if self.hijacked is not None:
+            super().data_received(data)
+        elif self._holding:
+            self._held += data
+        elif self._current_request is not None or self._messages:
+            super().data_received(data)  # the body of the request being answered
+        else:
+            self._begin_request(self._beginning + data)
+
+    def _begin_request(self, data: bytes) -> None:
+        self._beginning = b""
+        line, newline, _ = data.partition(b"\r\n")
+        if newline and not _HIJACKABLE.match(line):
+            super().data_received(data)
+            return
+        head, complete, rest = data.partition(b"\r\n\r\n")
+        if not complete and len(data) < _LONGEST_HEAD and _is_request(data):
+            self._beginning = data
+            return
+        length = _CONTENT_LENGTH.search(head)
+        if not complete or _CHUNKED.search(head):
+            super().data_received(data)
+            return
+        size = int(length[1]) if length else 0
+        self._holding, self._held = True, rest[size:]
+        super().data_received(head + complete + rest[:size])
+
+    def take_held(self) -> bytes:
+        """What came behind the request; from now on it is no longer held."""
+        held, self._held, self._holding = self._held, b"", False
+        return held
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """See aiohttp; a request that was not hijacked after all is followed by others."""
+        done = await super().finish_response(request, resp, start_time)
+        if self._holding and (held := self.take_held()):
+            super().data_received(held)
+        return done
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep sending after the client's end when the connection is hijacked."""
@@ -166,6 +222,11 @@ class HijackedResponse(web.StreamResponse):
         """Nothing: the connection is closed behind it."""
 
 
+def _is_request(data: bytes) -> bool:
+    """Whether some bytes may begin a request."""
+    return b"POST ".startswith(data[:5])
+
+
 def hijack(call: Call, multiplexed: bool) -> RawStream:
     """Take the connection of a request over.
 
@@ -188,6 +249,8 @@ def hijack(call: Call, multiplexed: bool) -> RawStream:
     transport.write(head.encode())
     protocol.hijacked = raw
     protocol.set_parser(raw)  # type: ignore[arg-type]
+    if held := protocol.take_held():
+        raw.feed_data(held)
     return raw
 
 

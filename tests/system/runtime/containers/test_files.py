@@ -39,7 +39,10 @@ def volume(host: Host) -> Iterator[str]:
     host.daemon.docker("volume", "rm", "-f", name)
 
 
-LOOK = "cd /data && stat -c '%n %a %u:%g %F %h' . * && cat file && readlink dangling"
+LOOK = (
+    "cd /data && stat -c '%n %a %u:%g %F' . * && stat -c %h one two && cat file && "
+    "readlink dangling"
+)
 
 
 def test_copy_up(host: Host, odd: str, volume: str) -> None:
