@@ -6,7 +6,8 @@ Each round runs pgbench (8 clients, fsync on, checksums on) on every subject in 
 undisturbed, then with a snapshot taken and kept every four seconds, so that a slow minute
 of the machine hits all of them.  Numbers are medians over rounds; ratios are to the folder
 on the host's own filesystem in the same run.  The gate is the cgroup freezer, as for
-containers.  Needs root and a PostgreSQL server (``postgresql-15`` or later).
+containers.  A pause is how long writers were held; where nobody is held (atomic snapshots)
+it is the longest single write to the volume while the snapshot was taken.  Needs root and a PostgreSQL server (``postgresql-15`` or later).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +33,8 @@ from pathlib import Path
 from lazarette.storage import process
 from lazarette.storage.clock import SystemClock
 from lazarette.storage.volumes.btrfs import BtrfsVolumeDriver
-from lazarette.storage.volumes.contract import VolumeDriver
+from lazarette.storage.volumes.contract import SnapshotInfo, SnapshotKind, VolumeDriver
+from lazarette.storage.volumes.fuse import FuseVolumeDriver
 from lazarette.storage.volumes.overlay import OverlayVolumeDriver
 
 AS_POSTGRES = ("setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups")
@@ -61,6 +64,7 @@ SUBJECTS = (
         {"nodatacow": "true"},
     ),
     Subject("overlay", lambda root: OverlayVolumeDriver(root, SystemClock())),
+    Subject("fuse", lambda root: FuseVolumeDriver(root, SystemClock())),
 )
 
 
@@ -99,6 +103,36 @@ class Freezer:
                 return
             except OSError:
                 time.sleep(0.05)
+
+
+class Probe:
+    """Writes to a volume all the time and remembers how long each write took."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "probe"
+        self._stop = threading.Event()
+        self._writes: list[tuple[float, float]] = []
+        self._thread = threading.Thread(target=self._work)
+
+    def _work(self) -> None:
+        with open(self._path, "wb", buffering=0) as file:
+            while not self._stop.wait(0.001):
+                started = time.monotonic()
+                os.pwrite(file.fileno(), b"x" * 4096, 0)
+                self._writes.append((started, time.monotonic()))
+
+    def __enter__(self) -> Probe:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def longest_ms(self, began: float, ended: float) -> float:
+        """The longest write that overlaps a time."""
+        took = [end - start for start, end in self._writes if end >= began and start <= ended]
+        return max(took, default=0.0) * 1000
 
 
 def _binaries() -> Path:
@@ -196,9 +230,15 @@ def measure(subject: Subject, root: Path, seconds: int, scale: int) -> None:
                 last = time.monotonic()
                 taken.append(f"s{len(taken)}")
                 info = driver.snapshot("db", taken[-1], gate)
-                subject.pauses_ms.append(info.pause_ns / 1e6)
+                windows.append((last, time.monotonic(), info))
 
-            subject.held.append(pgbench(sockets, seconds, snapshot))
+            windows: list[tuple[float, float, SnapshotInfo]] = []
+            with Probe(folder) as probe:
+                subject.held.append(pgbench(sockets, seconds, snapshot))
+            for began, ended, info in windows:
+                atomic = info.kind is SnapshotKind.ATOMIC
+                pause = probe.longest_ms(began, ended) if atomic else info.pause_ns / 1e6
+                subject.pauses_ms.append(pause)
         if driver is not None and taken:
             started = time.monotonic()
             driver.clone("db", taken[-1], "copy")

@@ -166,14 +166,14 @@ class _Tree:
     def paths(self, number: int) -> list[bytes]:
         """Every path of an inode."""
         found: list[bytes] = []
-        for item in self._items(number, Item.INODE_REF, _SCAN_BUFFER):
+        for item in self._items(number, Item.INODE_REF, _POINT_BUFFER):
             position = 0
             while position < len(item.data):
                 length = struct.unpack_from("=H", item.data, position + 8)[0]
                 name = item.data[position + 10 : position + 10 + length]
                 found.append(_join(self.folder_path(item.offset), name))
                 position += 10 + length
-        for item in self._items(number, Item.INODE_EXTREF, _SCAN_BUFFER):
+        for item in self._items(number, Item.INODE_EXTREF, _POINT_BUFFER):
             position = 0
             while position < len(item.data):
                 parent, _, length = struct.unpack_from("=QQH", item.data, position)
@@ -193,19 +193,21 @@ class _Tree:
         """The extent items of a file in order, inline ones with address 0."""
         parts: list[npt.NDArray[np.void]] = []
         start = 0
+        size = _POINT_BUFFER
         while True:
             raw = btrfs.search_raw(
                 self._descriptor,
                 0,
                 (number, Item.EXTENT_DATA, start),
                 (number, Item.EXTENT_DATA, (1 << 64) - 1),
-                buffer_size=_EXTENT_BUFFER,
+                buffer_size=size,
             )
-            if not raw:
-                break
-            part = _extent_items(raw)
-            parts.append(part)
-            start = int(part["logical"][-1]) + 1
+            if raw:
+                parts.append(_extent_items(raw))
+                start = int(parts[-1]["logical"][-1]) + 1
+            if len(raw) + 2 * _EXTENT_ITEM.itemsize < size:
+                break  # it would have held more
+            size = _EXTENT_BUFFER  # a large file; a large buffer costs a millisecond to make
         return np.concatenate(parts) if parts else np.zeros(0, _EXTENT_ITEM)
 
 
