@@ -9,6 +9,7 @@ Needs ``restic`` in the path.  Inputs and repositories are made under ``LAZ_BENC
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -153,9 +154,12 @@ def main() -> None:
 def _changes(bench: Bench, folder: Path) -> None:
     record = ROOT / "changed.json"
 
+    seeds = itertools.count(1)
+
     def touch(share: float) -> Callable[[int], None]:
         def prepare(number: int) -> None:
-            touched = backup_inputs.touch_pages(folder, share, int(share * 1000) + number)
+            del number
+            touched = backup_inputs.touch_pages(folder, share, next(seeds))
             record.write_text(json.dumps(touched))
 
         return prepare
