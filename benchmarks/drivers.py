@@ -7,7 +7,8 @@ undisturbed, then with a snapshot taken and kept every four seconds, so that a s
 of the machine hits all of them.  Numbers are medians over rounds; ratios are to the folder
 on the host's own filesystem in the same run.  The gate is the cgroup freezer, as for
 containers.  A pause is how long writers were held; where nobody is held (atomic snapshots)
-it is the longest single write to the volume while the snapshot was taken.  Needs root and a PostgreSQL server (``postgresql-15`` or later).
+it is the longest single write to the volume while the snapshot was taken.  Needs root and a
+PostgreSQL server (``postgresql-15`` or later).
 """
 
 from __future__ import annotations
