@@ -17,7 +17,7 @@ import stat
 import tarfile
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
-from typing import BinaryIO, Protocol
+from typing import IO, BinaryIO, Protocol, cast
 
 from lazarette.storage import beneath, copying
 from lazarette.storage.errors import InvalidArgument, NoSpace
@@ -391,22 +391,41 @@ class LayerReader:
     def _content(
         self, tar: tarfile.TarFile, member: tarfile.TarInfo, folder: int, name: bytes
     ) -> None:
-        source = tar.extractfile(member)
+        source = cast(IO[bytes], tar.fileobj)
         descriptor = os.open(
             name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder
         )
         with open(descriptor, "wb", buffering=0) as target:
-            left = member.size
-            while source is not None and left:
-                block = source.read(min(left, _BLOCK))
-                if not block:
-                    raise InvalidArgument(
-                        f"applying a layer: {_shown(raw(member.name))} is cut off"
-                    )
-                write_sparse(descriptor, block, member.size - left)
-                left -= len(block)
-            target.truncate(member.size)
+            try:
+                target.truncate(member.size)
+            except OSError as refused:
+                if refused.errno not in (errno.EFBIG, errno.EINVAL):
+                    raise
+                raise InvalidArgument(
+                    f"applying a layer: {_shown(raw(member.name))} claims {member.size} bytes"
+                ) from refused
+            # A sparse member may claim any size: only the pieces it has are walked through.
+            source.seek(member.offset_data)
+            pieces = cast(list[tuple[int, int]], member.sparse or [(0, member.size)])
+            for offset, length in pieces:
+                self._piece(source, descriptor, member, offset, length)
         self._size += member.size
+
+    def _piece(
+        self, source: IO[bytes], descriptor: int, member: tarfile.TarInfo, offset: int, length: int
+    ) -> None:
+        """Copy one piece of a member's content to the same place in the file."""
+        end = offset + length
+        if not 0 <= offset <= end <= member.size:
+            raise InvalidArgument(
+                f"applying a layer: {_shown(raw(member.name))} has content outside its size"
+            )
+        while offset < end:
+            block = source.read(min(end - offset, _BLOCK))
+            if not block:
+                raise InvalidArgument(f"applying a layer: {_shown(raw(member.name))} is cut off")
+            write_sparse(descriptor, block, offset)
+            offset += len(block)
 
     def _metadata(self, folder: int, name: bytes, member: tarfile.TarInfo) -> None:
         xattrs = {

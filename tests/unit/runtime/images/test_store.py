@@ -310,3 +310,44 @@ def test_a_layer_under_a_container_stays_until_it_goes(store: ImageStore) -> Non
     assert store.layers.driver.exists(image.layer or "")
     store.layers.driver.remove("c1")
     assert store.collect() == list(image.chain)
+
+
+def sparse(size: int, pieces: list[tuple[int, bytes]]) -> bytes:
+    """A layer with one sparse file in the form of GNU tar's PAX 1.0."""
+    entry = tarfile.TarInfo("GNUSparseFile.0/holes")
+    entry.pax_headers = {
+        "GNU.sparse.major": "1",
+        "GNU.sparse.minor": "0",
+        "GNU.sparse.name": "holes",
+        "GNU.sparse.realsize": str(size),
+    }
+    numbers = [len(pieces), *(n for at, data in pieces for n in (at, len(data)))]
+    table = "".join(f"{number}\n" for number in numbers).encode()
+    table += bytes(-len(table) % tarfile.BLOCKSIZE)
+    return tar_of([(entry, table + b"".join(data for _, data in pieces))])
+
+
+def test_a_sparse_file_keeps_its_holes(store: ImageStore) -> None:
+    layer = sparse(1 << 40, [(4096, b"a" * 4096), ((1 << 39) + 512, b"b" * 512)])
+    image = import_tar(store, io.BytesIO(layer))
+    root = store.layers.driver.mount(image.layer or "")
+    try:
+        found = root / "holes"
+        assert found.stat().st_size == 1 << 40
+        assert found.stat().st_blocks * 512 < 64 * 1024
+        with found.open("rb") as opened:
+            opened.seek(4095)
+            assert opened.read(4098) == b"\0" + b"a" * 4096 + b"\0"
+            opened.seek((1 << 39) + 511)
+            assert opened.read(514) == b"\0" + b"b" * 512 + b"\0"
+    finally:
+        store.layers.driver.unmount(image.layer or "")
+
+
+def test_a_sparse_bomb_is_refused_at_once(store: ImageStore) -> None:
+    with pytest.raises(InvalidArgument, match="claims"):
+        import_tar(store, io.BytesIO(sparse(1 << 62, [(0, b"x" * 512)])))
+    for offset in (1 << 40, 1 << 62, -512):
+        with pytest.raises(InvalidArgument, match="outside its size"):
+            import_tar(store, io.BytesIO(sparse(4096, [(offset, b"x" * 512)])))
+    assert store.layers.driver.keys() == []
