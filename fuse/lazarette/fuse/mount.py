@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import errno
 import os
+import re
 import socket
 import stat
 from dataclasses import dataclass
@@ -131,18 +132,17 @@ def unmount(mountpoint: str, lazy: bool = False) -> None:
     _run_helper([*command, "--", mountpoint])
 
 
-def _unescape(field: str) -> str:
-    return field.encode("latin-1").decode("unicode_escape") if "\\" in field else field
+_ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 
 def is_mounted(mountpoint: str) -> bool:
-    """Whether a FUSE filesystem of ours is mounted there, alive or not."""
-    wanted = os.path.abspath(mountpoint)
-    with open("/proc/self/mountinfo", encoding="latin-1") as table:
+    """Whether a FUSE filesystem is mounted there, its server alive or not."""
+    wanted = os.fsencode(os.path.abspath(mountpoint))
+    with open("/proc/self/mountinfo", "rb") as table:
         for line in table:
             fields = line.split()
-            kind = fields[fields.index("-") + 1]
-            where = _unescape(fields[4]).encode("latin-1")
-            if kind.startswith("fuse.") and where == os.fsencode(wanted):
+            kind = fields[fields.index(b"-") + 1]
+            where = _ESCAPE.sub(lambda octal: bytes([int(octal[1], 8)]), fields[4])
+            if kind.startswith(b"fuse.") and where == wanted:
                 return True
     return False
