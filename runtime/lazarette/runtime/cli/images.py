@@ -12,6 +12,7 @@ import msgspec
 from lazarette.runtime.cli import output
 from lazarette.runtime.cli.client import Daemon, Json
 from lazarette.runtime.cli.context import Session, json_option, pass_session
+from lazarette.runtime.images.credentials import HUB_KEY, Credentials, DockerConfig
 from lazarette.storage.errors import InternalError
 
 
@@ -242,14 +243,30 @@ def commit(
 def login(
     session: Session, registry: str, username: str, password_stdin: bool, as_json: bool
 ) -> None:
-    """Check credentials of a registry and keep them."""
+    """Check credentials of a registry and keep them where docker keeps its own."""
     password = (
         sys.stdin.readline().rstrip("\n")
         if password_stdin
         else click.prompt("Password", hide_input=True)
     )
-    session.daemon.login(username, password, registry=registry or None, reauth=True)
+    told = cast(
+        Json, session.daemon.login(username, password, registry=registry or None, reauth=True)
+    )
+    token = str(told.get("IdentityToken") or "")
+    kept = Credentials(username=username, password="" if token else password, identitytoken=token)
+    DockerConfig().store(registry, kept)
     output.answer(as_json, {"status": "Login Succeeded"}, "Login Succeeded")
 
 
-COMMANDS = (pull, push, images, rmi, tag, load, save, import_, history, commit, login)
+@click.command("logout")
+@click.argument("registry", default="")
+@json_option
+def logout(registry: str, as_json: bool) -> None:
+    """Forget the credentials of a registry."""
+    removed = DockerConfig().erase(registry)
+    where = registry or HUB_KEY
+    told = f"Removing login credentials for {where}" if removed else f"Not logged in to {where}"
+    output.answer(as_json, {"removed": removed}, told)
+
+
+COMMANDS = (pull, push, images, rmi, tag, load, save, import_, history, commit, login, logout)

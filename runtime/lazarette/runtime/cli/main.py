@@ -20,7 +20,7 @@ _MODULES = {
         "create run ps logs exec start stop restart kill pause unpause rm wait rename top"
         " inspect cp"
     ),
-    "images": "pull push images rmi tag load save import history commit login",
+    "images": "pull push images rmi tag load save import history commit login logout",
     "build": "build builder",
     "volumes": "volume",
     "networks": "network",

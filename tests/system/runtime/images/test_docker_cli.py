@@ -223,3 +223,20 @@ def test_a_saved_image_is_read_by_tar(docker: Docker) -> None:
         names = tar.getnames()
     assert {"manifest.json", "index.json", "oci-layout"} <= set(names)
     subprocess.run(["tar", "-t"], input=packed, capture_output=True, check=True)
+
+
+def test_laz_keeps_logins_where_docker_does(docker: Docker, locked: Registry) -> None:
+    name = f"{locked.host}/laz/box:1"
+    docker("tag", "busybox", name)
+    env = {"DOCKER_CONFIG": str(docker.daemon.root / "docker-config")}
+    laz = docker.daemon.laz
+    refused = laz(
+        "login", "-u", USER, "--password-stdin", locked.host, stdin=b"wrong", env=env, check=False
+    )
+    assert refused.returncode == 10 and b"unauthorized" in refused.stderr
+    laz("login", "-u", USER, "--password-stdin", locked.host, stdin=PASSWORD.encode(), env=env)
+    laz("push", name, env=env)
+    docker("rmi", name)
+    docker("pull", "-q", name)
+    assert b"Removing login credentials" in laz("logout", locked.host, env=env).stdout
+    assert laz("pull", name, env=env, check=False).returncode != 0
