@@ -69,9 +69,11 @@ def make_context(folder: Path) -> None:
 def docker(host: str, config: Path, *arguments: str) -> None:
     """The docker command line."""
     environment = {**os.environ, "DOCKER_BUILDKIT": "0", "DOCKER_CONFIG": str(config)}
-    subprocess.run(
-        ["docker", "-H", host, *arguments], env=environment, check=True, capture_output=True
+    done = subprocess.run(
+        ["docker", "-H", host, *arguments], env=environment, check=False, capture_output=True
     )
+    if done.returncode != 0:
+        raise SystemExit(f"docker {' '.join(arguments)} failed: {done.stderr.decode()}")
 
 
 @contextmanager
@@ -144,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dockerd", type=Path, default=shutil.which("dockerd"))
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
-    root = Path(tempfile.mkdtemp(prefix="laz-bench-build-"))
+    root = Path(tempfile.mkdtemp(prefix="laz-builds-bench-"))
     try:
         with ExitStack() as until:
             ours = Daemon(root / "lazd")
