@@ -27,6 +27,7 @@ from lazarette.runtime.networks.manager import NetworkManager
 from lazarette.runtime.protection.backups import BackupService
 from lazarette.runtime.protection.describe import Describer
 from lazarette.runtime.protection.follower import PolicyFollower
+from lazarette.runtime.protection.holding import Stillness
 from lazarette.runtime.protection.images import ImageKeep
 from lazarette.runtime.protection.jobs import JobRunner
 from lazarette.runtime.protection.policies import PolicyBook
@@ -135,9 +136,11 @@ class Engine:
             StoreArchives(self.images), repositories, jobs, config.exec_root / "images"
         )
         describer = Describer(self.volumes, self.containers, self.networks, book)
+        stillness = Stillness(self.containers, self.volumes, book, self.state, self.clock)
         backups = BackupService(
             self.volumes,
             self.containers,
+            stillness,
             repositories,
             RunBook(self.state, self.clock),
             journal,
@@ -163,7 +166,15 @@ class Engine:
             self.clock,
         )
         self.protection = Protection(
-            self.volumes, repositories, backups, restores, follower, recovery, journal, jobs
+            self.volumes,
+            repositories,
+            backups,
+            restores,
+            follower,
+            recovery,
+            journal,
+            jobs,
+            stillness,
         )
 
     def _labels_of_users(self, volume: str) -> list[dict[str, str]]:

@@ -387,9 +387,7 @@ def _build(name: str, said: _Words, origin: Origin, source: str, default_zone: s
         repository=said.repository,
         copies=said.copies,
         copy_keep=parse_keep(said.copy_keep) if said.copy_keep else None,
-        consistency=ConsistencyRule(
-            said.consistency, _mode(said.mode), _hooks(said.before), _hooks(said.after)
-        ),
+        consistency=_consistency(said),
         windows=tuple(parse_window(window) for window in said.windows),
         upload=parse_rate(said.upload),
         jitter_ns=parse_duration(said.jitter) if said.jitter else 0,
@@ -429,6 +427,16 @@ def _drill(said: _Words, zone: str) -> Drill | None:
     if not said.drill or said.drill.lower() in _OFF:
         return None
     return Drill(parse_schedule(said.drill, zone), tuple(shlex.split(said.drill_command)))
+
+
+def _consistency(said: _Words) -> ConsistencyRule:
+    """The words ``pause``, ``stop`` and ``application`` are short for a mode or ``auto``."""
+    profile, mode = said.consistency.strip(), _mode(said.mode)
+    if profile in (HoldMode.PAUSE.value, HoldMode.STOP.value):
+        profile, mode = "crash", HoldMode(profile)
+    elif profile == "application":
+        profile = "auto"
+    return ConsistencyRule(profile, mode, _hooks(said.before), _hooks(said.after))
 
 
 def _mode(text: str) -> HoldMode:

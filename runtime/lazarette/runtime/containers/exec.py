@@ -132,6 +132,11 @@ class ExecSessions:
             raise ExecNotFound(reference)
         return session
 
+    def drop(self, session: ExecSession) -> None:
+        """Forget one session: of a command of our own, that nobody will ask about."""
+        self._sessions.pop(session.id, None)
+        session.container.sessions.pop(session.id, None)
+
     def forget(self, container: Container) -> None:
         """Drop the sessions of a container that is removed."""
         for session_id in container.sessions:

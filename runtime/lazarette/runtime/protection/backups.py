@@ -16,7 +16,7 @@ import logging
 import secrets
 import socket
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractAsyncContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +24,9 @@ import msgspec
 
 from lazarette.backup.jobs.changelog import write_changes
 from lazarette.backup.jobs.model import BackupJob, Failure, Progress, Request, Result
+from lazarette.backup.policy.hold import Held
 from lazarette.backup.policy.journal import Journal, Reason
+from lazarette.backup.policy.model import ConsistencyRule
 from lazarette.backup.policy.outcome import Consistency, Kind, Outcome
 from lazarette.backup.policy.outcome import Result as JournalResult
 from lazarette.runtime.events import EventBus
@@ -76,12 +78,23 @@ class KeepsImages(Protocol):
         ...
 
 
+class HoldsStill(Protocol):
+    """Holds the users of volumes still, as a policy says."""
+
+    def still(
+        self, run: int, volumes: Sequence[str], rule: ConsistencyRule | None
+    ) -> AbstractAsyncContextManager[Held]:
+        """Hold them while the block runs."""
+        ...
+
+
 class BackupService:
     """Runs backups.
 
     Args:
         volumes: the volumes.
-        writers: holds those who write them.
+        writers: holds those who write them, for the instant of a snapshot.
+        stillness: holds them as a policy says.
         repositories: where to.
         runs: the record of what is under way.
         journal: the history.
@@ -97,6 +110,7 @@ class BackupService:
         self,
         volumes: VolumeManager,
         writers: Writers,
+        stillness: HoldsStill,
         repositories: RepositoryBook,
         runs: RunBook,
         journal: Journal,
@@ -109,6 +123,7 @@ class BackupService:
     ) -> None:
         self._volumes = volumes
         self._writers = writers
+        self._stillness = stillness
         self._repositories = repositories
         self.runs = runs
         self._journal = journal
@@ -119,6 +134,7 @@ class BackupService:
         self._events = events
         self._clock = clock
         self._busy: set[str] = set()
+        self._warnings: dict[str, list[str]] = {}
         self._adopted: set[asyncio.Task[None]] = set()
         scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -129,12 +145,14 @@ class BackupService:
         repository: str = "",
         policy: str = "",
         reason: Reason = Reason.ASKED,
+        rule: ConsistencyRule | None = None,
         labels: dict[str, str] | None = None,
         show: Show = lambda volume, progress: None,
     ) -> list[Run]:
         """Back up volumes as they are at one instant; returns when all jobs have ended.
 
         Raises:
+            HookFailed, ProfileFailed: they could not be held as ``rule`` says.
             VolumeNotFound: one of them does not exist.
             RepositoryUnknown: no such repository.
             BackupRunning: one of them is being backed up.
@@ -146,20 +164,27 @@ class BackupService:
             group = secrets.token_hex(8)
             local = LOCAL_PREFIX + group
             ids = {volume: secrets.token_hex(16) for volume in volumes}
+            numbers = []
             for volume, run_id in ids.items():
                 number = self._journal.begin(policy, volume, Kind.BACKUP, reason)
+                numbers.append(number)
                 trigger = policy or "manual"
                 self.runs.begin(run_id, volume, known.name, trigger, local, number)
             try:
-                taken = await asyncio.to_thread(self._snapshot, volumes, local)
+                async with self._stillness.still(numbers[0], volumes, rule) as held:
+                    taken = await asyncio.to_thread(self._snapshot, volumes, local)
             except LazaretteError as error:
                 for run_id in ids.values():
                     await self._finish(run_id, _failed(error))
                 raise
             for volume, info in taken.items():
                 self.runs.snapshot_taken(
-                    ids[volume], info.pause_ns, info.created_ns, consistency(info)
+                    ids[volume],
+                    max(info.pause_ns, held.held_ns),
+                    info.created_ns,
+                    held.consistency(atomic=info.kind is not SnapshotKind.UNSAFE).value,
                 )
+                self._warnings[ids[volume]] = list(held.warnings)
             await asyncio.gather(
                 *(self._ship(ids[volume], labels or {}, show) for volume in volumes)
             )
@@ -252,6 +277,9 @@ class BackupService:
         return "", ""
 
     async def _finish(self, run_id: str, result: Result) -> None:
+        result.warnings = self._warnings.pop(run_id, []) + result.warnings
+        if result.outcome == "ok" and result.warnings:
+            result.outcome = "warnings"
         self.runs.end(run_id, result)
         await asyncio.to_thread(self._tidy, run_id)
         run = self.runs.get(run_id)
@@ -281,11 +309,6 @@ class BackupService:
                 continue
             self.runs.release_base(old.id)
         self._jobs.discard(run.id)
-
-
-def consistency(info: SnapshotInfo) -> str:
-    """What a snapshot may be called: one instant is ``crash`` consistent, else nothing is."""
-    return "none" if info.kind is SnapshotKind.UNSAFE else "crash"
 
 
 def outcome_of(run: Run) -> Outcome:

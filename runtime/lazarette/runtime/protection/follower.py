@@ -171,6 +171,7 @@ class PolicyFollower:
                 repository=self._repository(policy),
                 policy=policy.name,
                 reason=reason,
+                rule=policy.consistency,
             )
         except LazaretteError as error:
             log.error("policy %s: %s", policy.name, error)

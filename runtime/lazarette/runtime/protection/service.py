@@ -10,6 +10,7 @@ from lazarette.backup.policy.journal import Journal
 from lazarette.backup.policy.journal import Protection as VolumeState
 from lazarette.runtime.protection.backups import BackupService
 from lazarette.runtime.protection.follower import PolicyFollower
+from lazarette.runtime.protection.holding import Stillness
 from lazarette.runtime.protection.jobs import JobRunner
 from lazarette.runtime.protection.recovery import HostRecovery
 from lazarette.runtime.protection.repositories import RepositoryBook
@@ -39,6 +40,7 @@ class Protection:
         recovery: HostRecovery,
         journal: Journal,
         jobs: JobRunner,
+        stillness: Stillness,
     ) -> None:
         self._volumes = volumes
         self.repositories = repositories
@@ -48,9 +50,11 @@ class Protection:
         self.recovery = recovery
         self._journal = journal
         self._jobs = jobs
+        self._stillness = stillness
 
     async def start(self) -> None:
         """Take up what an earlier daemon left, then follow the policies."""
+        await self._stillness.start()
         await self.restores.recover()
         await self.backups.recover()
         await self.policies.start()
@@ -58,6 +62,7 @@ class Protection:
     async def stop(self) -> None:
         """Follow no policy any more; running jobs go on by themselves."""
         await self.policies.stop()
+        await self._stillness.stop()
         self.repositories.close()
 
     async def run_job(self, repository: str, job: Job, show: Callable[[Progress], None]) -> Result:

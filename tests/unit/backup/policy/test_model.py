@@ -6,6 +6,7 @@ import pytest
 
 from lazarette.backup.policy.durations import format_duration, parse_duration, parse_size
 from lazarette.backup.policy.model import (
+    ConsistencyRule,
     HoldMode,
     Hook,
     Origin,
@@ -137,6 +138,12 @@ def test_which_policy_counts() -> None:
     assert name(Volume("a"), [ours]) == "nothing"
     assert name(Volume("a", {"tier": "gold", "owner": "x"}), [gold]) == "gold FILE"
     assert name(Volume("a", {"tier": "gold"}), [gold]) == "nothing"
+
+
+def test_short_words_for_consistency() -> None:
+    assert word("a", volumes=["a"]).consistency == ConsistencyRule()
+    assert word("a", volumes=["a"], consistency="stop").consistency.mode is HoldMode.STOP
+    assert word("a", volumes=["a"], consistency="application").consistency.profile == "auto"
 
 
 def test_durations_and_sizes() -> None:
