@@ -74,7 +74,7 @@ class Freezer:
 
     def __init__(self) -> None:
         base = next(path for path in FREEZERS if (path / "cgroup.procs").exists())
-        self._group = base / f"laz-bench-{secrets.token_hex(4)}"
+        self._group = base / f"laz-drivers-{secrets.token_hex(4)}"
         self._group.mkdir()
         self._first = (self._group / "freezer.state").exists()
 
@@ -149,7 +149,7 @@ def database(folder: Path, gate: Freezer, scale: int) -> Iterator[Path]:
     programs = _binaries()
     data = folder / "data"
     fresh = not data.exists()
-    sockets = Path(tempfile.mkdtemp(prefix="laz-bench-"))
+    sockets = Path(tempfile.mkdtemp(prefix="laz-drivers-"))
     shutil.chown(sockets, "postgres")
     if fresh:
         data.mkdir(mode=0o700)
@@ -184,7 +184,7 @@ def database(folder: Path, gate: Freezer, scale: int) -> Iterator[Path]:
     finally:
         server.send_signal(signal.SIGINT)
         server.wait()
-        shutil.rmtree(sockets)
+        shutil.rmtree(sockets, ignore_errors=True)
 
 
 def pgbench(sockets: Path, seconds: int, meanwhile: Callable[[], None]) -> float:
@@ -284,7 +284,7 @@ def main() -> None:
     for number in range(chosen.rounds):
         for subject in subjects:
             # a fresh folder each time: ext4 is slow where many files were deleted
-            root = Path(tempfile.mkdtemp(prefix="laz-bench-drivers-", dir=chosen.root))
+            root = Path(tempfile.mkdtemp(prefix="laz-drivers-", dir=chosen.root))
             os.chmod(root, 0o755)
             try:
                 measure(subject, root, chosen.seconds, chosen.scale)

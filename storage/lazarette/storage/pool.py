@@ -206,6 +206,11 @@ class Pool:
             host_size=outside.f_blocks * outside.f_frsize,
         )
 
+    def capacity(self) -> int:
+        """Bytes the pool can ever hold as the host is now."""
+        space = self.space()
+        return space.size if self._fixed else max(space.size, space.ceiling)
+
     def maintain(self) -> PoolSpace:
         """Grow or shrink the pool as its rules ask; the space afterwards."""
         space = self.space()

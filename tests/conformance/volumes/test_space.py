@@ -132,3 +132,16 @@ def test_v9_a_new_driver_object_keeps_the_limit(volumes: Bench) -> None:
     again.recover()
     assert again.usage(name).limit == 16 * MIB
     assert not write(root / "f", 24)
+
+
+def test_v12_a_size_beyond_the_host_is_refused(volumes: Bench) -> None:
+    if "size" not in volumes.driver.capabilities.options:
+        return
+    name = volumes.name()
+    with pytest.raises(NoSpace):
+        volumes.driver.create(name, {**volumes.options(), "size": "9p"})
+    assert not volumes.driver.exists(name)
+    volumes.driver.create(name, {**volumes.options(), "size": "16m"})
+    with pytest.raises(NoSpace):
+        volumes.driver.resize(name, 9 << 50)
+    assert volumes.driver.usage(name).limit == 16 * MIB

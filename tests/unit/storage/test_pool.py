@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,3 +112,20 @@ def test_a_pool_never_promises_what_the_host_has_not() -> None:
 def test_a_pool_does_not_grow_by_crumbs() -> None:
     almost = _space(16 * GIB, 2 * GIB, 5 * GIB + STEP // 2, 13 * GIB)
     assert almost.wanted == 16 * GIB
+
+
+def test_the_watch_grows_a_pool_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lazarette.storage.pool.FIRST_SIZE", GIB)
+    monkeypatch.setattr("lazarette.storage.pool.WATCH_SECONDS", 0.05)
+    pool = Pool(tmp_path / "file", tmp_path / "mounted", PoolFormat.BTRFS)
+    pool.open()
+    try:
+        for _ in range(200):
+            if pool.space().size > GIB:
+                break
+            time.sleep(0.05)
+        space = pool.space()
+        assert GIB < space.size <= pool.capacity()
+        assert space.free > GIB
+    finally:
+        pool.close()

@@ -24,6 +24,7 @@ from lazarette.storage import beneath, btrfs, space, steps
 from lazarette.storage.btrfs_changes import subvolume_changes
 from lazarette.storage.changes import Change
 from lazarette.storage.clock import Clock
+from lazarette.storage.errors import NoSpace
 from lazarette.storage.pool import Pool, PoolFormat
 from lazarette.storage.syscalls import syncfs
 from lazarette.storage.volumes.contract import (
@@ -58,6 +59,7 @@ class BtrfsVolumeDriver:
 
     def __init__(self, root: Path, clock: Clock, *, pool_size: int | None = None) -> None:
         self._clock = clock
+        self._root = root
         root.mkdir(parents=True, exist_ok=True)
         self.pool: Pool | None = None
         base = root
@@ -99,6 +101,7 @@ class BtrfsVolumeDriver:
         """See :meth:`VolumeDriver.create`."""
         check_options("btrfs", options, _OPTIONS)
         limit = parse_size(options["size"]) if "size" in options else None
+        self._check_limit(name, limit)
         nodatacow = parse_flag("nodatacow", options.get("nodatacow", "false"))
         compression = parse_choice("compression", options.get("compression", "none"), _COMPRESSIONS)
 
@@ -115,6 +118,19 @@ class BtrfsVolumeDriver:
                 os.close(data)
 
         self._make(name, VolumeRecord(dict(options), limit), fill)
+
+    def _check_limit(self, name: str, limit: int | None) -> None:
+        """Refuse a limit that the host could never fill (V12)."""
+        if self.pool is not None:
+            capacity = self.pool.capacity()
+        else:
+            host = os.statvfs(self._root)
+            capacity = host.f_blocks * host.f_frsize
+        if limit is not None and limit > capacity:
+            raise NoSpace(
+                f"the volume {name}: {limit} bytes are more than the {capacity} the host can give",
+                hint="ask for less, or free space on the host",
+            )
 
     def _make(self, name: str, made: VolumeRecord, fill: Callable[[int], None]) -> None:
         if self._shelf.exists(name):
@@ -276,6 +292,7 @@ class BtrfsVolumeDriver:
     def resize(self, name: str, size: int) -> None:
         """See :meth:`VolumeDriver.resize`."""
         now = self._shelf.record(name)
+        self._check_limit(name, size)
         resized = VolumeRecord(now.options, size, now.held)
         self._shelf.update(name, resized)
         _set_limit(self._shelf.location(name), resized)

@@ -48,6 +48,16 @@ def docker_options(options: Mapping[str, str]) -> dict[str, str]:
     return plain
 
 
+def _check_limit(name: str, limit: int | None) -> None:
+    """Refuse a limit beyond the host's memory (V12)."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if limit is not None and limit > memory:
+        raise NoSpace(
+            f"the volume {name}: {limit} bytes are more than the host's memory, {memory}",
+            hint="ask for less, or take a driver that keeps volumes on a disk",
+        )
+
+
 class TmpfsVolumeDriver(TreeVolumeDriver):
     """Volumes in memory; content is lost when the host restarts.
 
@@ -92,6 +102,7 @@ class TmpfsVolumeDriver(TreeVolumeDriver):
         check_options("tmpfs", options, _OPTIONS)
         plain = docker_options(options)
         limit = parse_size(plain["size"]) if "size" in plain else None
+        _check_limit(name, limit)
         for key in ("uid", "gid"):
             if not plain.get(key, "0").isdigit():
                 raise InvalidArgument(f"option {key}: {plain[key]!r} is no number")
@@ -169,6 +180,7 @@ class TmpfsVolumeDriver(TreeVolumeDriver):
             NoSpace: the content is larger.
         """
         now = self._shelf.record(name)
+        _check_limit(name, size)
         try:
             mounts.reconfigure(self._shelf.location(name), [("size", str(size))])
         except mounts.MountFailed as refused:
