@@ -2,7 +2,9 @@
 
 Run as root: ``python benchmarks/network.py [--seconds N] [--rounds N]``.  Everything
 happens in network namespaces of its own.  Rows are measured in turn, round after round;
-the median of each is printed, and its share of the bare bridge's.
+printed are the medians of the rate and of the gigabytes moved for a second of processor
+time (sender and receiver, which on these links do all the kernel's work), and the latter's
+share of the floor's: on a machine others use too, the rate says little.
 
 - ``bare``: two namespaces on a bridge without rules, the floor.
 - ``network``: two containers on a user-defined network.
@@ -23,7 +25,7 @@ import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -41,7 +43,7 @@ PORT = 5001
 
 
 @contextmanager
-def sink(where: NetNamespace) -> Iterator[None]:
+def sink(where: NetNamespace) -> Iterator[int]:
     """A process that takes in all that is sent to it."""
     with where.entered():
         listening = socket.create_server(("0.0.0.0", PORT))
@@ -55,20 +57,29 @@ def sink(where: NetNamespace) -> Iterator[None]:
             client.close()
     listening.close()
     try:
-        yield
+        yield child
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
 
 
-def throughput(where: NetNamespace, address: str, port: int, seconds: float) -> float:
-    """Gigabytes a second from a namespace to a :func:`sink`."""
+def running(process: int) -> float:
+    """Seconds a process has been on a processor."""
+    return int(Path(f"/proc/{process}/schedstat").read_text().split()[0]) / 1e9
+
+
+def throughput(
+    where: NetNamespace, address: str, port: int, receiver: int, seconds: float
+) -> tuple[float, float]:
+    """Gigabytes from a namespace to a :func:`sink`: a second, and a processor's second."""
     with where.entered(), socket.create_connection((address, port), timeout=10) as sending:
         data = memoryview(bytes(BLOCK))
         sent, began = 0, time.perf_counter()
+        spent = time.process_time() + running(receiver)
         while (now := time.perf_counter()) - began < seconds:
             sent += sending.send(data)
-        return sent / (now - began) / 1e9
+        spent = time.process_time() + running(receiver) - spent
+        return sent / (now - began) / 1e9, sent / spent / 1e9
 
 
 def bare_bridge(stack: ExitStack) -> tuple[NetNamespace, NetNamespace]:
@@ -177,8 +188,8 @@ def starts(host: NetworkHost, count: int) -> list[float]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=2.0)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.5)
+    parser.add_argument("--rounds", type=int, default=20)
     given = parser.parse_args()
     with ExitStack() as stack:
         here = stack.enter_context(own_namespace())
@@ -193,31 +204,33 @@ def main() -> None:
         door = stack.enter_context(new_namespace())
         cable(here, "10.203.0.1", door, "10.203.0.2")
         spaces = {c: stack.enter_context(NetNamespace.at(c.path)) for c in (one, other, web)}
-        sinks = [ends[1], spaces[other], spaces[web], plain]
-        rows: dict[str, Callable[[], float]] = {
-            "bare": lambda: throughput(ends[0], "10.200.0.3", PORT, given.seconds),
-            "network": lambda: throughput(spaces[one], other.ip, PORT, given.seconds),
-            "published": lambda: throughput(door, "10.203.0.1", PORT, given.seconds),
-            "routed": lambda: throughput(plain_door, "10.201.0.2", PORT, given.seconds),
+        rows = {
+            "bare": (ends[0], "10.200.0.3", ends[1]),
+            "network": (spaces[one], other.ip, spaces[other]),
+            "published": (door, "10.203.0.1", spaces[web]),
+            "routed": (plain_door, "10.201.0.2", plain),
         }
         if shutil.which("iptables-nft"):
             docked, docked_door = routed(stack, True)
-            sinks.append(docked)
-            rows["iptables"] = lambda: throughput(docked_door, "10.202.0.1", PORT, given.seconds)
-        for each in sinks:
-            stack.enter_context(sink(each))
-        measured: dict[str, list[float]] = {name: [] for name in rows}
+            rows["iptables"] = (docked_door, "10.202.0.1", docked)
+        sinks = {name: stack.enter_context(sink(row[2])) for name, row in rows.items()}
+        rates: dict[str, list[float]] = {name: [] for name in rows}
+        costs: dict[str, list[float]] = {name: [] for name in rows}
         for _ in range(given.rounds):
-            for name, measure in rows.items():
-                measured[name].append(measure())
-        floor = {"network": "bare", "published": "iptables" if "iptables" in rows else "routed"}
-        for name, values in measured.items():
-            median = statistics.median(values)
+            for name, (sender, ip, _) in rows.items():
+                rate, cost = throughput(sender, ip, PORT, sinks[name], given.seconds)
+                rates[name].append(rate)
+                costs[name].append(cost)
+        floors = {"network": "bare", "published": "iptables" if "iptables" in rows else "routed"}
+        for name in rows:
+            floor = floors.get(name, name)
             share = statistics.median(
-                mine / base
-                for mine, base in zip(values, measured[floor.get(name, name)], strict=True)
+                mine / base for mine, base in zip(costs[name], costs[floor], strict=True)
             )
-            print(f"{name:10} {median:6.2f} GB/s  {share:5.2f} of {floor.get(name, name)}")
+            print(
+                f"{name:10} {statistics.median(rates[name]):6.2f} GB/s "
+                f"{statistics.median(costs[name]):6.2f} GB/cpu-s  {share:5.2f} of {floor}"
+            )
         took = sorted(starts(host, 30))
         print(f"start      {took[15]:6.1f} ms median, {took[0]:.1f} ms best")
 
