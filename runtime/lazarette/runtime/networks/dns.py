@@ -4,8 +4,9 @@ It answers at 127.0.0.11 for names of the container's networks and passes everyt
 on, unchanged, to the host's resolvers or to those the container was given.  Its sockets
 are opened inside the namespace and served by the thread of networks for all containers.
 
-The sockets are not on port 53, which belongs to the container: two rules in the namespace
-exchange the port numbers, without connection tracking.
+The sockets are not on port 53, which belongs to the container: rules at its loopback
+interface exchange the port numbers, without connection tracking and out of the way of all
+other traffic.
 """
 
 from __future__ import annotations
@@ -381,14 +382,16 @@ def _port_exchange(port: int, again: bool) -> tuple[nl.Message, ...]:
 
     Replacing one costs a grace period of the kernel, so it is done only ``again``.
     """
-    table = nft.Table("lazarette-dns", nft.IPV4)
+    table = nft.Table("lazarette-dns", nft.NETDEV)
     outer, inner = struct.pack("!H", PORT), struct.pack("!H", port)
     rules = []
     for protocol, checksum in ((socket.IPPROTO_UDP, 6), (socket.IPPROTO_TCP, 16)):
         for address, field_, old, new in ((16, 2, outer, inner), (12, 0, inner, outer)):
             rules.append(
                 table.rule(
-                    "output",
+                    "exchange",
+                    nft.meta(nft.META_PROTOCOL),
+                    nft.compare(struct.pack("!H", 0x0800)),
                     nft.payload(nft.NETWORK, address, 4),
                     nft.compare(socket.inet_aton(EMBEDDED)),
                     nft.meta(nft.META_L4PROTO),
@@ -402,6 +405,6 @@ def _port_exchange(port: int, again: bool) -> tuple[nl.Message, ...]:
     return (
         *((table.make(), table.remove()) if again else ()),
         table.make(),
-        table.chain("output", kind="filter", hook=nft.OUTPUT, priority=nft.PRIORITY_RAW),
+        table.chain("exchange", kind="filter", hook=nft.INGRESS, device="lo"),
         *rules,
     )

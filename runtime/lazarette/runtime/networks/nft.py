@@ -41,11 +41,19 @@ MSG_NEWSET, MSG_DELSET = 9, 11
 MSG_NEWSETELEM, MSG_GETSETELEM, MSG_DELSETELEM = 12, 13, 14
 BATCH_BEGIN, BATCH_END = 0x10, 0x11
 
-INET, IPV4, IPV6 = 1, 2, 10
+INET, IPV4, NETDEV, IPV6 = 1, 2, 5, 10
+INGRESS = 0
 PREROUTING, INPUT, FORWARD, OUTPUT, POSTROUTING = range(5)
 PRIORITY_RAW, PRIORITY_DNAT, PRIORITY_FILTER, PRIORITY_SNAT = -300, -100, 0, 100
 
-META_MARK, META_IIFNAME, META_OIFNAME, META_NFPROTO, META_L4PROTO = 3, 6, 7, 15, 16
+META_PROTOCOL, META_MARK, META_IIFNAME, META_OIFNAME, META_NFPROTO, META_L4PROTO = (
+    1,
+    3,
+    6,
+    7,
+    15,
+    16,
+)
 CT_STATE, CT_STATUS = 0, 2
 CT_ESTABLISHED, CT_RELATED, CT_INVALID = 2, 4, 1
 STATUS_DNAT = 1 << 5
@@ -299,14 +307,23 @@ class Table:
         name: list[tuple[str, object]] = [("NFTA_TABLE_NAME", self.name)]
         return self._message("remove", MSG_DELTABLE, nft_table_msg, 0, name)
 
-    def chain(self, name: str, *, kind: str = "", hook: int = 0, priority: int = 0) -> Message:
-        """A chain; with ``kind`` (``nat``, ``filter``) a base chain at a hook."""
+    def chain(
+        self, name: str, *, kind: str = "", hook: int = 0, priority: int = 0, device: str = ""
+    ) -> Message:
+        """A chain; with ``kind`` (``nat``, ``filter``) a base chain at a hook, in a table of
+        family ``NETDEV`` that of a device.
+        """
         attributes: list[tuple[str, object]] = [
             ("NFTA_CHAIN_TABLE", self.name),
             ("NFTA_CHAIN_NAME", name),
         ]
         if kind:
-            place = [("NFTA_HOOK_HOOKNUM", hook), ("NFTA_HOOK_PRIORITY", priority)]
+            place: list[tuple[str, object]] = [
+                ("NFTA_HOOK_HOOKNUM", hook),
+                ("NFTA_HOOK_PRIORITY", priority),
+            ]
+            if device:
+                place.append(("NFTA_HOOK_DEV", device))
             attributes += [
                 ("NFTA_CHAIN_HOOK", {"attrs": place}),
                 ("NFTA_CHAIN_POLICY", 1),
