@@ -25,6 +25,8 @@ from lazarette.backup.repository import patches
 
 PAGE = 8192
 _HASH = 16
+_LARGEST = 2 << 30
+"""Size of the database, bytes, beyond which it is made anew."""
 _PLACE = struct.Struct("<16sB")
 MOST_NEW = 0.5
 """Share of new pages beyond which a block is stored whole."""
@@ -77,6 +79,8 @@ class PageMaps:
         self._seed = int.from_bytes(seed, "little")
         self._lock = threading.Lock()
         self._fresh: dict[bytes, bytes] = {}
+        if file.exists() and file.stat().st_size > _LARGEST:
+            file.unlink()
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
             self._db = self._open(file)

@@ -105,6 +105,7 @@ class SmallFiles:
         name = target.entry.name
         descriptor = os.open(name, CREATE, 0o600, dir_fd=target.directory)
         try:
+            writer.metadata.prepare(descriptor, target.entry, target.path)
             write_all(descriptor, memoryview(data), 0)
             target.written = len(data)
             writer.metadata.set_open(descriptor, target.entry, target.path)

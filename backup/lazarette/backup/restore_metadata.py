@@ -62,6 +62,12 @@ class Metadata:
         """Owner and group an entry gets; -1 leaves them."""
         return self._owners.of(entry) if self._owners.keep else (-1, -1)
 
+    def prepare(self, descriptor: int, entry: Entry, path: bytes) -> None:
+        """Set what only an empty file takes: no copy-on-write, compression."""
+        wanted = 0 if entry.extra is None else entry.extra.flags & scan.EMPTY_FLAGS
+        if wanted:
+            self._flags(descriptor, wanted, scan.EMPTY_FLAGS, path)
+
     def set_open(self, descriptor: int, entry: Entry, path: bytes) -> None:
         """Set all of a file's or directory's metadata, given it open."""
         self._own(descriptor, entry, path)
@@ -72,9 +78,11 @@ class Metadata:
         extra = entry.extra
         if extra is not None or self._exact:
             self._attributes(descriptor, entry, path)
-        early = 0 if extra is None else extra.flags & ~scan.LATE_FLAGS
+        early = 0 if extra is None else extra.flags & scan.PLAIN_FLAGS
         if early or self._exact:
-            self._flags(descriptor, early, scan.KEPT_FLAGS & ~scan.LATE_FLAGS, path)
+            self._flags(descriptor, early, scan.PLAIN_FLAGS, path)
+        if entry.kind == Kind.DIRECTORY:
+            self.prepare(descriptor, entry, path)
         self._times(descriptor, entry, path)
         if extra is not None and extra.flags & scan.LATE_FLAGS:
             self._flags(descriptor, extra.flags, scan.LATE_FLAGS, path)

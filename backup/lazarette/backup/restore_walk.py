@@ -304,6 +304,7 @@ class RestoreWalk:
         target.sparse = any(part.chunk is None for part in parts)
         if found is None:
             target.descriptor = os.open(entry.name, CREATE, 0o600, dir_fd=place.descriptor)
+            self._metadata.prepare(target.descriptor, entry, target.path)
         else:
             target.descriptor = self._reopen(place, entry)
         place.outstanding += 1

@@ -24,8 +24,13 @@ KEPT_FLAGS = 0x00000010 | 0x00000020 | 0x00000040 | 0x00000080 | 0x00000008 | 0x
 """Inode flags that are kept: immutable, append, no dump, no atime, sync, dirsync …"""
 KEPT_FLAGS |= 0x00000004 | 0x00000400 | 0x00800000 | 0x20000000
 """… compress, no compression, no copy-on-write, inherit project (include/uapi/linux/fs.h)."""
+EMPTY_FLAGS = 0x00800000 | 0x00000004 | 0x00000400
+"""Of these, those that only an empty file takes on some filesystems."""
 LATE_FLAGS = 0x00000010 | 0x00000020
 """Of these, those that can only be set when all else is done: immutable, append."""
+
+PLAIN_FLAGS = KEPT_FLAGS & ~LATE_FLAGS & ~EMPTY_FLAGS
+"""The others."""
 
 _NO_XATTRS = {errno.EOPNOTSUPP, errno.ENODATA, errno.ENOENT, errno.ENOSYS}
 _INT64 = 1 << 63

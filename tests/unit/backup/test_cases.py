@@ -394,3 +394,34 @@ def test_content_reads_anywhere(tmp_path: Path) -> None:
         assert holes.read((600 << 20) - 5, 10) == bytes(5) + data[:5]
         assert holes.read((600 << 20) + len(data) - 3, 6) == data[-3:] + bytes(3)
         assert tree.lookup(b"data").kind == Kind.FILE
+
+
+def test_inode_flags_come_back(tmp_path: Path) -> None:
+    """Immutable and append-only last of all, no copy-on-write while the file is empty."""
+    with local(tmp_path) as repo, loop_filesystem(tmp_path, "btrfs", 256 << 20) as place:
+        source, target = place / "source", place / "target"
+        source.mkdir()
+        (source / "nocow").touch()
+        process.run(["chattr", "+C", str(source / "nocow")])
+        (source / "nocow").write_bytes(b"x" * 300_000)
+        (source / "dir").mkdir()
+        for name, flag in (("fixed", "+i"), ("log", "+a"), ("dir", "+d")):
+            if name != "dir":
+                (source / name).write_bytes(b"1")
+            process.run(["chattr", flag, str(source / name)])
+        try:
+            record = backup(repo, source).snapshot
+            assert bring_back(repo, record, target).warnings == ()
+            again = bring_back(repo, record, target, mode=Mode.DELTA)
+            assert again.damaged == ()
+            shown = [_flags(folder) for folder in (source, target)]
+            assert shown[0] == shown[1]
+            assert "C" in shown[0]["nocow"] and "i" in shown[0]["fixed"]
+            assert "a" in shown[0]["log"] and "d" in shown[0]["dir"]
+        finally:
+            process.run(["chattr", "-R", "-i", "-a", str(place)], check=False)
+
+
+def _flags(folder: Path) -> dict[str, str]:
+    out = process.run(["lsattr", "-d", *map(str, sorted(folder.iterdir()))]).stdout.decode()
+    return {line.split()[1].rpartition("/")[2]: line.split()[0] for line in out.splitlines()}

@@ -14,9 +14,11 @@ from lazarette.backup.repository.chunks import ChunkReader
 from lazarette.backup.repository.format import (
     CONFIG,
     INDEXES,
+    PACKS,
     VERSION,
     Crypt,
     WrongRepository,
+    id_of,
     seal,
     unseal,
 )
@@ -172,7 +174,8 @@ class Repository:
             self._marks = set(condemned)
             if self._objects is not None:
                 for stale in self._objects.names() - listed:
-                    if stale.startswith(INDEXES):
+                    gone = stale.startswith(PACKS) and not self.index.has_pack(id_of(stale))
+                    if gone or stale.startswith(INDEXES):
                         self._objects.drop(stale)
 
     def _read_into(self, index: Index, seen: set[str], without: set[bytes] | None) -> list[str]:
