@@ -20,6 +20,7 @@ maps, added and removed by themselves, so that their number costs packets nothin
 
 from __future__ import annotations
 
+import errno
 import functools
 import ipaddress
 import struct
@@ -27,6 +28,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lazarette.runtime.networks import nft
+from lazarette.runtime.networks.conntrack import forget_datagrams
 from lazarette.runtime.networks.netlink import (
     NETLINK_NETFILTER,
     Message,
@@ -143,6 +145,7 @@ class Firewall:
         """
         if forwards:
             nft.commit(self._netlink, [self._element(each, delete=False) for each in forwards])
+            self._forget_flows(forwards)
 
     def withdraw(self, forwards: Sequence[Forward]) -> None:
         """Publish them no longer; those that are not are fine."""
@@ -150,8 +153,13 @@ class Firewall:
             try:
                 nft.commit(self._netlink, [self._element(each, delete=True)])
             except NetlinkError as error:
-                if error.errno != 2:  # ENOENT: the table was flushed, the entry with it
+                if error.errno != errno.ENOENT:  # the table was flushed, the entry with it
                     raise
+        self._forget_flows(forwards)
+
+    def _forget_flows(self, forwards: Sequence[Forward]) -> None:
+        for port in {each.host_port for each in forwards if each.proto == "udp"}:
+            forget_datagrams(self._netlink, port)
 
     def _element(self, forward: Forward, *, delete: bool) -> Message:
         return self._table.elements(forward.map, [forward.element()], delete=delete)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 
 import pytest
-from tests.support.netns import Server, ask, cable, new_namespace
+from tests.support.netns import Server, ask, cable, inside, new_namespace
 from tests.support.network_host import NetworkHost
 
 from lazarette.runtime.networks.model import (
@@ -118,6 +118,32 @@ def test_follows_the_way_out(host: NetworkHost, namespace: NetNamespace) -> None
         host.manager.connect("bridge", web.id, EndpointRequest(network="bridge"))
         host.manager.disconnect("z", web.id)
         assert ask(namespace, "127.0.0.1", 8080) == "172.17.0.1"
+
+
+def test_a_sender_that_never_pauses(host: NetworkHost, namespace: NetNamespace) -> None:
+    with new_namespace() as outside:
+        cable(namespace, "198.51.100.1", outside, "198.51.100.2")
+
+        def open_() -> socket.socket:
+            made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            made.settimeout(1)
+            made.connect(("198.51.100.1", 8080))
+            return made
+
+        def answered(sender: socket.socket) -> bool:
+            try:
+                sender.send(b"?")
+                return sender.recv(100) == b"198.51.100.2"
+            except OSError:
+                return False
+
+        with inside(outside, open_) as sender:
+            assert not answered(sender)
+            for name in ("first", "second"):
+                web = host.start(name, ports=[port(80, 8080, proto="udp")])
+                with Server(web.path, 80, "udp"):
+                    assert answered(sender) or answered(sender)
+                web.stop()
 
 
 @pytest.mark.parametrize("kind", ["tcp", "udp"])
