@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TypeVar
@@ -26,7 +27,15 @@ from lazarette.runtime.builds.session import Handed, Sessions
 from lazarette.runtime.builds.usage import FILTERS, CacheUsage, PruneRequest
 from lazarette.runtime.images.credentials import from_config_header, to_header
 from lazarette.storage.clock import Clock
-from lazarette.storage.errors import Cancelled, Conflict, InvalidArgument, LazaretteError
+from lazarette.storage.errors import (
+    Cancelled,
+    Conflict,
+    InternalError,
+    InvalidArgument,
+    LazaretteError,
+)
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _BUILDKIT = "2"
@@ -88,6 +97,11 @@ class BuildRoutes:
             if talk.response is None and not isinstance(failed, StepFailed | Cancelled):
                 raise
             return await talk.fail(failed)
+        except Exception:
+            if talk.response is None:
+                raise
+            log.exception("build failed")
+            return await talk.fail(InternalError("internal error, see the daemon's log"))
         return await talk.finish(built)
 
     async def prune(self, call: Call) -> web.StreamResponse:

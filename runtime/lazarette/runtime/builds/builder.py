@@ -192,6 +192,7 @@ class Build:
         self._emit = emit
         self._sandboxes = Sandboxes()
         self._results: dict[int, Future[StageState]] = {}
+        self._late = threading.Lock()
         self._host = host()
         self._platform = parse_platform(self._options.platform) or self._host
         given = {n: v for n, v in self._options.build_args.items() if v is not None}
@@ -245,7 +246,7 @@ class Build:
     # ---- stages
 
     def _run_stages(self, plan: Plan) -> StageState:
-        ordered = Ordered(self._emit, list(plan.needed))
+        self._ordered = ordered = Ordered(self._emit, list(plan.needed))
         for number, step in enumerate(plan.arguments, 1):
             self._emit({"stream": f"Step {number}/{plan.step_count} : {step.text}\n"})
         workers = min(_PARALLEL, len(plan.needed))
@@ -269,6 +270,7 @@ class Build:
         stage = plan.stages[number]
         try:
             for need in sorted(stage.needs):
+                self._ensure(plan, need)
                 self._wait(need)
             return self._run_stage(plan, stage, ordered)
         except Cancelled:
@@ -278,6 +280,20 @@ class Build:
             raise
         finally:
             ordered.finish(number)
+
+    def _ensure(self, plan: Plan, number: int) -> None:
+        """Run a stage nobody could know to be needed: one that a trigger of the base or a
+        variable names."""
+        with self._late:
+            if number in self._results:
+                return
+            result: Future[StageState] = Future()
+            self._results[number] = result
+        try:
+            result.set_result(self._stage(plan, number, self._ordered))
+        except BaseException as failed:
+            result.set_exception(failed)
+            raise
 
     def _wait(self, number: int) -> StageState:
         try:
@@ -369,11 +385,7 @@ class Build:
             return Origin("", None, True, "the build context")
         other = stage_origin(name, stage, plan.stages, step)
         if other is not None:
-            if other.number not in self._results:
-                raise DockerfileError(
-                    f"stage {name} is named by a variable and was not built",
-                    hint="name the stage itself in --from",
-                )
+            self._ensure(plan, other.number)
             return branch_origin(self._wait(other.number), f"stage {name}")
         if name.lower() == SCRATCH:
             return Origin("scratch", None, False, SCRATCH)

@@ -152,7 +152,7 @@ def parse(text: str, file: str = "Dockerfile") -> Dockerfile:
     Raises:
         DockerfileError: with the line that is wrong.
     """
-    text = text.replace("\0", "\ufffd")
+    text = text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
     top = directives(text)
     try:
         commands = _split(text)

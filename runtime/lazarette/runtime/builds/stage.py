@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -39,7 +40,7 @@ from lazarette.runtime.builds.state import StageState
 from lazarette.runtime.builds.stubs import Stubs
 from lazarette.runtime.builds.tree import Tree
 from lazarette.runtime.builds.work import MadeLayer, Work
-from lazarette.storage.errors import LazaretteError
+from lazarette.storage.errors import LazaretteError, NoSpace
 
 _SHORT = 12
 
@@ -131,6 +132,10 @@ class StageRunner:
             if failed.http_status in (400, 404):
                 raise StepFailed(failed.message, 1, where, hint=failed.hint) from failed
             raise
+        except OSError as refused:
+            if refused.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NoSpace("building: no space left", hint="laz builder prune") from refused
+            raise StepFailed(f"the step failed: {refused}", 1, where) from refused
         self._channel.text(f" ---> {self._state.key[:_SHORT]}\n")
 
     def _step(self, step: Instruction) -> None:

@@ -191,20 +191,28 @@ def walk(top: int, prunes: Callable[[str], bool] | None = None) -> Iterator[bene
     yield from _walk_into(top, b"", prunes)
 
 
-def _walk_into(
-    folder: int, prefix: bytes, prunes: Callable[[str], bool]
-) -> Iterator[beneath.Entry]:
-    for name in sorted(os.fsencode(name) for name in os.listdir(folder)):
-        try:
-            status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-        except FileNotFoundError:
-            continue
-        path = prefix + b"/" + name if prefix else name
-        yield beneath.Entry(path, folder, name, status)
-        if not stat.S_ISDIR(status.st_mode) or prunes(os.fsdecode(path)):
-            continue
-        inner = beneath.open_folder(folder, name)
-        try:
-            yield from _walk_into(inner, path, prunes)
-        finally:
-            os.close(inner)
+def _walk_into(top: int, prefix: bytes, prunes: Callable[[str], bool]) -> Iterator[beneath.Entry]:
+    stack = [(os.dup(top), prefix, iter(_sorted_names(top)))]
+    try:
+        while stack:
+            folder, above, names = stack[-1]
+            name = next(names, None)
+            if name is None:
+                os.close(stack.pop()[0])
+                continue
+            try:
+                status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            path = above + b"/" + name if above else name
+            yield beneath.Entry(path, folder, name, status)
+            if stat.S_ISDIR(status.st_mode) and not prunes(os.fsdecode(path)):
+                inner = beneath.open_folder(folder, name)
+                stack.append((inner, path, iter(_sorted_names(inner))))
+    finally:
+        for folder, _, _ in stack:
+            os.close(folder)
+
+
+def _sorted_names(folder: int) -> list[bytes]:
+    return sorted(os.fsencode(name) for name in os.listdir(folder))

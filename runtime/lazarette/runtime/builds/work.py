@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-import threading
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,7 +98,6 @@ class Work:
         self.folder = folder
         self.id = secrets.token_hex(32)
         self.cancelled = Event()
-        self.locks = threading.Lock()
 
     def check(self) -> None:
         """Stop here if the build was cancelled."""
