@@ -17,7 +17,7 @@ from lazarette.runtime.api.hijack import (
     while_connected,
 )
 from lazarette.runtime.api.http import Call, Route, empty, json_response, stream
-from lazarette.runtime.containers import listing
+from lazarette.runtime.containers import attaching, listing
 from lazarette.runtime.containers import monitor as conmon
 from lazarette.runtime.containers.container import Container, WaitFor
 from lazarette.runtime.containers.errors import (
@@ -240,7 +240,8 @@ class ContainerRoutes:
         async def take_over() -> RawStream:
             return hijack(call, multiplexed=not tty)
 
-        await self._manager.attach(container, attach, replay, call.flag("stream"), take_over)
+        lifecycle, stays = self._manager.lifecycle, call.flag("stream")
+        await attaching.join(lifecycle, container, attach, replay, stays, take_over)
         return HijackedResponse()
 
     @staticmethod
@@ -276,7 +277,8 @@ class ContainerRoutes:
             await socket.prepare(call.request)
             return WebSocketStream(socket)
 
-        await self._manager.attach(container, attach, replay, call.flag("stream"), take_over)
+        lifecycle, stays = self._manager.lifecycle, call.flag("stream")
+        await attaching.join(lifecycle, container, attach, replay, stays, take_over)
         await socket.close()
         return socket
 

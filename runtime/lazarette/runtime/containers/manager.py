@@ -11,8 +11,7 @@ import asyncio
 import logging
 import secrets
 import shutil
-import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from lazarette.runtime.config import Config
 from lazarette.runtime.containers import (
@@ -26,7 +25,6 @@ from lazarette.runtime.containers import (
     spec,
     stats,
 )
-from lazarette.runtime.containers import monitor as conmon
 from lazarette.runtime.containers.container import Container, Places
 from lazarette.runtime.containers.errors import (
     ContainerNameTaken,
@@ -46,7 +44,6 @@ from lazarette.runtime.containers.record import Definition, State, Status
 from lazarette.runtime.containers.services import ImageSource
 from lazarette.runtime.containers.setup import Preparer
 from lazarette.runtime.containers.store import ContainerStore
-from lazarette.runtime.containers.streams import Attach, ClientStream, pump
 from lazarette.runtime.containers.supervise import Supervisor
 from lazarette.runtime.containers.watch import FolderWatch
 from lazarette.runtime.events import EventBus
@@ -452,69 +449,11 @@ class ContainerManager:
         self.lifecycle.require_running(container)
         return stats.top(self.preparer.group(container), arguments)
 
-    # ---- waiting and attaching
+    # ---- waiting
 
     async def wait(self, future: asyncio.Future[int]) -> int:
         """The exit code, once the condition of ``container.expect`` holds."""
         return await asyncio.shield(future)
-
-    async def attach(
-        self,
-        container: Container,
-        attach: Attach,
-        replay: Callable[[ClientStream], Awaitable[None]] | None,
-        stream: bool,
-        hijack: Callable[[], Awaitable[ClientStream]],
-    ) -> None:
-        """Attach a client until the run ends or the client goes.
-
-        A container that does not run is waited for: the client sees its next run from the
-        first byte.
-
-        Args:
-            container: which.
-            attach: the streams wanted.
-            replay: writes the log so far to the client.
-            stream: stay for what is to come.
-            hijack: takes over the client's connection; called once nothing can be lost.
-
-        Raises:
-            WrongState: it is paused or restarting.
-        """
-        status = container.state.status
-        if status is Status.PAUSED:
-            raise WrongState(
-                f"container {container.name} is paused, unpause the container before attach"
-            )
-        if status is Status.RESTARTING:
-            raise WrongState(
-                f"container {container.id} is restarting, wait until the container is running"
-            )
-        waiting: asyncio.Future[socket.socket | None] | None = None
-        if stream:
-            waiting = asyncio.get_running_loop().create_future()
-            if container.state.running:
-                try:
-                    waiting.set_result(conmon.connect(container.bundle))
-                except OSError:
-                    waiting.set_result(None)  # it is just ending
-            else:
-                container.waiting.append(waiting)
-        try:
-            client = await hijack()
-            self.lifecycle.emit(container, "attach")
-            if replay is not None:
-                await replay(client)
-            if waiting is None:
-                return
-            monitor = await waiting
-        finally:
-            if waiting is not None and waiting in container.waiting:
-                container.waiting.remove(waiting)
-        if monitor is None:
-            return
-        if await pump(client, monitor, attach):
-            self.lifecycle.emit(container, "detach")
 
 
 def _running_text(container: Container) -> str:

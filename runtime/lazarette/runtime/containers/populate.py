@@ -8,17 +8,15 @@ racing for the first use both find the complete content.
 from __future__ import annotations
 
 import os
-import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from lazarette.runtime.containers.container import Container
 from lazarette.runtime.containers.record import MountPoint
 from lazarette.runtime.containers.rootfs import open_in_root
-from lazarette.storage import copying
 from lazarette.storage.layers.contract import LayerDriver
+from lazarette.storage.volumes import content
 from lazarette.storage.volumes.manager import VolumeManager
 
 _locks: dict[str, threading.Lock] = {}
@@ -64,18 +62,8 @@ def _fill(root: int, point: MountPoint, volumes: VolumeManager, user: str) -> No
         with _copying_to(point.name):
             folder = volumes.mount(point.name, user)
             try:
-                _copy(source, folder)
+                content.populate(folder, source)
             finally:
                 volumes.unmount(point.name, user)
     finally:
         os.close(source)
-
-
-def _copy(source: int, folder: Path) -> None:
-    target = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        names = [name for name in os.listdir(target) if name != "lost+found"]
-        if not names and stat.S_ISDIR(os.fstat(source).st_mode):
-            copying.copy_tree(source, target)
-    finally:
-        os.close(target)
