@@ -266,7 +266,8 @@ class SystemRoutes:
                 if left <= 0 and queue.empty():
                     return
             try:
-                event = await asyncio.wait_for(queue.get(), None if left is None else max(left, 0))
+                async with asyncio.timeout(left):
+                    event = await queue.get()
             except TimeoutError:
                 return
             if until and event.time_ns > until:

@@ -157,7 +157,8 @@ class HealthChecks:
             ended = asyncio.ensure_future(asyncio.to_thread(child.wait))
             self._manager.lifecycle.emit(container, "exec_start: " + " ".join(command))
             try:
-                code = await asyncio.wait_for(asyncio.shield(ended), timeout)
+                async with asyncio.timeout(timeout):
+                    code = await asyncio.shield(ended)
             except (TimeoutError, asyncio.CancelledError) as why:
                 await asyncio.to_thread(self._end_tree, child.pid)
                 await ended

@@ -299,7 +299,8 @@ class Lifecycle:
         if number == signal.SIGKILL:
             future = container.expect(WaitFor.NOT_RUNNING)
             try:
-                await asyncio.wait_for(future, 10)
+                async with asyncio.timeout(10):
+                    await future
             except TimeoutError:
                 log.warning("container %s does not end after SIGKILL", container.name)
 
@@ -356,7 +357,8 @@ class Lifecycle:
         if container.state.status is Status.PAUSED:
             await self.unpause(container)
         try:
-            await asyncio.wait_for(asyncio.shield(ended), None if limit < 0 else limit)
+            async with asyncio.timeout(None if limit < 0 else limit):
+                await asyncio.shield(ended)
             return
         except TimeoutError:
             log.info("container %s ignores signal %d, killing it", container.name, number)
@@ -364,7 +366,8 @@ class Lifecycle:
             self._signal(container, signal.SIGKILL)
             self.emit(container, "kill", signal="9")
         try:
-            await asyncio.wait_for(asyncio.shield(ended), 10)
+            async with asyncio.timeout(10):
+                await asyncio.shield(ended)
         except TimeoutError:
             raise WrongState(
                 f"cannot stop container: {container.name}: it did not end after SIGKILL"

@@ -270,7 +270,8 @@ class ContainerLog:
                     if over:
                         return
                     try:
-                        await asyncio.wait_for(changed.wait(), 1.0)
+                        async with asyncio.timeout(1.0):
+                            await changed.wait()
                     except TimeoutError:
                         continue
             finally:

@@ -123,7 +123,8 @@ class Supervisor:
                     log.debug("rotating the log of %s: %s", container.name, gone)
                 changed.clear()
                 try:
-                    await asyncio.wait_for(changed.wait(), _ROTATION_CHECK)
+                    async with asyncio.timeout(_ROTATION_CHECK):
+                        await changed.wait()
                 except TimeoutError:
                     continue
                 await asyncio.sleep(0.05)

@@ -147,7 +147,8 @@ class PolicyFollower:
         """The policy file and labels are looked at when something changed, and now and then."""
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), _LOOK_S)
+                async with asyncio.timeout(_LOOK_S):  # wait_for may swallow a cancellation
+                    await self._changed.wait()
             self._changed.clear()
             await self.refresh()
 
