@@ -49,6 +49,7 @@ class Config(msgspec.Struct, frozen=True):
     version: int = VERSION
 
 
+_RECORDS_AT_ONCE = 10_000
 _LOOK_AGAIN_NS = 20_000_000_000
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -182,6 +183,7 @@ class Repository:
         while True:
             listed = indexes.names(self.store)
             merged = False
+            gathered: list[PackRecord] = []
             for name in listed:
                 if name in seen:
                     continue
@@ -189,10 +191,12 @@ class Repository:
                 if records is None:
                     merged = True
                     continue
-                if without:
-                    records = [record for record in records if record.pack not in without]
-                index.add(records)
+                gathered += [one for one in records if not without or one.pack not in without]
                 seen.add(name)
+                if len(gathered) > _RECORDS_AT_ONCE:
+                    index.add(gathered)
+                    gathered = []
+            index.add(gathered)
             if not merged:
                 return listed
 
