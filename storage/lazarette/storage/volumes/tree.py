@@ -180,7 +180,11 @@ class TreeVolumeDriver(ABC):
         return copy.refresh
 
     def _settle(self, name: str) -> None:
-        """Bring what is written to the content's own filesystem, writers being held."""
+        """Bring what is written to the content's own filesystem, writers being held.
+
+        Raises:
+            VolumeNotFound: it was removed meanwhile.
+        """
         self._shelf.folder(name)
 
     def _check_source(self, name: str) -> None:
