@@ -36,6 +36,7 @@ from lazarette.runtime.protection.repositories import RepositoryBook
 from lazarette.runtime.protection.restores import RestoreService
 from lazarette.runtime.protection.runs import RunBook
 from lazarette.runtime.protection.service import Protection
+from lazarette.runtime.protection.telling import Teller
 from lazarette.storage.clock import Clock
 from lazarette.storage.files import write_atomic
 from lazarette.storage.registry import AUTOMATIC, VolumeDrivers, open_layers
@@ -136,13 +137,16 @@ class Engine:
             StoreArchives(self.images), repositories, jobs, config.exec_root / "images"
         )
         describer = Describer(self.volumes, self.containers, self.networks, book)
+        runs = RunBook(self.state, self.clock)
+        teller = Teller(book, journal, runs, self.state, self.clock)
         stillness = Stillness(self.containers, self.volumes, book, self.state, self.clock)
         backups = BackupService(
             self.volumes,
             self.containers,
             stillness,
+            teller,
             repositories,
-            RunBook(self.state, self.clock),
+            runs,
             journal,
             jobs,
             describer,
@@ -175,6 +179,7 @@ class Engine:
             journal,
             jobs,
             stillness,
+            teller,
         )
 
     def _labels_of_users(self, volume: str) -> list[dict[str, str]]:

@@ -187,6 +187,21 @@ class Journal:
             rto_target_ns=rto_target_ns,
         )
 
+    def suspicious_snapshots(self, volume: str) -> set[str]:
+        """Ids of a volume's snapshots that do not count until somebody approves."""
+        rows = self._state.rows(
+            "SELECT snapshot FROM policy_runs WHERE volume = ? AND suspicious = 1", (volume,)
+        )
+        return {str(row["snapshot"]) for row in rows}
+
+    def approve(self, volume: str) -> int:
+        """A person has looked: a volume's suspicious backups count from now on; how many."""
+        with self._state.write() as db:
+            return db.execute(
+                "UPDATE policy_runs SET suspicious = 0 WHERE volume = ? AND suspicious = 1",
+                (volume,),
+            ).rowcount
+
     def fired(self, policy: str, due_ns: int) -> None:
         """Remember the last due instant that was acted on."""
         with self._state.write() as db:

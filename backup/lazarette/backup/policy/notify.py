@@ -18,7 +18,6 @@ from enum import Enum
 from urllib.parse import urlsplit
 
 import aiohttp
-import apprise
 
 from lazarette.backup.policy.durations import format_duration
 from lazarette.backup.policy.journal import Protection
@@ -158,6 +157,8 @@ async def send(urls: Sequence[str], message: Message) -> list[str]:
 
 
 def _send_to_all(urls: Sequence[str], message: Message) -> list[str]:
+    import apprise  # costs a daemon that tells nobody a third of a second at its start
+
     problems = []
     kind = apprise.NotifyType.FAILURE if message.bad else apprise.NotifyType.SUCCESS
     for url in urls:

@@ -15,6 +15,7 @@ import msgspec
 from aiohttp import web
 
 from lazarette.backup.jobs.model import CheckJob, Failure, Progress, StoreAccess
+from lazarette.backup.policy.metrics import CONTENT_TYPE
 from lazarette.runtime.api.http import Call, Route, empty, json_response, stream
 from lazarette.runtime.protection.backups import encode_run
 from lazarette.runtime.protection.restores import encode_point
@@ -129,6 +130,8 @@ class ProtectionRoutes:
             Route("DELETE", _V1 + "/policies/{volume}", self.remove_policy),
             Route("GET", _V1 + "/status", self.status),
             Route("POST", _V1 + "/recover", self.recover),
+            Route("POST", _V1 + "/volumes/{volume}/approve", self.approve),
+            Route("GET", _V1 + "/metrics", self.metrics),
         ]
 
     async def repositories(self, call: Call) -> web.StreamResponse:
@@ -243,6 +246,15 @@ class ProtectionRoutes:
     async def status(self, call: Call) -> web.StreamResponse:
         """How safe each volume is."""
         return json_response(await self._protection.status())
+
+    async def approve(self, call: Call) -> web.StreamResponse:
+        """Count a volume's suspicious backups as good."""
+        return json_response({"approved": self._protection.approve(call.path["volume"])})
+
+    async def metrics(self, call: Call) -> web.StreamResponse:
+        """Prometheus metrics."""
+        text = await asyncio.to_thread(self._protection.teller.metrics)
+        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
 
     async def recover(self, call: Call) -> web.StreamResponse:
         """Bring a host back."""

@@ -52,6 +52,20 @@ def run(
     return max(_exit_code(one) for one in runs)
 
 
+@backup.command("approve")
+@json_option
+@click.argument("volume")
+@pass_session
+def approve(session: Session, volume: str, as_json: bool) -> int:
+    """Say that a volume's suspicious backups are good: they count from now on."""
+    done = session.daemon.ask("POST", f"/volumes/{volume}/approve")
+    if as_json:
+        output.write_json(done)
+    else:
+        click.echo(f"{done['approved']} backups of {volume} count now")
+    return EXIT_OK
+
+
 def follow(session: Session, path: str, body: object, title: str, as_json: bool) -> Json:
     """Run long work in the daemon behind a progress bar; its result."""
     with output.Bar(title, quiet=as_json) as bar:

@@ -17,6 +17,7 @@ import secrets
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -88,6 +89,22 @@ class HoldsStill(Protocol):
         ...
 
 
+class Tells(Protocol):
+    """Judges runs and tells people of them."""
+
+    def judge(self, run: Run, files: int, size: int) -> list[str]:
+        """Why a backup is suspicious; nothing when it is not."""
+        ...
+
+    def began(self, volume: str) -> None:
+        """A backup of a volume begins."""
+        ...
+
+    def ended(self, volume: str, kind: Kind, outcome: Outcome) -> None:
+        """A run ended."""
+        ...
+
+
 class BackupService:
     """Runs backups.
 
@@ -95,6 +112,7 @@ class BackupService:
         volumes: the volumes.
         writers: holds those who write them, for the instant of a snapshot.
         stillness: holds them as a policy says.
+        teller: judges runs and tells people of them.
         repositories: where to.
         runs: the record of what is under way.
         journal: the history.
@@ -111,6 +129,7 @@ class BackupService:
         volumes: VolumeManager,
         writers: Writers,
         stillness: HoldsStill,
+        teller: Tells,
         repositories: RepositoryBook,
         runs: RunBook,
         journal: Journal,
@@ -124,6 +143,7 @@ class BackupService:
         self._volumes = volumes
         self._writers = writers
         self._stillness = stillness
+        self._teller = teller
         self._repositories = repositories
         self.runs = runs
         self._journal = journal
@@ -168,6 +188,7 @@ class BackupService:
             for volume, run_id in ids.items():
                 number = self._journal.begin(policy, volume, Kind.BACKUP, reason)
                 numbers.append(number)
+                self._teller.began(volume)
                 trigger = policy or "manual"
                 self.runs.begin(run_id, volume, known.name, trigger, local, number)
             try:
@@ -278,13 +299,21 @@ class BackupService:
 
     async def _finish(self, run_id: str, result: Result) -> None:
         result.warnings = self._warnings.pop(run_id, []) + result.warnings
+        begun = self.runs.get(run_id)
+        assert begun is not None
+        doubts: list[str] = []
+        if result.outcome in _DONE:
+            doubts = self._teller.judge(begun, result.files, result.bytes_total)
+            result.warnings = [f"suspicious: {doubt}" for doubt in doubts] + result.warnings
         if result.outcome == "ok" and result.warnings:
             result.outcome = "warnings"
         self.runs.end(run_id, result)
         await asyncio.to_thread(self._tidy, run_id)
         run = self.runs.get(run_id)
         assert run is not None
-        self._journal.end(run.journal, outcome_of(run))
+        outcome = replace(outcome_of(run), suspicious=bool(doubts))
+        self._journal.end(run.journal, outcome)
+        self._teller.ended(run.volume, Kind.BACKUP, outcome)
         self._events.publish(
             "backup",
             run.outcome,
@@ -319,7 +348,6 @@ def outcome_of(run: Run) -> Outcome:
         warnings=tuple(result.warnings),
         error=result.failure.message if result.failure else "",
         snapshot=run.snapshot,
-        suspicious=any("suspicious" in warning for warning in result.warnings),
         consistency=Consistency(run.consistency),
         pause_ns=run.pause_ns,
         bytes_read=result.bytes_read,

@@ -15,7 +15,6 @@ from lazarette.backup.policy.journal import Journal, Reason
 from lazarette.backup.policy.model import Policy
 from lazarette.backup.policy.retention import Decision, plan
 from lazarette.backup.policy.scheduler import Scheduler
-from lazarette.backup.repository.snapshots import SnapshotRecord
 from lazarette.runtime.events import Event, EventBus
 from lazarette.runtime.protection.backups import BackupService
 from lazarette.runtime.protection.jobs import JobRunner
@@ -74,6 +73,7 @@ class PolicyFollower:
         self._repositories = repositories
         self._jobs = jobs
         self._clock = clock
+        self._journal = journal
         self._scheduler = Scheduler(database, self._carry_out, clock, journal)
         self._members: dict[str, list[str]] = {}
         self._forgotten: dict[str, int] = {}
@@ -134,7 +134,11 @@ class PolicyFollower:
             RemovesEverything: nothing would be left.
         """
         name = self._repository(policy)
-        points = [_point(one) for one in await self._restores.points(volume, name)]
+        doubtful = self._journal.suspicious_snapshots(volume)
+        points = [
+            _Point(one.id, one.time_ns, tuple(one.tags), one.id not in doubtful)
+            for one in await self._restores.points(volume, name)
+        ]
         return plan(points, policy.keep, self._clock.now_ns(), policy.zone)
 
     # ---- what happens when
@@ -229,10 +233,6 @@ _TELLING = {
     ("container", "create"),
     ("container", "destroy"),
 }
-
-
-def _point(record: SnapshotRecord) -> _Point:
-    return _Point(record.id, record.time_ns, tuple(record.tags), "suspicious" not in record.tags)
 
 
 def _describe(volume: str, policy: Policy, next_run: str) -> dict[str, object]:

@@ -15,6 +15,7 @@ from lazarette.runtime.protection.jobs import JobRunner
 from lazarette.runtime.protection.recovery import HostRecovery
 from lazarette.runtime.protection.repositories import RepositoryBook
 from lazarette.runtime.protection.restores import RestoreService
+from lazarette.runtime.protection.telling import Teller
 from lazarette.storage.clock import rfc3339
 from lazarette.storage.volumes.manager import VolumeManager
 
@@ -28,6 +29,7 @@ class Protection:
         restores: brings volumes back.
         policies: when, and what is kept.
         recovery: brings hosts back.
+        teller: judges, counts and tells.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Protection:
         journal: Journal,
         jobs: JobRunner,
         stillness: Stillness,
+        teller: Teller,
     ) -> None:
         self._volumes = volumes
         self.repositories = repositories
@@ -51,6 +54,7 @@ class Protection:
         self._journal = journal
         self._jobs = jobs
         self._stillness = stillness
+        self.teller = teller
 
     async def start(self) -> None:
         """Take up what an earlier daemon left, then follow the policies."""
@@ -58,11 +62,13 @@ class Protection:
         await self.restores.recover()
         await self.backups.recover()
         await self.policies.start()
+        self.teller.start()
 
     async def stop(self) -> None:
         """Follow no policy any more; running jobs go on by themselves."""
         await self.policies.stop()
         await self._stillness.stop()
+        await self.teller.stop()
         self.repositories.close()
 
     async def run_job(self, repository: str, job: Job, show: Callable[[Progress], None]) -> Result:
@@ -74,6 +80,15 @@ class Protection:
             return await self._jobs.watch(started, show)
         finally:
             self._jobs.discard(job_id)
+
+    def approve(self, volume: str) -> int:
+        """Count a volume's suspicious backups as good from now on; how many there were.
+
+        Raises:
+            VolumeNotFound: there is no such volume.
+        """
+        self._volumes.get(volume)
+        return self._journal.approve(volume)
 
     async def status(self) -> list[dict[str, object]]:
         """How safe each volume is, one object a volume."""
