@@ -41,7 +41,7 @@ class HijackProtocol(RequestHandler):
         lost: done when the connection is gone.
     """
 
-    __slots__ = ("_beginning", "_held", "_holding", "hijacked", "lost")
+    __slots__ = ("_beginning", "_body_left", "_held", "_holding", "hijacked", "lost")
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See :class:`asyncio.Protocol`."""
@@ -49,6 +49,7 @@ class HijackProtocol(RequestHandler):
         self._beginning = b""
         self._held = b""
         self._holding = False
+        self._body_left = 0
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         super().connection_made(transport)
 
@@ -65,7 +66,11 @@ class HijackProtocol(RequestHandler):
         if self.hijacked is not None:
             super().data_received(data)
         elif self._holding:
-            self._held += data
+            body, behind = data[: self._body_left], data[self._body_left :]
+            self._body_left -= len(body)
+            self._held += behind
+            if body:
+                super().data_received(body)
         elif self._current_request is not None or self._messages:
             super().data_received(data)  # the body of the request being answered
         else:
@@ -87,6 +92,7 @@ class HijackProtocol(RequestHandler):
             return
         size = int(length[1]) if length else 0
         self._holding, self._held = True, rest[size:]
+        self._body_left = max(0, size - len(rest))
         super().data_received(head + complete + rest[:size])
 
     def take_held(self) -> bytes:

@@ -137,6 +137,24 @@ def test_exec_with_its_body_and_input_in_one_go(host: Host) -> None:
         assert " 409 " in raw.head().splitlines()[0]
 
 
+def test_a_request_in_pieces(host: Host) -> None:
+    name = host.start("busybox", "sleep", "1000")
+    with Raw(host) as raw:
+        body = {"Cmd": ["echo", "whole"], "AttachStdout": True}
+        raw.send("POST", f"/v1.50/containers/{name}/exec", body)
+        raw.head()
+        exec_id = json.loads(raw.rest)["Id"]
+    data = b'{"Detach": false, "Tty": false}'
+    head = f"POST /v1.50/exec/{exec_id}/start HTTP/1.1\r\nHost: d\r\n".encode() + UPGRADE
+    head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+    with Raw(host) as raw:
+        for piece in (head[:3], head[3:40], head[40:], data[:7], data[7:]):
+            raw.socket.sendall(piece)
+            time.sleep(0.05)
+        assert "101 UPGRADED" in raw.head()
+        assert frames(raw.until_end()) == [(1, b"whole\n")]
+
+
 def test_detach_keys_leave_the_container_running(host: Host) -> None:
     name = created(host, "cat", OpenStdin=True, Tty=True, AttachStdin=True)
     started(host, name)
