@@ -76,7 +76,7 @@ def lazarette(base: Path, passthrough: bool) -> Iterator[Contender]:
     try:
         yield contender
     finally:
-        union.stop()
+        union.stop(lazy=True)
 
 
 @contextlib.contextmanager
@@ -93,7 +93,7 @@ def other(base: Path, name: str, command: list[str]) -> Iterator[Contender]:
     try:
         yield contender
     finally:
-        subprocess.run(["umount", str(contender.root)], check=True)
+        subprocess.run(["umount", "-l", str(contender.root)], check=True)
 
 
 Work = Callable[[Path], Callable[[int], object]]

@@ -73,7 +73,6 @@ def serving(union: Union) -> Iterator[Union]:
     try:
         yield union
     finally:
-        os.chdir("/")
         if mount.is_mounted(union.spec.mountpoint):
             union.mounted.stop(lazy=False)
         assert union.log() == ""

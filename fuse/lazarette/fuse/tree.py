@@ -221,6 +221,13 @@ class Tree:
                 return self.upper_fd(folder), name, False
         raise OSError(errno.ESTALE, "file has no name")
 
+    def place(self, node: Node) -> tuple[int | None, bytes, bool]:
+        """As :meth:`locate`, for any node."""
+        if isinstance(node, Dir):
+            return None, layers.descriptor_path(self.top_fd(node)), True
+        assert isinstance(node, File)
+        return self.locate(node)
+
     def path(self, node: Node) -> tuple[bytes, bool]:
         """A path to a node for calls without a folder descriptor, and whether to follow it."""
         if isinstance(node, Dir):

@@ -65,6 +65,7 @@ _MISSES = 16
 _BYTES_A_MISS = 4096
 
 _SUID_SGID = stat.S_ISUID | stat.S_ISGID
+_CAPABILITY = b"security.capability"
 _DEFAULT_ACL = b"system.posix_acl_default"
 
 
@@ -180,9 +181,7 @@ class UnionFilesystem(Filesystem):
         return protocol.attr_reply(node.ino, st, self.tree.links(node, st), ttl)
 
     def _attributes_changed(self, request: Request, node: Node) -> None:
-        """After a change of attributes; by way of a replaced node, its successor's are old."""
-        if isinstance(node, File):
-            node.privileged = None
+        """After a change by way of a replaced node: its successor's attributes are old."""
         if node.id != request.node:
             self.connection.forget_attributes(node.id)
 
@@ -385,31 +384,35 @@ class UnionFilesystem(Filesystem):
             resized = bool(valid & SetattrValid.SIZE)
             self.files.before_change(node, content=resized)
             self.copyup.file(node, keep=args.size if resized else None)
-        path, follow = tree.path(node)
+        fd, path, follow = tree.place(node)
         if valid & (SetattrValid.UID | SetattrValid.GID):
             uid = args.uid if valid & SetattrValid.UID else -1
             gid = args.gid if valid & SetattrValid.GID else -1
-            os.chown(path, uid, gid, follow_symlinks=follow)
+            os.chown(path, uid, gid, dir_fd=fd, follow_symlinks=follow)
+            if isinstance(node, File) and node.privileged:
+                node.privileged = None  # chown(2) drops set-id bits and capabilities
         if valid & SetattrValid.MODE:
-            os.chmod(path, stat.S_IMODE(args.mode))
+            os.chmod(path, stat.S_IMODE(args.mode), dir_fd=fd)
             if isinstance(node, Dir):
                 node.setgid = bool(args.mode & stat.S_ISGID)
+            elif isinstance(node, File) and (node.privileged or args.mode & _SUID_SGID):
+                node.privileged = None
         if valid & SetattrValid.SIZE and isinstance(node, File):
             self.files.truncate(node, args)
         if valid & (SetattrValid.ATIME | SetattrValid.MTIME):
-            self._set_times(path, follow, args)
+            self._set_times(fd, path, follow, args)
         self._attributes_changed(request, node)
         self._note_node(node)
         return self._attributes(request, node, tree.stat(node))
 
     @staticmethod
-    def _set_times(path: bytes, follow: bool, args: SetattrIn) -> None:
+    def _set_times(fd: int | None, path: bytes, follow: bool, args: SetattrIn) -> None:
         valid = args.valid
         both = SetattrValid.ATIME | SetattrValid.MTIME
         if valid & (both | SetattrValid.ATIME_NOW | SetattrValid.MTIME_NOW) == both:
             atime_ns = _signed(args.atime) * 1_000_000_000 + args.atimensec
             mtime_ns = _signed(args.mtime) * 1_000_000_000 + args.mtimensec
-            os.utime(path, ns=(atime_ns, mtime_ns), follow_symlinks=follow)
+            os.utime(path, ns=(atime_ns, mtime_ns), dir_fd=fd, follow_symlinks=follow)
             return
         atime = mtime = OMIT
         if valid & SetattrValid.ATIME_NOW:
@@ -420,7 +423,8 @@ class UnionFilesystem(Filesystem):
             mtime = NOW
         elif valid & SetattrValid.MTIME:
             mtime = Moment(_signed(args.mtime) * 1_000_000_000 + args.mtimensec)
-        syscalls.utimensat(syscalls.AT_FDCWD, path, atime, mtime, follow)
+        folder = syscalls.AT_FDCWD if fd is None else fd
+        syscalls.utimensat(folder, path, atime, mtime, follow)
 
     def statfs(self, request: Request) -> Reply:
         """STATFS of the upper layer, or of the topmost lower one."""
@@ -430,8 +434,10 @@ class UnionFilesystem(Filesystem):
     # -- xattrs -------------------------------------------------------------------------
 
     def getxattr(self, request: Request, size: int, name: bytes) -> Reply:
-        """GETXATTR."""
+        """GETXATTR; the kernel asks for capabilities at each first write: those are known."""
         node = self.tree.node(request.node)
+        if name == _CAPABILITY and isinstance(node, File) and node.privileged is False:
+            raise OSError(errno.ENODATA, "no capabilities")
         path, follow = self.tree.path(node)
         value = os.getxattr(path, self.tree.form.stored(name), follow_symlinks=follow)
         return _sized(value, size)
@@ -460,6 +466,8 @@ class UnionFilesystem(Filesystem):
         node, path, follow = self._writable_path(request)
         stored = self.tree.form.stored(name)
         os.setxattr(path, stored, value, args.flags, follow_symlinks=follow)
+        if isinstance(node, File) and name == _CAPABILITY:
+            node.privileged = True
         if isinstance(node, Dir) and name == _DEFAULT_ACL:
             node.default_acl = None
         if args.extra & protocol.SETXATTR_ACL_KILL_SGID:
@@ -476,6 +484,8 @@ class UnionFilesystem(Filesystem):
         os.getxattr(path, self.tree.form.stored(name), follow_symlinks=follow)
         node, path, follow = self._writable_path(request)
         os.removexattr(path, self.tree.form.stored(name), follow_symlinks=follow)
+        if isinstance(node, File):
+            node.privileged = None
         if isinstance(node, Dir) and name == _DEFAULT_ACL:
             node.default_acl = None
         self._attributes_changed(request, node)
@@ -512,6 +522,7 @@ class UnionFilesystem(Filesystem):
                 os.close(opened[0])
             raise
         assert isinstance(node, File)
+        node.privileged = bool(mode & _SUID_SGID)
         self._note(parent, name)
         reply = self.files.opened(node, args.flags, opened[0])
         return self._entry(node, st) + reply

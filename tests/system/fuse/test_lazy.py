@@ -56,8 +56,9 @@ class Lazy:
 
 
 @pytest.fixture
-def lazy(tmp_path: Path) -> Iterator[Lazy]:
+def lazy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lazy]:
     """A lazy tree, not yet mounted; unmounted afterwards."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))  # its source is a test's
     tree = Lazy(tmp_path)
     yield tree
     if mount.is_mounted(str(tree.root)):
