@@ -26,6 +26,8 @@ from lazarette.storage.errors import InvalidArgument
 
 _EXISTS = frozenset({errno.EEXIST})
 NAME_LIMIT = 15
+_OUR_MAC = "02:6c:7a:"
+"""How the hardware addresses of bridges we made begin: locally administered, "lz"."""
 
 
 class BridgeDriver:
@@ -70,7 +72,9 @@ class BridgeDriver:
                 )
             ]
         )
-        index = nl.link_index(self._netlink, name)
+        link = nl.link_named(self._netlink, name)
+        if link is None or link.kind != "bridge":
+            raise InvalidArgument(f"cannot use {name} for network {network.name}: not a bridge")
         with self._host.entered():
             sysctl.write(f"ipv4/conf/{name}/route_localnet", "1", needed=False)
             sysctl.write(f"ipv6/conf/{name}/accept_ra", "0", needed=False)
@@ -84,23 +88,30 @@ class BridgeDriver:
                 sysctl.forward(version)
             if network.spec.enable_ipv6:
                 sysctl.write(f"ipv6/conf/{name}/disable_ipv6", "0", needed=False)
-        stale = [
-            nl.address_delete(index, address, prefix)
-            for _, address, prefix in nl.addresses(self._netlink, index)
-            if (address, prefix) not in wanted and not address.startswith("fe80:")
-        ]
-        self._netlink.run(
-            [
-                *stale,
-                *(nl.address_add(index, address, prefix) for address, prefix in wanted),
-                nl.link_set(index, f"start bridge {name}", up=True, mtu=mtu),
+        messages = [nl.address_add(link.index, address, prefix) for address, prefix in wanted]
+        if _is_ours(link):
+            messages += [
+                nl.address_delete(link.index, address, prefix)
+                for _, address, prefix in nl.addresses(self._netlink, link.index)
+                if (address, prefix) not in wanted and not address.startswith("fe80:")
             ]
-        )
+            messages.append(nl.link_set(link.index, f"set MTU of {name}", mtu=mtu))
+        messages.append(nl.link_set(link.index, f"start bridge {name}", up=True))
+        self._netlink.run(messages)
 
     def unmake(self, network: Network) -> None:
         """See the contract."""
         self._mtus.pop(network.id, None)
-        self._netlink.run([nl.link_delete(network.link)])
+        link = nl.link_named(self._netlink, network.link)
+        if link is None:
+            return
+        if _is_ours(link):
+            self._netlink.run([nl.link_delete(link.name)])
+            return
+        pools = [pool for pool in network.spec.pools if pool.gateway]
+        self._netlink.run(
+            [nl.address_delete(link.index, pool.gateway, pool.network.prefixlen) for pool in pools]
+        )
 
     def join(self, network: Network, endpoint: Endpoint, sandbox: NetNamespace) -> None:
         """See the contract."""
@@ -221,5 +232,9 @@ def mtu_of(network: Network, default: int) -> int:
 
 def bridge_mac(network: Network) -> str:
     """A hardware address that stays: a bridge without one takes its lowest port's."""
-    digest = bytes.fromhex(network.id[:10])
-    return "02:" + ":".join(f"{byte:02x}" for byte in digest)
+    return _OUR_MAC + ":".join(f"{byte:02x}" for byte in bytes.fromhex(network.id[:6]))
+
+
+def _is_ours(link: nl.Link) -> bool:
+    """Whether we made a bridge: an operator may name one that exists."""
+    return link.mac.startswith(_OUR_MAC)

@@ -373,24 +373,33 @@ class Link:
     kind: str
     mtu: int
     master: int
+    mac: str = ""
+
+
+def link_named(netlink: Netlink, name: str) -> Link | None:
+    """The interface of that name, or None."""
+    body = encode(ifinfmsg, {}, [("IFLA_IFNAME", name)])
+    found = netlink.get(Message(f"find link {name}", RTM_GETLINK, 0, body), ifinfmsg)
+    return None if found is None else _link(found)
 
 
 def links(netlink: Netlink) -> list[Link]:
     """Every interface."""
     body = encode(ifinfmsg, {}, [("IFLA_EXT_MASK", 8)])  # without statistics
-    found = []
-    for link in netlink.dump(Message("list links", RTM_GETLINK, 0, body), ifinfmsg):
-        info = link.get_attr("IFLA_LINKINFO")
-        found.append(
-            Link(
-                index=int(link["index"]),
-                name=str(link.get_attr("IFLA_IFNAME")),
-                kind=str((info.get_attr("IFLA_INFO_KIND") if info else "") or ""),
-                mtu=int(link.get_attr("IFLA_MTU") or 0),
-                master=int(link.get_attr("IFLA_MASTER") or 0),
-            )
-        )
-    return found
+    request = Message("list links", RTM_GETLINK, 0, body)
+    return [_link(found) for found in netlink.dump(request, ifinfmsg)]
+
+
+def _link(found: Any) -> Link:
+    info = found.get_attr("IFLA_LINKINFO")
+    return Link(
+        index=int(found["index"]),
+        name=str(found.get_attr("IFLA_IFNAME")),
+        kind=str((info.get_attr("IFLA_INFO_KIND") if info else "") or ""),
+        mtu=int(found.get_attr("IFLA_MTU") or 0),
+        master=int(found.get_attr("IFLA_MASTER") or 0),
+        mac=str(found.get_attr("IFLA_ADDRESS") or ""),
+    )
 
 
 @dataclass(frozen=True)

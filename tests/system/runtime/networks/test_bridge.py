@@ -11,6 +11,7 @@ from tests.support.network_host import NetworkHost
 
 from lazarette.runtime.networks import netlink as nl
 from lazarette.runtime.networks.model import (
+    OPTION_BRIDGE_NAME,
     OPTION_ICC,
     OPTION_MTU,
     AddressConflict,
@@ -191,6 +192,26 @@ def test_mtu(host: NetworkHost) -> None:
         assert {link.name: link.mtu for link in nl.links(netlink)}["eth0"] == 1380
     with pytest.raises(InvalidArgument):
         host.manager.create(NetworkSpec(name="b", options={OPTION_MTU: "many"}))
+
+
+def test_a_bridge_of_the_operator_is_kept(host: NetworkHost) -> None:
+    kind = {"attrs": [("IFLA_INFO_KIND", "bridge")]}
+    made = [("IFLA_IFNAME", "lan0"), ("IFLA_LINKINFO", kind)]
+    host.manager.netlink.run([nl.link_new("make lan0", made)])
+    index = nl.link_index(host.manager.netlink, "lan0")
+    host.manager.netlink.run([nl.address_add(index, "10.55.0.1", 24)])
+    options = {OPTION_BRIDGE_NAME: "lan0"}
+    host.manager.create(NetworkSpec(name="lan", options=options))
+    one, other = host.start("one", "lan"), host.start("other", "lan")
+    with Server(other.path, 80):
+        assert ask(one.path, other.ip, 80) == one.ip
+    one.stop()
+    other.stop()
+    host.manager.remove("lan")
+    kept = [address for _, address, _ in nl.addresses(host.manager.netlink, index)]
+    assert [address for address in kept if ":" not in address] == ["10.55.0.1"]
+    with pytest.raises(InvalidArgument):
+        host.manager.create(NetworkSpec(name="lan", options={OPTION_BRIDGE_NAME: "lo"}))
 
 
 def test_a_failed_attach_leaves_nothing(host: NetworkHost) -> None:
