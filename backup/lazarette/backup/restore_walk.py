@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from lazarette.backup import beneath, native, scan
 from lazarette.backup.archive_content import SMALL
-from lazarette.backup.repository.entries import Entry, Kind
+from lazarette.backup.repository.entries import HOLE, PART, Entry, Kind
 from lazarette.backup.repository.format import RepositoryDamaged
 from lazarette.backup.restore_content import (
     CREATE,
@@ -33,6 +33,7 @@ from lazarette.storage.errors import NoSpace
 _BATCH_FILES = 64
 _BATCH_BYTES = 4 << 20
 _RUN_BYTES = 8 << 20
+_BREATH = 32
 OPEN_DIRECTORIES = 400
 _libc = ctypes.CDLL(None, use_errno=True)
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -51,6 +52,7 @@ class Place:
         listed: all names were gone through.
         outstanding: files and directories under way.
         dress: give it the recorded metadata at the end.
+        fresh: it was made by this restore, so nothing is in it yet.
     """
 
     descriptor: int
@@ -61,6 +63,7 @@ class Place:
     listed: bool = False
     outstanding: int = 0
     dress: bool = True
+    fresh: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ class RestoreWalk:
         self._root = root
         self._top = path
         self._enter(os.dup(root), path, entry, None, dress)
+        steps = 0
         while self._stack:
             place = self._stack[-1]
             child = self._next(place)
@@ -145,7 +149,9 @@ class RestoreWalk:
             self.path = place.path + b"/" + child.name if place.path else child.name
             if self._selection.wanted(self.path):
                 self._make(place, child, self.path)
-            self._breathe()
+            steps += 1
+            if steps % _BREATH == 0:
+                self._breathe()
         self._flush()
         self._writer.collect(0)
 
@@ -157,11 +163,19 @@ class RestoreWalk:
             return None
 
     def _enter(
-        self, descriptor: int, path: bytes, entry: Entry, parent: Place | None, dress: bool
+        self,
+        descriptor: int,
+        path: bytes,
+        entry: Entry,
+        parent: Place | None,
+        dress: bool,
+        fresh: bool = False,
     ) -> None:
-        if self._delete and self._selection.whole(path):
+        if self._delete and not fresh and self._selection.whole(path):
             self._remove_others(descriptor, path, entry)
-        place = Place(descriptor, path, entry, parent, self._tree.pages(entry), dress=dress)
+        place = Place(
+            descriptor, path, entry, parent, self._tree.pages(entry), dress=dress, fresh=fresh
+        )
         if parent is not None:
             parent.outstanding += 1
         self._stack.append(place)
@@ -205,16 +219,24 @@ class RestoreWalk:
         self._warn(path, f"cannot be restored: {failed.strerror}")
 
     def _directory(self, place: Place, entry: Entry, path: bytes) -> None:
-        found = beneath.status(place.descriptor, entry.name)
-        if found is not None and not stat.S_ISDIR(found.st_mode):
-            beneath.remove(place.descriptor, entry.name)
-            found = None
-        if found is None:
-            os.mkdir(entry.name, 0o700, dir_fd=place.descriptor)
+        fresh = self._make_directory(place, entry.name)
         descriptor = os.open(entry.name, beneath.OPEN_DIRECTORY, dir_fd=place.descriptor)
-        if found is not None:
+        if not fresh:
             loosen(descriptor)
-        self._enter(descriptor, path, entry, place, True)
+        self._enter(descriptor, path, entry, place, True, fresh)
+
+    @staticmethod
+    def _make_directory(place: Place, name: bytes) -> bool:
+        """Make a directory, in place of what is no directory; False when it is there."""
+        try:
+            os.mkdir(name, 0o700, dir_fd=place.descriptor)
+        except FileExistsError:
+            found = beneath.status(place.descriptor, name)
+            if found is not None and stat.S_ISDIR(found.st_mode):
+                return False
+            beneath.remove(place.descriptor, name)
+            os.mkdir(name, 0o700, dir_fd=place.descriptor)
+        return True
 
     def _linked(self, place: Place, entry: Entry, path: bytes) -> bool:
         """Make another name of an inode that is restored already."""
@@ -259,7 +281,7 @@ class RestoreWalk:
     def _file(self, place: Place, entry: Entry, path: bytes) -> None:
         self.files += 1
         self.bytes_total += entry.size
-        found = beneath.status(place.descriptor, entry.name)
+        found = None if place.fresh else beneath.status(place.descriptor, entry.name)
         linked = entry.extra is not None and entry.extra.links > 1
         parts = self._parts(entry, path)
         if parts is None:
@@ -277,6 +299,10 @@ class RestoreWalk:
             self._large(place, target, parts, found)
 
     def _parts(self, entry: Entry, path: bytes) -> list[Part] | None:
+        if entry.depth == 0 and len(entry.content) == PART.size:
+            chunk, length = PART.unpack(entry.content)
+            if length == entry.size and chunk != HOLE:
+                return [Part(0, length, chunk)]
         try:
             return list(self._tree.parts(entry))
         except RepositoryDamaged as bad:

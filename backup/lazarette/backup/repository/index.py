@@ -1,10 +1,10 @@
 """The index in memory: which chunk is where, in sorted arrays.
 
 A chunk costs 28 bytes (id 16, block 4, offset 4, length 4) and a block 16 to 18, so about 30
-bytes a chunk when a block holds ten, and 46 when it holds one.  Segments are sorted once and never changed; new
-records gather in a small dictionary and become a segment when they are many; segments of
-like size are merged.  Safe for readers in several threads while one writes: a lookup takes
-the tuple of segments as it finds it.
+bytes a chunk when a block holds ten, and 46 when it holds one.  Segments are sorted once and
+never changed; new records gather in a small dictionary and become a segment when they are
+many; segments of like size are merged.  Safe for readers in several threads while one
+writes: a lookup takes the tuple of segments as it finds it.
 """
 
 from __future__ import annotations

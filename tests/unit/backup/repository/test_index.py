@@ -5,8 +5,9 @@ import random
 import numpy as np
 import pytest
 
+from lazarette.backup.repository import index as index_module
 from lazarette.backup.repository.format import RepositoryDamaged
-from lazarette.backup.repository.index import FRESH_LIMIT, Index
+from lazarette.backup.repository.index import Index
 from lazarette.backup.repository.packs import (
     BLOCK_DTYPE,
     CHUNK_DTYPE,
@@ -14,6 +15,8 @@ from lazarette.backup.repository.packs import (
     PATCH_DTYPE,
     PackRecord,
 )
+
+FRESH_LIMIT = 4000
 
 
 def record(chance: random.Random, blocks: int, each: int) -> PackRecord:
@@ -51,7 +54,8 @@ def places(found: PackRecord) -> dict[bytes, tuple[bytes, int, int, int]]:
 
 
 @pytest.mark.parametrize("each", [1, 7])
-def test_every_chunk_is_found_where_it_is(each: int) -> None:
+def test_every_chunk_is_found_where_it_is(each: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "FRESH_LIMIT", FRESH_LIMIT)
     chance = random.Random(each)
     index = Index()
     wanted: dict[bytes, tuple[bytes, int, int, int]] = {}
