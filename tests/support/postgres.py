@@ -63,6 +63,11 @@ class Postgres:
     def run(cls, daemon: Daemon, volume: str = "pgdata", name: str = "db") -> Postgres:
         """Load the image, start the container, wait until it answers."""
         daemon.laz("load", "-q", "-i", str(archive()))
+        return cls.start(daemon, volume, name)
+
+    @classmethod
+    def start(cls, daemon: Daemon, volume: str, name: str) -> Postgres:
+        """Start a container of the loaded image, wait until it answers."""
         port = free_port()
         daemon.laz(
             "run",

@@ -26,6 +26,7 @@ from lazarette.runtime.networks.etcd import cluster_of
 from lazarette.runtime.networks.manager import NetworkManager
 from lazarette.runtime.protection.backups import BackupService
 from lazarette.runtime.protection.describe import Describer
+from lazarette.runtime.protection.fills import FillService
 from lazarette.runtime.protection.follower import PolicyFollower
 from lazarette.runtime.protection.holding import Stillness
 from lazarette.runtime.protection.images import ImageKeep
@@ -133,6 +134,7 @@ class Engine:
         repositories = RepositoryBook(root / "repositories", root / "cache", self.clock)
         journal = Journal(self.state, self.clock)
         book = PolicyBook(self.state, self.volumes, self._labels_of_users, config.policy_file)
+        self.fills = FillService(self.volumes, repositories, self.state, config.exec_root / "fills")
         keep = ImageKeep(
             StoreArchives(self.images), repositories, jobs, config.exec_root / "images"
         )
@@ -146,6 +148,7 @@ class Engine:
             stillness,
             teller,
             repositories,
+            self.fills,
             runs,
             journal,
             jobs,
@@ -155,7 +158,7 @@ class Engine:
             self.events,
             self.clock,
         )
-        restores = RestoreService(self.volumes, repositories, jobs, self.state)
+        restores = RestoreService(self.volumes, repositories, self.fills, jobs, self.state)
         hands = EngineHands(self.images, keep, self.networks, self.containers)
         recovery = HostRecovery(repositories, restores, self.volumes, hands)
         follower = PolicyFollower(
@@ -175,6 +178,7 @@ class Engine:
             backups,
             restores,
             follower,
+            self.fills,
             recovery,
             journal,
             jobs,
@@ -191,6 +195,7 @@ class Engine:
         await asyncio.to_thread(self.volumes.recover)
         await asyncio.to_thread(self.builder.recover)
         await asyncio.to_thread(self.images.recover)
+        await self.fills.start()
         running = recover.load(self.containers)
         await asyncio.to_thread(self.networks.recover, running)
         await recover.resume(self.containers)
@@ -211,6 +216,7 @@ class Engine:
             ending.push_async_callback(self.containers.close)
             if shutdown:
                 ending.push_async_callback(self._stop_containers)
+            ending.push_async_callback(self.fills.stop)
             ending.push_async_callback(self.protection.stop)
 
     async def _stop_containers(self) -> None:
@@ -226,6 +232,7 @@ class Engine:
         await asyncio.to_thread(self._unmount_all)
 
     def _unmount_all(self) -> None:
+        self.fills.unmount_all()
         for volume in self.volumes.list():
             self.volumes.driver(volume.driver).unmount(volume.name)
         self._drivers.close()

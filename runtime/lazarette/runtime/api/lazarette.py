@@ -50,6 +50,8 @@ class RestoreBody(msgspec.Struct):
     point: str = "latest"
     into: str = ""
     repository: str = ""
+    instant: bool = False
+    rate: int = 0
 
 
 class PolicyBody(msgspec.Struct):
@@ -94,6 +96,7 @@ class RecoverBody(msgspec.Struct):
     name: str = ""
     volumes: list[str] = []
     start: bool = True
+    instant: bool = True
     dry_run: bool = False
 
 
@@ -128,6 +131,7 @@ class ProtectionRoutes:
             Route("GET", _V1 + "/policies/{volume}", self.policy),
             Route("PUT", _V1 + "/policies/{volume}", self.set_policy),
             Route("DELETE", _V1 + "/policies/{volume}", self.remove_policy),
+            Route("GET", _V1 + "/fills", self.fills),
             Route("GET", _V1 + "/status", self.status),
             Route("POST", _V1 + "/recover", self.recover),
             Route("POST", _V1 + "/volumes/{volume}/approve", self.approve),
@@ -215,6 +219,8 @@ class ProtectionRoutes:
                 body.point,
                 into=body.into,
                 repository=body.repository,
+                instant=body.instant,
+                rate=body.rate,
                 show=_teller(tell),
             )
             return msgspec.to_builtins(done)
@@ -243,6 +249,17 @@ class ProtectionRoutes:
         await self._protection.policies.refresh()
         return empty()
 
+    async def fills(self, call: Call) -> web.StreamResponse:
+        """Volumes whose data are still arriving, and how far each is."""
+        found = []
+        for fill in self._protection.fills.all():
+            seen = await asyncio.to_thread(self._protection.fills.progress, fill.volume)
+            found.append(
+                {"volume": fill.volume, "snapshot": fill.snapshot, "whole": fill.whole}
+                | ({} if seen is None else msgspec.to_builtins(seen))
+            )
+        return json_response(found)
+
     async def status(self, call: Call) -> web.StreamResponse:
         """How safe each volume is."""
         return json_response(await self._protection.status())
@@ -266,6 +283,7 @@ class ProtectionRoutes:
                 name=body.name,
                 volumes=body.volumes,
                 start=body.start,
+                instant=body.instant,
                 dry_run=body.dry_run,
                 tell=tell,
             )

@@ -25,7 +25,13 @@ def all_routes(engine: Engine) -> list[Route]:
     def referrers(volume: str) -> list[str]:
         return [one.id for one in engine.containers.using_volume(volume)]
 
-    volumes = VolumeRoutes(engine.volumes, engine.containers, referrers, engine.events)
+    volumes = VolumeRoutes(
+        engine.volumes,
+        engine.containers,
+        referrers,
+        engine.fills.require_ordinary,
+        engine.events,
+    )
     builds = BuildRoutes(engine.builder, engine.clock)
     return [
         *system.routes(

@@ -74,6 +74,7 @@ class VolumeRoutes:
         volumes: the volumes.
         writers: holds the containers that write them.
         referrers: ids of the containers, stopped ones too, that name a volume.
+        require_ordinary: refuses what a volume that is still being restored cannot do.
         events: told what happens to them.
     """
 
@@ -82,11 +83,13 @@ class VolumeRoutes:
         volumes: VolumeManager,
         writers: Writers,
         referrers: Callable[[str], Sequence[str]],
+        require_ordinary: Callable[[str], None],
         events: EventBus,
     ) -> None:
         self._volumes = volumes
         self._writers = writers
         self._referrers = referrers
+        self._require_ordinary = require_ordinary
         self._events = events
 
     def routes(self) -> list[Route]:
@@ -193,6 +196,8 @@ class VolumeRoutes:
         body = await call.json(SnapshotBody)
         if not body.volumes:
             raise InvalidArgument("a snapshot needs at least one volume")
+        for name in body.volumes:
+            self._require_ordinary(name)
         gate = self._writers.gate_for(body.volumes)
         taken = await asyncio.to_thread(self._volumes.snapshot, body.volumes, gate, body.id or None)
         return json_response(
@@ -213,6 +218,7 @@ class VolumeRoutes:
 
     async def clone(self, call: Call) -> web.StreamResponse:
         """Make a writable volume of a volume or snapshot."""
+        self._require_ordinary(call.path["name"])
         body = await call.json(CloneBody)
         made = await asyncio.to_thread(
             self._volumes.clone, call.path["name"], body.snapshot or None, body.name, body.labels
@@ -222,6 +228,7 @@ class VolumeRoutes:
 
     async def rollback(self, call: Call) -> web.StreamResponse:
         """Set a volume back; answers the id of the safety snapshot."""
+        self._require_ordinary(call.path["name"])
         body = await call.json(RollbackBody)
         safety = await asyncio.to_thread(self._volumes.rollback, call.path["name"], body.snapshot)
         return json_response({"safety": safety})
@@ -234,6 +241,7 @@ class VolumeRoutes:
 
     async def rename(self, call: Call) -> web.StreamResponse:
         """Give a volume another name."""
+        self._require_ordinary(call.path["name"])
         body = await call.json(RenameBody)
         await asyncio.to_thread(self._volumes.rename, call.path["name"], body.name)
         return empty()
@@ -245,6 +253,7 @@ class VolumeRoutes:
 
     async def diff(self, call: Call) -> web.StreamResponse:
         """What differs between two snapshots, a JSON object a line."""
+        self._require_ordinary(call.path["name"])
         base, target = call.text("base"), call.text("target")
         if not base or not target:
             raise InvalidArgument("diff needs base and target")
@@ -266,6 +275,7 @@ class VolumeRoutes:
 
     async def export(self, call: Call) -> web.StreamResponse:
         """A volume's content as a tar."""
+        self._require_ordinary(call.path["name"])
         await asyncio.to_thread(self._volumes.get, call.path["name"])
         answer = await stream(call, "application/x-tar")
         async for chunk in _produced(lambda out: self._volumes.export(call.path["name"], out)):
@@ -275,6 +285,7 @@ class VolumeRoutes:
 
     async def import_(self, call: Call) -> web.StreamResponse:
         """Unpack a tar into a volume."""
+        self._require_ordinary(call.path["name"])
         reader, writer = os.pipe()
         with os.fdopen(reader, "rb") as source:
             unpacking = asyncio.create_task(

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import cast
 
 import click
+from docker.utils import parse_bytes
 
 from lazarette.backup.jobs.model import BackupJob, RestoreJob
 from lazarette.runtime.cli import output
@@ -209,6 +210,8 @@ def path(
 @click.option("--as", "into", default="", help="Restore into a new volume of this name.")
 @click.option("--to", "folder", default=None, help="Restore into a folder; needs no daemon.")
 @click.option("--include", "paths", multiple=True, help="Only this path (repeatable).")
+@click.option("--instant", is_flag=True, help="Usable at once; filled in the background.")
+@click.option("--rate", default="", help="Limit of the background fill, e.g. 50m (a second).")
 @click.option("--in-place", is_flag=True, help="Change what is in the folder into the snapshot.")
 @secret_options
 @json_option
@@ -221,6 +224,8 @@ def restore(
     into: str,
     folder: str | None,
     paths: tuple[str, ...],
+    instant: bool,
+    rate: str,
     in_place: bool,
     key_file: str | None,
     kit: str | None,
@@ -232,7 +237,14 @@ def restore(
             point, repository, folder, list(paths), in_place, (key_file, kit), as_json
         )
     volume, _, moment = point.partition("@")
-    body = {"volume": volume, "point": moment or "latest", "into": into, "repository": repository}
+    body = {
+        "volume": volume,
+        "point": moment or "latest",
+        "into": into,
+        "repository": repository,
+        "instant": instant,
+        "rate": parse_bytes(rate) if rate else 0,
+    }
     done = follow(session, "/restores", body, f"restore {volume}", as_json)
     if as_json:
         output.write_json(done)

@@ -19,6 +19,7 @@ from lazarette.storage.errors import EXIT_OK, EXIT_WARNINGS
 @click.option("--volume", "volumes", multiple=True, help="Only this volume (repeatable).")
 @click.option("--name", default="", help="How the daemon calls the repository from now on.")
 @click.option("--no-start", is_flag=True, help="Leave the containers stopped.")
+@click.option("--full", is_flag=True, help="Copy everything before the containers start.")
 @click.option("--dry-run", is_flag=True, help="Only list what would come back.")
 @secret_options
 @json_option
@@ -30,6 +31,7 @@ def recover(
     volumes: tuple[str, ...],
     name: str,
     no_start: bool,
+    full: bool,
     dry_run: bool,
     key_file: str | None,
     kit: str | None,
@@ -41,6 +43,7 @@ def recover(
         "name": name,
         "volumes": volumes,
         "start": not no_start,
+        "instant": not full,
         "dry_run": dry_run,
     }
     done = follow(session, "/recover", body, "recover", as_json)

@@ -229,6 +229,33 @@ def usage(session: Session, name: str, as_json: bool) -> None:
     )
 
 
+@volume.command("fill")
+@click.argument("name", required=False)
+@json_option
+@pass_session
+def fill(session: Session, name: str | None, as_json: bool) -> None:
+    """Show how far instantly restored volumes are filled."""
+    found = [
+        one for one in session.daemon.ask_list("/fills") if name is None or one["volume"] == name
+    ]
+    if as_json:
+        output.write_json(found)
+        return
+    output.write_table(
+        ("VOLUME", "STATE", "FILES", "SIZE", "ERROR"),
+        [
+            (
+                str(one["volume"]),
+                "whole" if one["whole"] else "filling",
+                f"{one.get('fetched_files', '?')}/{one.get('files', '?')}",
+                output.size_text(cast(int, one.get("bytes", 0))),
+                str(one.get("error", "")),
+            )
+            for one in found
+        ],
+    )
+
+
 @volume.command("diff")
 @click.argument("name")
 @click.argument("base")

@@ -32,6 +32,7 @@ from lazarette.backup.policy.outcome import Consistency, Kind, Outcome
 from lazarette.backup.policy.outcome import Result as JournalResult
 from lazarette.runtime.events import EventBus
 from lazarette.runtime.protection.definitions import Definitions
+from lazarette.runtime.protection.fills import FillService
 from lazarette.runtime.protection.jobs import JobRunner
 from lazarette.runtime.protection.repositories import RepositoryBook
 from lazarette.runtime.protection.runs import Run, RunBook
@@ -114,6 +115,7 @@ class BackupService:
         stillness: holds them as a policy says.
         teller: judges runs and tells people of them.
         repositories: where to.
+        fills: volumes that are not all here cannot be backed up.
         runs: the record of what is under way.
         journal: the history.
         jobs: starts the processes.
@@ -131,6 +133,7 @@ class BackupService:
         stillness: HoldsStill,
         teller: Tells,
         repositories: RepositoryBook,
+        fills: FillService,
         runs: RunBook,
         journal: Journal,
         jobs: JobRunner,
@@ -145,6 +148,7 @@ class BackupService:
         self._stillness = stillness
         self._teller = teller
         self._repositories = repositories
+        self._fills = fills
         self.runs = runs
         self._journal = journal
         self._jobs = jobs
@@ -179,7 +183,7 @@ class BackupService:
         """
         known = self._repositories.get(repository)
         for volume in volumes:
-            self._volumes.get(volume)
+            self._fills.content(volume, self._volumes.get(volume).mountpoint)
         with self._claim(volumes):
             group = secrets.token_hex(8)
             local = LOCAL_PREFIX + group
@@ -263,8 +267,9 @@ class BackupService:
         await self._finish(run.id, result)
 
     def _request(self, run: Run, labels: dict[str, str], definitions: Definitions) -> Request:
-        view = self._volumes.view(run.volume, run.local)
-        base, changes = self._changes(run)
+        view = self._fills.content(run.volume, self._volumes.view(run.volume, run.local))
+        ordinary = self._fills.of(run.volume) is None
+        base, changes = self._changes(run) if ordinary else ("", "")
         job = BackupJob(
             root=str(view),
             volume=run.volume,

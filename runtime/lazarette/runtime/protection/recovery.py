@@ -108,12 +108,14 @@ class HostRecovery:
         name: str = "",
         volumes: Sequence[str] = (),
         start: bool = True,
+        instant: bool = True,
         dry_run: bool = False,
         tell: Tell,
     ) -> Report:
         """Bring back the newest point of each volume, and what belongs to it.
 
-        What exists already is left alone and said so.
+        What exists already is left alone and said so.  With ``instant`` the containers
+        start before the data have arrived, which follow in the background.
 
         Raises:
             Unauthenticated: credentials or kit are wrong.
@@ -122,7 +124,9 @@ class HostRecovery:
         known = await asyncio.to_thread(self._repositories.adopt, name, access)
         newest = newest_points(await self._restores.points(None, known.name), volumes)
         definitions = [Definitions.parse(record.meta) for record in newest]
-        items = [await self._volume(record, known.name, dry_run, tell) for record in newest]
+        items = [
+            await self._volume(record, known.name, instant, dry_run, tell) for record in newest
+        ]
         for network in unique(one for found in definitions for one in found.networks):
             items.append(await self._network(network, dry_run))
         containers = unique(one for found in definitions for one in found.containers)
@@ -131,7 +135,7 @@ class HostRecovery:
         return Report("ok" if all(item.good for item in items) else "warnings", items)
 
     async def _volume(
-        self, record: SnapshotRecord, repository: str, dry_run: bool, tell: Tell
+        self, record: SnapshotRecord, repository: str, instant: bool, dry_run: bool, tell: Tell
     ) -> Item:
         item = Item("volume", record.volume, record.id[:12])
         try:
@@ -145,12 +149,17 @@ class HostRecovery:
             return item
         await tell({"phase": f"volume {record.volume}"})
         try:
-            done = await self._restores.restore(record.volume, record.id, repository=repository)
+            done = await self._restores.restore(
+                record.volume, record.id, repository=repository, instant=instant
+            )
         except LazaretteError as error:
             item.result, item.good = error.message, False
             return item
         item.good = done.result.outcome == "ok"
-        item.result = "restored" if item.good else done.result.outcome
+        if item.good:
+            item.result = "usable, filling" if instant else "restored"
+        else:
+            item.result = done.result.outcome
         if done.result.failure is not None:
             item.result = done.result.failure.message
         return item

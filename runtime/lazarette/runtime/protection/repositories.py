@@ -165,6 +165,10 @@ class RepositoryBook:
             )
         return name
 
+    def file(self, name: str) -> Path:
+        """The file that opens a repository, readable by root alone."""
+        return self._file(self.get(name).name)
+
     def _file(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
             raise InvalidArgument(f"{name} is no name for a repository")

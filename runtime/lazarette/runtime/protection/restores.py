@@ -15,10 +15,18 @@ import msgspec
 from lazarette.backup.jobs.model import Progress, Request, RestoreJob, Result
 from lazarette.backup.repository.snapshots import SnapshotRecord
 from lazarette.runtime.protection.definitions import Definitions, VolumeDefinition
+from lazarette.runtime.protection.fills import FillService
 from lazarette.runtime.protection.jobs import JobRunner
 from lazarette.runtime.protection.repositories import RepositoryBook
 from lazarette.storage.clock import NANOSECONDS
-from lazarette.storage.errors import InUse, InvalidArgument, SnapshotNotFound, VolumeNotFound
+from lazarette.storage.errors import (
+    InUse,
+    InvalidArgument,
+    LazaretteError,
+    NameTaken,
+    SnapshotNotFound,
+    VolumeNotFound,
+)
 from lazarette.storage.state import State
 from lazarette.storage.volumes.contract import OpenGate
 from lazarette.storage.volumes.manager import VolumeManager
@@ -97,13 +105,20 @@ class RestoreService:
     Args:
         volumes: the volumes.
         repositories: where from.
+        fills: shows volumes before their data are here.
         jobs: starts the processes.
         state: the daemon's database.
     """
 
     def __init__(
-        self, volumes: VolumeManager, repositories: RepositoryBook, jobs: JobRunner, state: State
+        self,
+        volumes: VolumeManager,
+        repositories: RepositoryBook,
+        fills: FillService,
+        jobs: JobRunner,
+        state: State,
     ) -> None:
+        self._fills = fills
         self._volumes = volumes
         self._repositories = repositories
         self._jobs = jobs
@@ -139,12 +154,15 @@ class RestoreService:
         *,
         into: str = "",
         repository: str = "",
+        instant: bool = False,
+        rate: int = 0,
         show: Callable[[Progress], None] = lambda progress: None,
     ) -> Restored:
         """Restore a point of ``volume`` into a new volume, or over one nobody uses.
 
         An existing volume keeps a safety snapshot of what it was.  A new one that could
-        not be filled is removed again.
+        not be filled is removed again.  An ``instant`` one can be used when this returns,
+        and is filled in the background, at most ``rate`` bytes a second if given.
 
         Raises:
             SnapshotNotFound: no such point.
@@ -161,6 +179,14 @@ class RestoreService:
                 f"volume {target} is used by {', '.join(existing.users)}",
                 hint="stop them, or restore into a new volume with --as NAME",
             )
+        if instant:
+            if existing is not None:
+                raise NameTaken(
+                    f"volume {target} exists", hint="an instant restore needs --as NEWNAME"
+                )
+            return await asyncio.to_thread(self._show, target, record, repository, rate)
+        if existing is not None:
+            self._fills.require_ordinary(target)
         job_id, safety = secrets.token_hex(16), ""
         with self._state.write() as db:
             db.execute("INSERT INTO restores VALUES (?, ?, ?)", (job_id, target, existing is None))
@@ -175,6 +201,15 @@ class RestoreService:
         finally:
             await asyncio.to_thread(self._settle, job_id, target, existing is None, result)
         return Restored(target, record.id, result, safety)
+
+    def _show(self, target: str, record: SnapshotRecord, repository: str, rate: int) -> Restored:
+        self._make(target, record)
+        try:
+            self._fills.begin(target, self._repositories.get(repository).name, record.id, rate)
+        except LazaretteError:
+            self._volumes.remove(target, force=True)
+            raise
+        return Restored(target, record.id, Result("ok", snapshot=record.id))
 
     def _make(self, target: str, record: SnapshotRecord) -> None:
         """A new volume as the old one was; on a host without its driver, the default one."""

@@ -9,6 +9,7 @@ from lazarette.backup.jobs.model import Job, Progress, Request, Result
 from lazarette.backup.policy.journal import Journal
 from lazarette.backup.policy.journal import Protection as VolumeState
 from lazarette.runtime.protection.backups import BackupService
+from lazarette.runtime.protection.fills import FillService
 from lazarette.runtime.protection.follower import PolicyFollower
 from lazarette.runtime.protection.holding import Stillness
 from lazarette.runtime.protection.jobs import JobRunner
@@ -28,6 +29,7 @@ class Protection:
         backups: makes them.
         restores: brings volumes back.
         policies: when, and what is kept.
+        fills: volumes whose data are still arriving.
         recovery: brings hosts back.
         teller: judges, counts and tells.
     """
@@ -39,6 +41,7 @@ class Protection:
         backups: BackupService,
         restores: RestoreService,
         policies: PolicyFollower,
+        fills: FillService,
         recovery: HostRecovery,
         journal: Journal,
         jobs: JobRunner,
@@ -50,6 +53,7 @@ class Protection:
         self.backups = backups
         self.restores = restores
         self.policies = policies
+        self.fills = fills
         self.recovery = recovery
         self._journal = journal
         self._jobs = jobs

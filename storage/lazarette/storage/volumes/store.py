@@ -106,6 +106,7 @@ class VolumeStore:
         self.default = default
         self._locks: dict[str, threading.RLock] = {}
         self._guard = threading.Lock()
+        self._shown: dict[str, Path] = {}
         self._recovered: set[str] = set()
 
     # ---- records
@@ -396,10 +397,23 @@ class VolumeStore:
             driver = self._of(name)
             self._book.add_user(name, user)
             try:
-                return driver.mount(name)
+                root = driver.mount(name)
             except BaseException:
                 self._book.drop_user(name, user)
                 raise
+            return self._shown.get(name, root)
+
+    def redirect(self, name: str, shown: Path | None) -> None:
+        """Give users of a volume another folder than its root from now on (None: its root).
+
+        For a filesystem that stands before a volume, as while it is filled from a backup;
+        not remembered over a restart.
+        """
+        with self._guard:
+            if shown is None:
+                self._shown.pop(name, None)
+            else:
+                self._shown[name] = shown
 
     def unmount(self, name: str, user: str) -> None:
         """Let a user go; the volume is unmounted with the last one."""

@@ -1,0 +1,1 @@
+"""Getting data back before it has all arrived."""

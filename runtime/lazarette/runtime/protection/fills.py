@@ -1,0 +1,316 @@
+"""Instant volumes: mounted at once, filled from the repository while they are used.
+
+Below the volume's root stands a folder ``.lazarette-fill`` with the local tree and its
+presence maps; users of the volume are given the mount of a FUSE server over it instead of
+the root.  States::
+
+    filling ──▶ whole ──▶ settled
+               (all data here)   nobody uses it any more: the tree is moved up into the
+                                 volume's root, which is then ordinary
+
+A fill is written down before its server starts.  Killing the daemon ends neither the
+server nor the fill; a killed server is replaced at the next look.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import threading
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from lazarette.fuse.client import Mount
+from lazarette.fuse.lazy import Progress as FillProgress
+from lazarette.fuse.spec import LazySpec
+from lazarette.runtime.protection.repositories import RepositoryBook
+from lazarette.storage.beneath import names, open_folder, opened, remove_path
+from lazarette.storage.copying import renew_metadata
+from lazarette.storage.errors import InternalError, LazaretteError, Unavailable
+from lazarette.storage.state import State
+from lazarette.storage.volumes.manager import VolumeManager
+
+log = logging.getLogger(__name__)
+
+FOLDER = ".lazarette-fill"
+_TREE = "tree"
+_SOURCE = "lazarette.backup.recovery.source:open_source"
+_USER = "fill"
+_LOOK_S = 1.0
+_MIGRATIONS = (
+    """
+    CREATE TABLE fills (
+        volume TEXT PRIMARY KEY,
+        repository TEXT NOT NULL,
+        snapshot TEXT NOT NULL,
+        rate INTEGER NOT NULL,
+        whole INTEGER NOT NULL DEFAULT 0
+    ) STRICT
+    """,
+)
+
+
+class StillFilling(Unavailable):
+    """The volume's data have not all arrived."""
+
+    number = 376
+    exit_code = 55
+
+
+@dataclass(frozen=True)
+class Fill:
+    """One volume that is not ordinary yet.
+
+    Attributes:
+        volume: its name.
+        repository: where its data come from.
+        snapshot: which state.
+        rate: limit in bytes a second; 0 for none.
+        whole: all data are here.
+    """
+
+    volume: str
+    repository: str
+    snapshot: str
+    rate: int
+    whole: bool
+
+
+class FillService:
+    """Fills volumes.
+
+    Args:
+        volumes: the volumes.
+        repositories: where from.
+        state: the daemon's database.
+        run_root: folder of mount points and control sockets.
+    """
+
+    def __init__(
+        self, volumes: VolumeManager, repositories: RepositoryBook, state: State, run_root: Path
+    ) -> None:
+        self._volumes = volumes
+        self._repositories = repositories
+        self._state = state
+        self._run_root = run_root
+        self._watcher: asyncio.Task[None] | None = None
+        # Between looking whether a server answers and starting one, nobody else may do so.
+        self._serving = threading.Lock()
+        state.migrate("fills", _MIGRATIONS)
+
+    # ---- what the rest of the daemon asks
+
+    def of(self, volume: str) -> Fill | None:
+        """The fill of a volume; None for an ordinary one."""
+        row = self._state.row("SELECT * FROM fills WHERE volume = ?", (volume,))
+        return None if row is None else _fill(dict(row))
+
+    def all(self) -> list[Fill]:
+        """Every volume that is not ordinary yet."""
+        return [_fill(dict(row)) for row in self._state.rows("SELECT * FROM fills")]
+
+    def require_ordinary(self, volume: str) -> None:
+        """Refuse what only an ordinary volume can do.
+
+        Raises:
+            StillFilling: it is not one yet.
+        """
+        found = self.of(volume)
+        if found is not None:
+            raise StillFilling(
+                f"volume {volume} is still being restored",
+                hint="laz volume fill shows how far; once whole, restart its containers",
+            )
+
+    def content(self, volume: str, root: Path) -> Path:
+        """Where a volume's content stands below its root, or below a snapshot of it.
+
+        Raises:
+            StillFilling: it is not all there.
+        """
+        found = self.of(volume)
+        if found is None:
+            return root
+        if not found.whole:
+            raise StillFilling(
+                f"volume {volume} is still being restored, its backup must wait",
+                hint=f"laz volume fill {volume}",
+            )
+        return root / FOLDER / _TREE
+
+    def progress(self, volume: str) -> FillProgress | None:
+        """How far a fill is; None when its server does not answer."""
+        found = self.of(volume)
+        if found is None:
+            return None
+        try:
+            return msgspec.json.decode(self._mount(found).call("progress"), type=FillProgress)
+        except OSError:
+            return None
+
+    # ---- life
+
+    def begin(self, volume: str, repository: str, snapshot: str, rate: int = 0) -> None:
+        """Make an empty volume show a snapshot at once, and begin to fill it.
+
+        Raises:
+            InternalError: the FUSE server does not start; the volume is as it was.
+        """
+        fill = Fill(volume, repository, snapshot, rate, False)
+        with self._serving:
+            with self._state.write() as db:
+                db.execute(
+                    "INSERT INTO fills (volume, repository, snapshot, rate) VALUES (?, ?, ?, ?)",
+                    (volume, repository, snapshot, rate),
+                )
+            try:
+                self._serve(fill)
+            except OSError as bad:
+                self._abandon(fill)
+                raise InternalError(f"volume {volume} cannot be shown: {bad}") from bad
+
+    async def start(self) -> None:
+        """Show again what an earlier daemon showed; call before containers are resumed."""
+        for fill in self.all():
+            try:
+                await asyncio.to_thread(self._serve, fill)
+            except (OSError, LazaretteError) as bad:
+                log.error("volume %s cannot be shown: %s", fill.volume, bad)
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def stop(self) -> None:
+        """Watch no more; servers and fills go on."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watcher
+
+    def unmount_all(self) -> None:
+        """End all servers, for an engine that ends for good."""
+        for fill in self.all():
+            mount = self._mount(fill)
+            try:
+                mount.stop()
+            except OSError as busy:
+                log.warning("volume %s is in use at the end: %s", fill.volume, busy)
+                with suppress(OSError):
+                    mount.stop(lazy=True)
+            self._volumes.redirect(fill.volume, None)
+
+    # ---- how
+
+    def _mount(self, fill: Fill) -> Mount:
+        place = self._run_root / fill.volume
+        root = self._volumes.get(fill.volume).mountpoint
+        return Mount(
+            LazySpec(
+                mountpoint=str(place / "merged"),
+                control=str(place / "control"),
+                store=str(root / FOLDER),
+                source=_SOURCE,
+                arguments={
+                    "access": str(self._repositories.file(fill.repository)),
+                    "snapshot": fill.snapshot,
+                    "cache": str(self._repositories.cache),
+                },
+                log=str(place / "log"),
+            )
+        )
+
+    def _serve(self, fill: Fill) -> None:
+        self._volumes.mount(fill.volume, _USER)
+        root = self._volumes.get(fill.volume).mountpoint  # mount gives what is shown
+        (root / FOLDER).mkdir(mode=0o700, exist_ok=True)
+        merged = self._run_root / fill.volume / "merged"
+        with suppress(OSError):  # a dead server's mount point cannot even be looked at
+            merged.mkdir(parents=True, exist_ok=True)
+        mount = self._mount(fill)
+        mount.ensure()
+        self._volumes.redirect(fill.volume, merged)
+        if not fill.whole:
+            mount.call("fill", bytes_per_second=float(fill.rate))
+
+    def _abandon(self, fill: Fill) -> None:
+        with suppress(OSError):
+            self._mount(fill).stop(lazy=True)
+        self._volumes.redirect(fill.volume, None)
+        self._volumes.unmount(fill.volume, _USER)
+        self._forget(fill)
+
+    def _forget(self, fill: Fill) -> None:
+        with self._state.write() as db:
+            db.execute("DELETE FROM fills WHERE volume = ?", (fill.volume,))
+        shutil.rmtree(self._run_root / fill.volume, ignore_errors=True)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            for fill in self.all():
+                try:
+                    await asyncio.to_thread(self._look, fill.volume)
+                except (OSError, LazaretteError) as bad:
+                    log.warning("fill of volume %s: %s", fill.volume, bad)
+
+    def _look(self, volume: str) -> None:
+        """Replace a dead server, note a whole volume, settle one nobody uses."""
+        with self._serving:
+            fill = self.of(volume)
+            if fill is not None:
+                self._advance(fill)
+
+    def _advance(self, fill: Fill) -> None:
+        if not fill.whole:
+            seen = self.progress(fill.volume)
+            if seen is None:
+                self._serve(fill)
+            elif seen.complete:
+                with self._state.write() as db:
+                    db.execute("UPDATE fills SET whole = 1 WHERE volume = ?", (fill.volume,))
+                log.info("volume %s is whole", fill.volume)
+        elif self._volumes.users(fill.volume) == (_USER,):
+            self.settle(fill)
+
+    def settle(self, fill: Fill) -> None:
+        """Make a whole volume that nobody uses ordinary; repeatable after a crash.
+
+        Raises:
+            OSError: EBUSY, when somebody looks into it just now.
+        """
+        self._mount(fill).stop()
+        self._volumes.redirect(fill.volume, None)
+        root = self._volumes.get(fill.volume).mountpoint
+        move_up(root)
+        self._volumes.unmount(fill.volume, _USER)
+        self._forget(fill)
+        log.info("volume %s is an ordinary one now", fill.volume)
+
+
+def move_up(root: Path) -> None:
+    """Move the content of the fill's tree into the volume's root; repeatable.
+
+    The root gets the tree's own owner, mode, times and attributes last.
+    """
+    inside = os.fsencode(_TREE)
+    with ExitStack() as held:
+        folder = held.enter_context(opened(root / FOLDER))
+        target = held.enter_context(opened(root))
+        above = held.enter_context(opened(root.parent))
+        status = os.stat(inside, dir_fd=folder, follow_symlinks=False)
+        source = open_folder(folder, inside)
+        held.callback(os.close, source)
+        for name in names(source):
+            os.rename(name, name, src_dir_fd=source, dst_dir_fd=target)
+        os.fsync(target)
+        renew_metadata(folder, inside, status, above, os.fsencode(root.name))
+    remove_path(root / FOLDER)
+    with opened(root.parent) as above:
+        os.utime(root.name, ns=(status.st_atime_ns, status.st_mtime_ns), dir_fd=above)
+
+
+def _fill(row: dict[str, object]) -> Fill:
+    return msgspec.convert({**row, "whole": bool(row["whole"])}, type=Fill)
