@@ -9,14 +9,18 @@ every time.
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 from lazarette.runtime.images import model
 from lazarette.runtime.images.blobs import Blob, BlobWriter
-from lazarette.runtime.images.compression import CHUNK, Encoding
+from lazarette.runtime.images.compression import Encoding, read_up_to
 from lazarette.runtime.images.errors import RegistryFault
 from lazarette.runtime.images.layers import Layer
 from lazarette.runtime.images.model import Descriptor, Image, Manifest, decode, encode
@@ -28,6 +32,7 @@ from lazarette.runtime.images.store import ImageStore
 
 _GZIP_LEVEL = 4
 _GZIP_HEADER = 31
+_GZIP_BLOCK = 4 << 20
 _ATTEMPTS = 3
 
 
@@ -166,12 +171,10 @@ class Push:
                 await asyncio.sleep(0.2 * 2**attempt)
 
     def _pack(self, layer: Layer, path: Path) -> Blob:
-        packer = zlib.compressobj(_GZIP_LEVEL, zlib.DEFLATED, _GZIP_HEADER)
         with path.open("wb", buffering=0) as file, self._store.layers.open_tar(layer) as tar:
             writer = BlobWriter(file)
-            while data := tar.read(CHUNK):
-                writer.write(packer.compress(data))
-            writer.write(packer.flush())
+            for member in gzip_members(tar):
+                writer.write(member)
         return writer.blob
 
     @staticmethod
@@ -190,6 +193,28 @@ class Push:
 
     def _tell(self, status: str, diff_id: str) -> None:
         self._progress(Message(status=status, id=short(diff_id), progress_detail=ProgressDetail()))
+
+
+def gzip_members(plain: BinaryIO) -> Iterator[bytes]:
+    """A stream as gzip, packed on all processors: one member for every 4 MiB.
+
+    Members one after the other are one gzip file (RFC 1952, 2.2); the same bytes come of
+    the same stream, whatever the number of processors.
+    """
+    workers = os.cpu_count() or 1
+    waiting: deque[Future[bytes]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        while block := read_up_to(plain, _GZIP_BLOCK):
+            waiting.append(pool.submit(_gzip_member, block))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _gzip_member(block: bytes) -> bytes:
+    packer = zlib.compressobj(_GZIP_LEVEL, zlib.DEFLATED, _GZIP_HEADER)
+    return packer.compress(block) + packer.flush()
 
 
 def _gzip_descriptor(blob: Blob) -> Descriptor:

@@ -2,12 +2,14 @@ import bz2
 import gzip
 import io
 import lzma
+import subprocess
 
 import pytest
 import zstandard
 
 from lazarette.runtime.images.compression import Encoding, Unpacked, UnpackLimits
 from lazarette.runtime.images.errors import BadArchive
+from lazarette.runtime.images.push import gzip_members
 
 PLAIN = b"".join(b"line %d\n" % n for n in range(200_000))
 PACKED = {
@@ -59,3 +61,12 @@ def test_a_bomb_is_refused_before_it_unfolds() -> None:
     small = UnpackLimits(size=1 << 20)
     with Unpacked(io.BytesIO(bomb), small) as stream, pytest.raises(BadArchive, match="more than"):
         stream.finish()
+
+
+def test_gzip_packed_in_parallel_is_one_plain_gzip_file() -> None:
+    plain = PLAIN * 8
+    packed = b"".join(gzip_members(io.BytesIO(plain)))
+    assert gzip.decompress(packed) == plain
+    assert packed == b"".join(gzip_members(io.BytesIO(plain)))
+    checked = subprocess.run(["gzip", "-dc"], input=packed, capture_output=True, check=True)
+    assert checked.stdout == plain
