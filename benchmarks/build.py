@@ -2,12 +2,12 @@
 
     .venv/bin/python benchmarks/build.py [--rounds 5] [--dockerd PATH] [--json FILE]
 
-Both daemons get the same base image, context and Dockerfile through the real docker
-command line with ``DOCKER_BUILDKIT=0``; they take turns within a round, so that a slow
-minute of the machine hits both.  Cold is with ``--no-cache``; warm is the unchanged build
-again.  ``--dockerd`` is dockerd itself or a folder with ``usr/sbin/dockerd`` and
-``usr/bin/containerd``, e.g. of unpacked Debian packages; without it only ours is measured.
-dockerd runs in a network namespace of its own, its bridge beside nobody's.
+Both daemons get the same base image and the same context through ``POST /build``; the
+docker command line, which costs both alike, is left out.  They take turns within a
+round, so that a slow minute of the machine hits both.  Cold is with ``nocache``; warm is
+the unchanged build again.  ``--dockerd`` is dockerd itself or a folder with
+``usr/sbin/dockerd`` and ``usr/bin/containerd``, e.g. of unpacked Debian packages; without
+it only ours is measured.  dockerd runs in a network namespace of its own, its bridge beside nobody's.
 
 Targets: cold at most 1.0 of dockerd's time, warm at most 0.5.  Needs root.
 """
@@ -15,10 +15,12 @@ Targets: cold at most 1.0 of dockerd's time, warm at most 0.5.  Needs root.
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -31,6 +33,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from tests.support.builds import context_tar
 from tests.support.daemon import Daemon
 from tests.support.images import busybox_archive
 
@@ -57,13 +60,11 @@ CMD ["x"]
 """
 
 
-def make_context(folder: Path) -> None:
+def make_context() -> bytes:
     """A small application: 200 files of 2 kB."""
-    (folder / "src").mkdir(parents=True)
-    (folder / "package").write_text("{}" * 500)
-    for number in range(200):
-        (folder / "src" / f"f{number}").write_text(f"{number} " * 500)
-    (folder / "Dockerfile").write_text(DOCKERFILE.format(unique=uuid.uuid4().hex))
+    files = {f"src/f{number}": f"{number} " * 500 for number in range(200)}
+    dockerfile = DOCKERFILE.format(unique=uuid.uuid4().hex)
+    return context_tar({"Dockerfile": dockerfile, "package": "{}" * 500, **files})
 
 
 def docker(host: str, config: Path, *arguments: str) -> None:
@@ -84,13 +85,13 @@ def dockerd(program: Path, root: Path) -> Iterator[str]:
         binary = program / "usr/sbin/dockerd"
         path = f"{program}/usr/bin:{program}/usr/sbin:{path}"
     libraries = f"{program}/usr/lib/x86_64-linux-gnu" if program.is_dir() else ""
-    socket = root / "docker.sock"
+    address = root / "docker.sock"
     with open(root / "dockerd.log", "wb") as log:
         process = subprocess.Popen(
             [
                 "unshare", "--net", "--mount", str(binary), "--data-root", str(root / "data"),
                 "--exec-root", str(root / "exec"), "--pidfile", str(root / "pid"),
-                "-H", f"unix://{socket}", "--iptables=false", "--ip6tables=false",
+                "-H", f"unix://{address}", "--iptables=false", "--ip6tables=false",
                 "--ip-masq=false", "--storage-driver", "overlay2",
             ],
             env={**os.environ, "PATH": path, "LD_LIBRARY_PATH": libraries},
@@ -99,43 +100,53 @@ def dockerd(program: Path, root: Path) -> Iterator[str]:
         )  # fmt: skip
     try:
         deadline = time.monotonic() + 60
-        while not _answers(socket):
+        while not _answers(address):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit((root / "dockerd.log").read_text()[-3000:])
             time.sleep(0.1)
-        yield f"unix://{socket}"
+        yield f"unix://{address}"
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
 
 
-def _answers(socket: Path) -> bool:
-    command = ["curl", "-sf", "--max-time", "2", "--unix-socket", str(socket), "http://d/_ping"]
+def _answers(address: Path) -> bool:
+    command = ["curl", "-sf", "--max-time", "2", "--unix-socket", str(address), "http://d/_ping"]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def timed(host: str, config: Path, context: Path, *extra: str) -> float:
-    """Seconds of one build."""
+def timed(host: str, tar: bytes, query: str = "") -> float:
+    """Seconds of one build through the API: from the request to the end of the stream."""
+    connection = http.client.HTTPConnection("d")
+    connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.sock.connect(host.removeprefix("unix://"))
     start = time.perf_counter()
-    docker(host, config, "build", "-t", "bench", *extra, str(context))
-    return time.perf_counter() - start
+    connection.request(
+        "POST", f"/v1.41/build?t=bench&rm=1{query}", tar, {"Content-Type": "application/x-tar"}
+    )
+    answer = connection.getresponse().read()
+    seconds = time.perf_counter() - start
+    connection.close()
+    if b"Successfully built" not in answer:
+        raise SystemExit(answer.decode())
+    return seconds
 
 
 def measure(hosts: dict[str, str], rounds: int, root: Path) -> dict[str, dict[str, list[float]]]:
     """Cold and warm seconds of each daemon, one after the other within a round."""
     times: dict[str, dict[str, list[float]]] = {n: {"cold": [], "warm": []} for n in hosts}
-    context, config = root / "context", root / "config"
+    config = root / "config"
     config.mkdir()
-    make_context(context)
+    tar = make_context()
     for host in hosts.values():
         docker(host, config, "load", "-i", str(busybox_archive()))
-        timed(host, config, context)
+        timed(host, tar)
     for number in range(rounds):
         order = list(hosts) if number % 2 else list(hosts)[::-1]
         for name in order:
-            times[name]["cold"].append(timed(hosts[name], config, context, "--no-cache"))
+            times[name]["cold"].append(timed(hosts[name], tar, "&nocache=1"))
         for name in order:
-            times[name]["warm"].append(timed(hosts[name], config, context))
+            times[name]["warm"].append(timed(hosts[name], tar))
     return times
 
 

@@ -45,6 +45,21 @@ def test_changed_file_invalidates_from_its_copy_on(bench: Bench, dockerfile: str
     assert bench.build(dockerfile, {"a": "changed", "b": "2"}).cached == 1
 
 
+def test_the_same_bytes_under_another_ignore_file(bench: Bench) -> None:
+    """What is known of a context holds only for the Dockerfile it was learned with."""
+    text = f"FROM scratch\nLABEL u={uuid.uuid4().hex}\nCOPY d /d\n"
+    files = {
+        "Dockerfile": text,
+        "x.Dockerfile": text,
+        "x.Dockerfile.dockerignore": "d/b\n",
+        "d/a": "1",
+        "d/b": "2",
+    }
+    for name, count in (("", 3), ("x.Dockerfile", 2), ("", 3), ("x.Dockerfile", 2)):
+        built = bench.build(text, files, BuildOptions(dockerfile=name))
+        assert len(bench.tree(built.image)) == count
+
+
 def test_after_a_miss_nothing_is_looked_up(bench: Bench, dockerfile: str) -> None:
     bench.build(dockerfile, {"a": "1", "b": "2"})
     bench.build(dockerfile, {"a": "changed", "b": "2"})

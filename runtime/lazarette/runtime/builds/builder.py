@@ -8,11 +8,14 @@ order of the file.
 from __future__ import annotations
 
 import asyncio
+import io
 import secrets
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +23,7 @@ from lazarette.runtime.builds import context as contexts
 from lazarette.runtime.builds import remote
 from lazarette.runtime.builds.cache import BuildCache
 from lazarette.runtime.builds.cachemounts import CacheMounts
+from lazarette.runtime.builds.context import Context, Memo, Memos
 from lazarette.runtime.builds.errors import DockerfileError
 from lazarette.runtime.builds.instructions import Instruction, Label
 from lazarette.runtime.builds.options import BuildOptions
@@ -32,9 +36,10 @@ from lazarette.runtime.builds.squash import squashed
 from lazarette.runtime.builds.stage import Origin, StageRunner, branch_origin
 from lazarette.runtime.builds.stages import SCRATCH, Plan, Stage, make_plan, stage_origin
 from lazarette.runtime.builds.state import StageState, copy_config, with_path
+from lazarette.runtime.builds.tree import Tree
 from lazarette.runtime.builds.work import Pull, Services, Work, remove_leftovers
 from lazarette.runtime.images import reference
-from lazarette.runtime.images.model import Image, Platform, host, parse_platform
+from lazarette.runtime.images.model import Image, Platform, digest_of, host, parse_platform
 from lazarette.runtime.images.reference import Reference
 from lazarette.runtime.images.store import ImageStore
 from lazarette.storage import beneath
@@ -85,6 +90,7 @@ class Builder:
         self.cache = BuildCache(state, clock, lambda chain: images.layers.get(chain) is not None)
         self.mounts = CacheMounts(root / "cache", clock)
         self.root = root
+        self._memos = Memos()
         images.holders.append(self.held_layers)
         self._services = Services(images, layers, runner, self.cache, clock, root, pull)
 
@@ -151,9 +157,10 @@ class Builder:
         folder = self.root / "running" / secrets.token_hex(8)
         folder.mkdir(parents=True, mode=0o700)
         try:
-            root, given = self._unpacked(stream, options, folder)
-            with contexts.opened(root, options.dockerfile, given) as context:
-                work = Work(self._services, options, context, folder)
+            with ExitStack() as until:
+                work = Work(
+                    self._services, options, self._context(stream, options, folder, until), folder
+                )
                 if stop is not None:
                     work.cancelled = stop
                 with self._services.images.working():
@@ -162,18 +169,28 @@ class Builder:
             self.cache.flush()
             beneath.remove_path(folder)
 
-    @staticmethod
-    def _unpacked(
-        stream: BinaryIO | None, options: BuildOptions, folder: Path
-    ) -> tuple[Path, bytes | None]:
+    def _context(
+        self, stream: BinaryIO | None, options: BuildOptions, folder: Path, until: ExitStack
+    ) -> Context:
         root = folder / "context"
-        root.mkdir()
-        if not options.remote:
-            if stream is not None:
-                contexts.unpack(stream, root)
-            return root, None
-        fetched = remote.fetch_context(options.remote, folder / "remote")
-        return (root, fetched) if isinstance(fetched, bytes) else (fetched, None)
+        if options.remote:
+            fetched = remote.fetch_context(options.remote, folder / "remote")
+            given = fetched if isinstance(fetched, bytes) else None
+            root.mkdir()
+            tree = until.enter_context(Tree(root if isinstance(fetched, bytes) else fetched))
+            return Context(lambda: tree, options.dockerfile, Memo(), given)
+        packed = folder / "context.tar"
+        digest = contexts.spool(stream or io.BytesIO(), packed)
+
+        @cache
+        def opened() -> Tree:
+            root.mkdir()
+            with packed.open("rb") as file:
+                contexts.unpack(file, root)
+            packed.unlink()
+            return until.enter_context(Tree(root))
+
+        return Context(opened, options.dockerfile, self._memos.of(digest))
 
 
 class Build:
@@ -216,8 +233,11 @@ class Build:
                 {"stream": f"[Warning] One or more build-args [{shown}] were not consumed\n"}
             )
         self._emit({"stream": f"Successfully built {image.short_id}\n"})
+        images = self._work.services.images
         for name in names:
-            self._work.services.images.tag(image.id, name)
+            named = images.find(str(name))
+            if named is None or named.id != image.id:
+                images.tag(image.id, name)
             self._emit({"stream": f"Successfully tagged {name.familiar}\n"})
         return Built(image.id)
 
@@ -400,7 +420,9 @@ class Build:
             squashed(self._work, state)
         if not state.created_ns:
             state.created_ns = self._work.now_ns()
-        return images.add(state.image_config(), parent=state.base_id)
+        config = state.image_config()
+        known = images.find(digest_of(config))
+        return known or images.add(config, parent=state.base_id)
 
 
 def _fits(image: Image, wanted: str) -> bool:

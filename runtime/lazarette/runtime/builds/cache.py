@@ -91,7 +91,7 @@ class BuildCache:
         self._has_layer = has_layer
         self._lock = threading.Lock()
         self._fresh: list[Record] = []
-        self._used: set[str] = set()
+        self._used: dict[str, int] = {}
         state.migrate("build_cache", MIGRATIONS)
 
     def find(self, key: str) -> Record | None:
@@ -104,7 +104,7 @@ class BuildCache:
         if record is None or (record.chain and not self._has_layer(record.chain)):
             return None
         with self._lock:
-            self._used.add(record.key)
+            self._used[record.key] = self._clock.now_ns()
         return record
 
     def add(self, record: Record) -> None:
@@ -114,41 +114,32 @@ class BuildCache:
         if record.diff_id:
             self.flush()
 
-    def flush(self) -> None:
-        """Write what was added and used."""
+    def flush(self, *, uses: bool = False) -> None:
+        """Write what was added.
+
+        Args:
+            uses: write when records were used too, even if none was added; a kill may lose
+                that, and waiting for the disk would be most of an unchanged build.
+        """
         with self._lock:
             fresh, self._fresh = self._fresh, []
-            used, self._used = self._used, set()
-        if not fresh and not used:
-            return
+            if not fresh and not (uses and self._used):
+                return
+            used, self._used = self._used, {}
         now = self._clock.now_ns()
         with self._state.write() as db:
             db.executemany(
                 "INSERT OR REPLACE INTO build_cache VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?)",
-                [
-                    (
-                        r.key,
-                        r.parent,
-                        r.kind,
-                        r.description,
-                        r.chain,
-                        r.diff_id,
-                        r.size,
-                        r.created_ns,
-                        now,
-                        r.alias,
-                    )
-                    for r in fresh
-                ],
+                [_row(record, now) for record in fresh],
             )
             db.executemany(
                 "UPDATE build_cache SET used_ns = ?, uses = uses + 1 WHERE key = ?",
-                [(now, key) for key in used],
+                [(when, key) for key, when in used.items()],
             )
 
     def records(self) -> list[Record]:
         """Every record, the last used first."""
-        self.flush()
+        self.flush(uses=True)
         rows = self._state.rows("SELECT * FROM build_cache ORDER BY used_ns DESC, key")
         return [_record(row) for row in rows]
 
@@ -164,6 +155,21 @@ class BuildCache:
         with self._state.write() as db:
             for key in keys:
                 db.execute("DELETE FROM build_cache WHERE key = ? OR alias = ?", (key, key))
+
+
+def _row(record: Record, now_ns: int) -> tuple[str | int, ...]:
+    return (
+        record.key,
+        record.parent,
+        record.kind,
+        record.description,
+        record.chain,
+        record.diff_id,
+        record.size,
+        record.created_ns,
+        now_ns,
+        record.alias,
+    )
 
 
 def _record(row: sqlite3.Row) -> Record:

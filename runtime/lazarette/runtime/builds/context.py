@@ -6,13 +6,14 @@ never leaves its folder, within limits of size; devices in it are refused.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Final, cast
 
@@ -30,21 +31,114 @@ from lazarette.storage.layers.tar import TreeWriter
 DOCKERFILE: Final = "Dockerfile"
 IGNORE_FILE: Final = ".dockerignore"
 LIMITS: Final = UnpackLimits(size=64 << 30)
+_PIECE = 1 << 20
 
 
-@dataclass(frozen=True)
-class Context:
-    """An unpacked context.
+@dataclass
+class Memo:
+    """What was found in a context of the same bytes before.
 
     Attributes:
-        source: its files, with what ``.dockerignore`` hides already hidden.
-        dockerfile: the Dockerfile's bytes.
-        name: the Dockerfile's name, for messages.
+        dockerfiles: name asked for → name found and content.
+        digests: Dockerfile's name and a step's words → digest of what the step takes.
     """
 
-    source: SourceTree
-    dockerfile: bytes
-    name: str
+    dockerfiles: dict[str, tuple[str, bytes]] = field(default_factory=dict)
+    digests: dict[tuple[str, str], str] = field(default_factory=dict)
+
+
+class Memos:
+    """Those of the last contexts, so that an unchanged build need not unpack its own."""
+
+    def __init__(self, most: int = 64) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._kept: dict[str, Memo] = {}
+
+    def of(self, digest: str) -> Memo:
+        """The memo of a context by the SHA-256 of its bytes as sent."""
+        with self._lock:
+            memo = self._kept.pop(digest, None) or Memo()
+            self._kept[digest] = memo
+            while len(self._kept) > self._most:
+                del self._kept[next(iter(self._kept))]
+            return memo
+
+
+class Context:
+    """A context; unpacked when its files are first asked for.
+
+    Args:
+        opened: opens its tree; asked again, gives the same one.
+        wanted: the ``dockerfile`` asked for; empty for the default.
+        memo: what is known of it.
+        given: the Dockerfile itself, where it does not come from the context.
+
+    Attributes:
+        name: the Dockerfile's name, for messages.
+        dockerfile: its bytes.
+        memo: what is known of it.
+
+    Raises:
+        ContextError: there is no such Dockerfile.
+    """
+
+    def __init__(
+        self, opened: Callable[[], Tree], wanted: str, memo: Memo, given: bytes | None = None
+    ) -> None:
+        self._opened = opened
+        self._lock = threading.Lock()
+        self._source: SourceTree | None = None
+        self.memo = memo
+        if given is not None:
+            self.name, self.dockerfile = wanted or DOCKERFILE, given
+            return
+        if wanted not in memo.dockerfiles:
+            self.name, self.dockerfile = _dockerfile(opened(), wanted)
+            self._source = self._opened_source()  # a broken ignore file is told at once
+            memo.dockerfiles[wanted] = (self.name, self.dockerfile)
+        self.name, self.dockerfile = memo.dockerfiles[wanted]
+
+    def remember(self, step: str, digest: str) -> None:
+        """Note what a step takes of it."""
+        self.memo.digests[self.name, step] = digest
+
+    def known(self, step: str) -> str | None:
+        """What a step took when a context of the same bytes was here before."""
+        return self.memo.digests.get((self.name, step))
+
+    @property
+    def source(self) -> SourceTree:
+        """Its files, with what ``.dockerignore`` hides already hidden."""
+        with self._lock:
+            if self._source is None:
+                self._source = self._opened_source()
+            return self._source
+
+    def _opened_source(self) -> SourceTree:
+        tree = self._opened()
+        return SourceTree(tree, "the build context", True, {}, _ignore(tree, self.name))
+
+
+def spool(stream: BinaryIO, target: Path, limits: UnpackLimits = LIMITS) -> str:
+    """Write a context as it comes to a file.
+
+    Returns:
+        The SHA-256 of its bytes.
+
+    Raises:
+        ContextError: it is too large.
+    """
+    made = hashlib.sha256()
+    size = 0
+    with target.open("wb") as file:
+        while data := stream.read(_PIECE):
+            size += len(data)
+            if size > limits.size:
+                raise ContextError(f"build context is larger than {limits.size} bytes")
+            made.update(data)
+            file.write(data)
+    return made.hexdigest()
 
 
 def unpack(stream: BinaryIO, into: Path, limits: UnpackLimits = LIMITS) -> None:
@@ -66,27 +160,6 @@ def _refuse_devices(folder: int) -> None:
     for entry in beneath.walk(folder):
         if stat.S_ISCHR(entry.status.st_mode) or stat.S_ISBLK(entry.status.st_mode):
             raise ContextError(f"build context holds a device: {os.fsdecode(entry.path)}")
-
-
-@contextmanager
-def opened(root: Path, wanted: str, given: bytes | None = None) -> Iterator[Context]:
-    """Open an unpacked context for the length of the block.
-
-    Args:
-        root: its folder.
-        wanted: the ``dockerfile`` asked for; empty for the default.
-        given: the Dockerfile itself, where it does not come from the context.
-
-    Raises:
-        ContextError: there is no such Dockerfile.
-    """
-    with Tree(root) as tree:
-        name = wanted or DOCKERFILE
-        if given is None:
-            name, given = _dockerfile(tree, wanted)
-        ignore = _ignore(tree, name)
-        # A folder that can be taken apart by the daemon only; everything in it is root's.
-        yield Context(SourceTree(tree, "the build context", True, {}, ignore), given, name)
 
 
 def _dockerfile(tree: Tree, wanted: str) -> tuple[str, bytes]:
@@ -189,8 +262,3 @@ def _add_file(writer: TreeWriter, name: str, data: bytes) -> None:
         file.write_bytes(data)
         with beneath.opened(holder) as folder:
             writer.entry(os.fsencode(name), folder, b"Dockerfile", file.lstat())
-
-
-def discard(root: Path) -> None:
-    """Remove an unpacked context."""
-    beneath.remove_path(root)

@@ -319,6 +319,8 @@ class StageRunner:
         origin = self._origin(origin_name, step) if step.origin else None
         word = "ADD" if step.add else "COPY"
         quick = ""
+        if origin is None and self._known(step, words, word):
+            return
         if origin is not None and not origin.context:
             # What is copied follows from the stage's key: no need to read it again.
             quick = step_key(state.key, word, origin.key, *words.sources, words.key(step))
@@ -328,11 +330,9 @@ class StageRunner:
             source = self._opened(origin, until) if origin else self._work.context.source
             downloads = self._work.folder / "downloads"
             found = until.enter_context(transfers.gather(step, words, source, downloads))
-            chown = f"--chown={words.chown} " if words.chown else ""
-            chmod = f"--chmod={words.mode_text} " if words.mode_text else ""
-            created_by = history.transfer(
-                state.shell, word, f"{chown}{chmod}{found.digest}", words.target
-            )
+            created_by = self._created_by(words, word, found.digest)
+            if origin is None and not found.remote:
+                self._work.context.remember(words.memo_key(step), found.digest)
             key = step_key(state.key, word, found.digest, words.key(step))
             before = state.key
             if self._cached(key, created_by):
@@ -345,6 +345,19 @@ class StageRunner:
             self._remember(key, created_by, made, kind="layer" if made else "metadata")
             if quick:
                 self._alias(quick, before, created_by, key)
+
+    def _created_by(self, words: transfers.Words, word: str, digest: str) -> str:
+        chown = f"--chown={words.chown} " if words.chown else ""
+        chmod = f"--chmod={words.mode_text} " if words.mode_text else ""
+        return history.transfer(self._state.shell, word, f"{chown}{chmod}{digest}", words.target)
+
+    def _known(self, step: Transfer, words: transfers.Words, word: str) -> bool:
+        """Take a COPY from the cache whose context had the same bytes before."""
+        digest = self._work.context.known(words.memo_key(step))
+        if digest is None:
+            return False
+        key = step_key(self._state.key, word, digest, words.key(step))
+        return self._cached(key, self._created_by(words, word, digest))
 
     def _quickly(self, quick: str) -> bool:
         """Take a COPY --from whose stage is known; no miss if it is not."""

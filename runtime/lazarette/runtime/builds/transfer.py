@@ -57,6 +57,11 @@ class Words:
         flags = (self.chown, self.mode_text, step.link, step.parents, step.exclude, step.unpack)
         return f"{flags} {self.target}{'/' if self.into else ''}"
 
+    def memo_key(self, step: Transfer) -> str:
+        """What the digest of what is taken depends on, beside the context."""
+        bodies = [f"{name}\0{body.hex()}" for name, body in self.heredocs]
+        return repr((step.add, self.sources, bodies, self.key(step)))
+
 
 def substitute(step: Transfer, expander: Expander, working_dir: str) -> Words:
     """Substitute variables and check what can be checked before looking at files.
@@ -104,12 +109,14 @@ class Found:
         archives: those of ``selected`` that are unpacked.
         heredocs: name and content.
         digest: ``file:…``, ``dir:…`` or ``multi:…``.
+        remote: something of it comes from elsewhere than the context.
     """
 
     selected: Sequence[Selected]
     archives: frozenset[int]
     heredocs: tuple[tuple[str, bytes], ...]
     digest: str
+    remote: bool
 
 
 @contextmanager
@@ -153,7 +160,9 @@ def gather(step: Transfer, words: Words, source: SourceTree, downloads: Path) ->
             )
         if step.checksum and not any(_URL.match(text) for text in words.sources):
             raise DockerfileError("checksum can't be specified for local sources")
-        yield Found(selected, frozenset(archives), words.heredocs, _digest(selected, words))
+        elsewhere = any(_URL.match(text) or remote.is_git(text) for text in words.sources)
+        digest = _digest(selected, words)
+        yield Found(selected, frozenset(archives), words.heredocs, digest, elsewhere and step.add)
 
 
 def _downloaded(
