@@ -7,7 +7,8 @@ docker command line, which costs both alike, is left out.  They take turns withi
 round, so that a slow minute of the machine hits both.  Cold is with ``nocache``; warm is
 the unchanged build again.  ``--dockerd`` is dockerd itself or a folder with
 ``usr/sbin/dockerd`` and ``usr/bin/containerd``, e.g. of unpacked Debian packages; without
-it only ours is measured.  dockerd runs in a network namespace of its own, its bridge beside nobody's.
+it only ours is measured.  dockerd runs in a network namespace of its own, its bridge
+beside nobody's.
 
 Targets: cold at most 1.0 of dockerd's time, warm at most 0.5.  Needs root.
 """
