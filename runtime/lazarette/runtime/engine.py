@@ -26,6 +26,7 @@ from lazarette.runtime.networks.etcd import cluster_of
 from lazarette.runtime.networks.manager import NetworkManager
 from lazarette.runtime.protection.backups import BackupService
 from lazarette.runtime.protection.describe import Describer
+from lazarette.runtime.protection.drills import Drills
 from lazarette.runtime.protection.fills import FillService
 from lazarette.runtime.protection.follower import PolicyFollower
 from lazarette.runtime.protection.holding import Stillness
@@ -161,6 +162,7 @@ class Engine:
         restores = RestoreService(self.volumes, repositories, self.fills, jobs, self.state)
         hands = EngineHands(self.images, keep, self.networks, self.containers)
         recovery = HostRecovery(repositories, restores, self.volumes, hands)
+        drills = Drills(self.containers, self.volumes, restores, book, journal, teller, self.clock)
         follower = PolicyFollower(
             book,
             backups,
@@ -170,6 +172,7 @@ class Engine:
             journal,
             config.state_file,
             self.events,
+            drills,
             self.clock,
         )
         self.protection = Protection(
@@ -184,6 +187,7 @@ class Engine:
             jobs,
             stillness,
             teller,
+            drills,
         )
 
     def _labels_of_users(self, volume: str) -> list[dict[str, str]]:

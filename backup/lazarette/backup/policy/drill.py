@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lazarette.backup.policy.access import Ended
+from lazarette.backup.policy.model import SCRATCH_PREFIX
 from lazarette.backup.policy.outcome import Outcome, Result, failed
 from lazarette.storage.clock import NANOSECONDS, Clock
 from lazarette.storage.errors import LazaretteError
 
-PREFIX = "lazarette-drill-"
+PREFIX = SCRATCH_PREFIX
 _PAUSE = 0.2
 
 

@@ -43,6 +43,8 @@ from lazarette.backup.policy.windows import (
 from lazarette.storage.errors import InvalidArgument, LazaretteError
 
 LABEL_PREFIX = "lazarette."
+SCRATCH_PREFIX = "lazarette-drill-"
+"""Names of what drills make; no policy means it, whatever labels it was restored with."""
 _OFF = {"off", "none", "no", "false", "never"}
 _DEFAULT_KEEP = "last=3,daily=7,weekly=4,monthly=6"
 
@@ -359,7 +361,7 @@ def applying(
     Raises:
         WrongPolicy: the volume's or a container's label cannot be understood.
     """
-    if is_switched_off(volume.labels):
+    if is_switched_off(volume.labels) or volume.name.startswith(SCRATCH_PREFIX):
         return None
     own = parse_labels(
         volume.name, volume.labels, Origin.VOLUME_LABELS, f"volume {volume.name}", default_zone

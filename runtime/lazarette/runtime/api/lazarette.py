@@ -135,6 +135,7 @@ class ProtectionRoutes:
             Route("GET", _V1 + "/status", self.status),
             Route("POST", _V1 + "/recover", self.recover),
             Route("POST", _V1 + "/volumes/{volume}/approve", self.approve),
+            Route("POST", _V1 + "/volumes/{volume}/drill", self.drill),
             Route("GET", _V1 + "/metrics", self.metrics),
         ]
 
@@ -267,6 +268,20 @@ class ProtectionRoutes:
     async def approve(self, call: Call) -> web.StreamResponse:
         """Count a volume's suspicious backups as good."""
         return json_response({"approved": self._protection.approve(call.path["volume"])})
+
+    async def drill(self, call: Call) -> web.StreamResponse:
+        """Restore the newest good backup beside the volume and see whether it works."""
+
+        async def work(tell: Tell) -> object:
+            outcome = await self._protection.drills.run(call.path["volume"])
+            return {
+                "outcome": outcome.result.value,
+                "error": outcome.error,
+                "snapshot": outcome.snapshot,
+                "restore_ns": outcome.restore_ns,
+            }
+
+        return await _long(call, work)
 
     async def metrics(self, call: Call) -> web.StreamResponse:
         """Prometheus metrics."""

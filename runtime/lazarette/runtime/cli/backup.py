@@ -67,6 +67,23 @@ def approve(session: Session, volume: str, as_json: bool) -> int:
     return EXIT_OK
 
 
+@backup.command("drill")
+@json_option
+@click.argument("volume")
+@pass_session
+def drill(session: Session, volume: str, as_json: bool) -> int:
+    """Restore a volume's newest good backup beside it, start its image on it, check, remove."""
+    done = follow(session, f"/volumes/{volume}/drill", None, f"drill {volume}", as_json)
+    good = done["outcome"] == "ok"
+    if as_json:
+        output.write_json(done)
+    elif good:
+        click.echo(f"{volume} came back in {cast(int, done['restore_ns']) / _NS:.1f} s")
+    else:
+        output.write_error(str(done["error"]), "laz backup ls; laz repo check")
+    return EXIT_OK if good else EXIT_FAULT
+
+
 def follow(session: Session, path: str, body: object, title: str, as_json: bool) -> Json:
     """Run long work in the daemon behind a progress bar; its result."""
     with output.Bar(title, quiet=as_json) as bar:

@@ -7,7 +7,7 @@ import logging
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lazarette.backup.jobs.model import ForgetJob, Request
@@ -17,6 +17,7 @@ from lazarette.backup.policy.retention import Decision, plan
 from lazarette.backup.policy.scheduler import Scheduler
 from lazarette.runtime.events import Event, EventBus
 from lazarette.runtime.protection.backups import BackupService
+from lazarette.runtime.protection.drills import Drills
 from lazarette.runtime.protection.jobs import JobRunner
 from lazarette.runtime.protection.policies import PolicyBook
 from lazarette.runtime.protection.repositories import RepositoryBook, RepositoryUnknown
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _PRUNE_AFTER = 20
 _LOOK_S = 5.0
+_DRILL = "drill of "
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class PolicyFollower:
         journal: remembers.
         database: the daemon's, for the schedule's jobs.
         events: volumes and containers that come and go change what applies.
+        drills: proves that backups come back.
         clock: time.
     """
 
@@ -65,6 +68,7 @@ class PolicyFollower:
         journal: Journal,
         database: Path,
         events: EventBus,
+        drills: Drills,
         clock: Clock,
     ) -> None:
         self.book = book
@@ -74,6 +78,7 @@ class PolicyFollower:
         self._jobs = jobs
         self._clock = clock
         self._journal = journal
+        self._drills = drills
         self._scheduler = Scheduler(database, self._carry_out, clock, journal)
         self._members: dict[str, list[str]] = {}
         self._forgotten: dict[str, int] = {}
@@ -164,9 +169,13 @@ class PolicyFollower:
             members.setdefault(policy.name, []).append(volume)
             found[policy.name] = policy
         self._members = members
-        return list(found.values())
+        drills = [_drill_of(policy) for policy in found.values() if policy.drill is not None]
+        return [*found.values(), *(each for each in drills if each is not None)]
 
     async def _carry_out(self, policy: Policy, reason: Reason) -> None:
+        if policy.name.startswith(_DRILL):
+            await self._drill(policy, reason)
+            return
         volumes = self._members.get(policy.name, [])
         if not volumes:
             return
@@ -187,6 +196,13 @@ class PolicyFollower:
                     await self._apply_retention(run.volume, policy)
                 except LazaretteError as error:
                     log.error("retention of %s: %s", run.volume, error)
+
+    async def _drill(self, policy: Policy, reason: Reason) -> None:
+        for volume in self._members.get(policy.name.removeprefix(_DRILL), []):
+            try:
+                await self._drills.run(volume, self._repository(policy), reason)
+            except LazaretteError as error:
+                log.error("drill of %s: %s", volume, error)
 
     async def _apply_retention(self, volume: str, policy: Policy) -> None:
         decisions = await self.decide(volume, policy)
@@ -233,6 +249,15 @@ _TELLING = {
     ("container", "create"),
     ("container", "destroy"),
 }
+
+
+def _drill_of(policy: Policy) -> Policy | None:
+    """A policy's drills as a policy of their own, for the scheduler."""
+    if policy.drill is None:
+        return None
+    return replace(
+        policy, name=_DRILL + policy.name, schedule=policy.drill.schedule, windows=(), jitter_ns=0
+    )
 
 
 def _describe(volume: str, policy: Policy, next_run: str) -> dict[str, object]:

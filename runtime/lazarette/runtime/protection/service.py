@@ -9,6 +9,7 @@ from lazarette.backup.jobs.model import Job, Progress, Request, Result
 from lazarette.backup.policy.journal import Journal
 from lazarette.backup.policy.journal import Protection as VolumeState
 from lazarette.runtime.protection.backups import BackupService
+from lazarette.runtime.protection.drills import Drills
 from lazarette.runtime.protection.fills import FillService
 from lazarette.runtime.protection.follower import PolicyFollower
 from lazarette.runtime.protection.holding import Stillness
@@ -32,6 +33,7 @@ class Protection:
         fills: volumes whose data are still arriving.
         recovery: brings hosts back.
         teller: judges, counts and tells.
+        drills: proves that backups come back.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Protection:
         jobs: JobRunner,
         stillness: Stillness,
         teller: Teller,
+        drills: Drills,
     ) -> None:
         self._volumes = volumes
         self.repositories = repositories
@@ -59,12 +62,14 @@ class Protection:
         self._jobs = jobs
         self._stillness = stillness
         self.teller = teller
+        self.drills = drills
 
     async def start(self) -> None:
         """Take up what an earlier daemon left, then follow the policies."""
         await self._stillness.start()
         await self.restores.recover()
         await self.backups.recover()
+        await self.drills.recover()
         await self.policies.start()
         self.teller.start()
 
