@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,13 @@ from lazarette.backup.repository.keys import WrongKey
 from lazarette.backup.repository.kit import WrongRecoveryKit
 from lazarette.backup.stores.contract import WrongStore
 from lazarette.runtime.daemon import AlreadyRunning
-from lazarette.storage.errors import Unauthenticated, Unavailable
+from lazarette.storage.errors import (
+    MissingFeature,
+    NoSpace,
+    NotRoot,
+    Unauthenticated,
+    Unavailable,
+)
 
 
 def fails(done: subprocess.CompletedProcess[bytes], code: int, *words: str) -> None:
@@ -160,3 +167,53 @@ def test_wrong_kit(daemon: Daemon, s3_server: S3Server, s3_bucket: str, tmp_path
 def test_usage_errors_are_two() -> None:
     for arguments in (("nosuch",), ("run",), ("volume", "create", "--nosuch")):
         assert laz(*arguments).returncode == 2
+
+
+def test_not_root(tmp_path: Path) -> None:
+    program = (
+        "import os, sys, lazarette.runtime.daemon as daemon; os.setresuid(65534, 65534, 65534);"
+        " sys.argv = ['lazd', *sys.argv[1:]]; daemon.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--data-root", str(tmp_path / "data")],
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == NotRoot.exit_code, done.stderr
+    assert done.stderr.startswith(b"lazd: lazd needs root")
+    assert not (tmp_path / "data").exists()
+
+
+def test_missing_kernel_feature(daemon: Daemon) -> None:
+    if Path("/sys/module/ipvlan").exists():
+        pytest.skip("this kernel has ipvlan")
+    done = daemon.laz("network", "create", "-d", "ipvlan", "-o", "parent=lo", "net1", check=False)
+    fails(done, MissingFeature.exit_code, "ipvlan")
+    assert b"net1" not in daemon.laz("network", "ls").stdout
+
+
+def test_full_repository_disk(tmp_path: Path) -> None:
+    """A backup that meets a full disk says so; what is there stays whole, the next one fits."""
+    small = tmp_path / "small"
+    small.mkdir()
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "data").write_bytes(os.urandom(24 << 20))
+    env = {"LAZ_KEYS": str(tmp_path / "keys")}
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(small)], check=True)
+    try:
+        url = str(small / "repo")
+        assert (
+            laz(
+                "repo", "init", "--no-daemon", "--kit-file", str(tmp_path / "kit"), url, env=env
+            ).returncode
+            == 0
+        )
+        fails(laz("backup", "path", str(source), "--repo", url, env=env), NoSpace.exit_code)
+        assert laz("repo", "check", url, env=env).returncode == 0
+        assert laz("backup", "ls", "--repo", url, "--json", env=env).stdout.strip() == b"[]"
+        (source / "data").write_bytes(b"little")
+        subprocess.run(["mount", "-o", "remount,size=40m", str(small)], check=True)
+        assert laz("backup", "path", str(source), "--repo", url, env=env).returncode == 0
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
