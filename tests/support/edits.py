@@ -126,7 +126,7 @@ class Editor:
         if path is None:
             return
         size = path.stat().st_size
-        far = size + 5 * (1 << 20)
+        far = size + (1 << 20)
         with open(path, "r+b") as file:
             file.seek(far)
             file.write(b"island")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tests.support.edits import Editor
 from tests.support.repositories import backup, bring_back, local, reopen
@@ -18,12 +18,14 @@ from lazarette.backup.restore import Mode
 from lazarette.backup.tree import TreeReader
 from lazarette.storage.changes import ByteRange, Change, ChangeKind, ChangesUnknown
 
-ROUNDS = int(os.environ.get("LAZ_TEST_EXAMPLES", "6"))
+ROUNDS = int(os.environ.get("LAZ_TEST_EXAMPLES", "4"))
 
 
+@pytest.mark.timeout(1800)
 @settings(
     max_examples=ROUNDS,
     deadline=None,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(seed=st.integers(0, 2**32), steps=st.lists(st.integers(1, 12), min_size=1, max_size=3))
