@@ -62,8 +62,11 @@ class Engine:
     """
 
     def __init__(self, config: Config, clock: Clock) -> None:
-        for folder in (config.data_root, config.exec_root):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o711)
+        config.exec_root.mkdir(parents=True, exist_ok=True, mode=0o711)
+        # Layers hold setuid programs and devices of anybody's making: no other user of the
+        # host may reach them, not even by a name he knows.
+        config.data_root.mkdir(parents=True, exist_ok=True)
+        config.data_root.chmod(0o700)
         self.config = config
         self.clock = clock
         self.state = State(config.state_file)

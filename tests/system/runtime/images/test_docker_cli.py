@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.daemon import Daemon
-from tests.support.images import busybox_archive, busybox_rootfs
+from tests.support.images import busybox_archive, busybox_rootfs, tar_of
 from tests.support.registry import PASSWORD, USER, Registry, registry
 
 pytestmark = pytest.mark.xdist_group("images-docker-cli")
@@ -223,6 +223,24 @@ def test_a_saved_image_is_read_by_tar(docker: Docker) -> None:
         names = tar.getnames()
     assert {"manifest.json", "index.json", "oci-layout"} <= set(names)
     subprocess.run(["tar", "-t"], input=packed, capture_output=True, check=True)
+
+
+def test_devices_and_setuid_programs_of_an_image_reach_nobody(docker: Docker) -> None:
+    memory, program = tarfile.TarInfo("memory"), tarfile.TarInfo("bin/root")
+    memory.type, memory.devmajor, memory.devminor, memory.mode = tarfile.CHRTYPE, 1, 1, 0o666
+    program.mode = 0o4755
+    layer = tar_of([memory, (program, b"#!/bin/sh\n")])
+    with tarfile.open(busybox_rootfs()) as base:
+        end = base.getmembers()[-1]
+        kept = busybox_rootfs().read_bytes()[: end.offset_data + end.size]
+    kept += bytes(-len(kept) % tarfile.BLOCKSIZE)
+    docker("import", "-", "devices:1", stdin=kept + layer)
+    done = docker.daemon.docker("run", "--rm", "devices:1", "head", "-c1", "/memory", check=False)
+    assert done.returncode == 1 and b"Operation not permitted" in done.stderr
+    data = docker.daemon.root / "data"
+    (found,) = data.glob("layers/**/bin/root")
+    assert found.stat().st_mode & 0o4001 == 0o4001
+    assert data.stat().st_mode & 0o077 == 0, "other users of the host could run it as root"
 
 
 def test_laz_keeps_logins_where_docker_does(docker: Docker, locked: Registry) -> None:
