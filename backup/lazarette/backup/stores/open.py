@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from lazarette.backup.stores.contract import BlobStore, is_name
+from lazarette.backup.stores.limit import LimitedStore, Rate, unlimited
 from lazarette.backup.stores.local import LocalStore
 from lazarette.backup.stores.retry import RetryPolicy, RetryStore
 from lazarette.storage.clock import Clock, SystemClock
@@ -38,8 +39,12 @@ def open_store(
     clock: Clock | None = None,
     retry: RetryPolicy | None = None,
     conditional: bool = True,
+    upload: Rate = unlimited,
+    download: Rate = unlimited,
 ) -> BlobStore:
     """Open an existing place; a bucket is contacted at the first operation.
+
+    What asks an S3 server for too much is slowed down, and tried again.
 
     Args:
         url: as in the module's text.
@@ -47,21 +52,24 @@ def open_store(
         clock: for retries.
         retry: how long an S3 store keeps trying.
         conditional: whether conditional writes were found exact (``probe_conditional``).
+        upload: bytes a second at this moment.
+        download: the same.
 
     Raises:
         InvalidArgument: the URL cannot be understood, or holds a secret.
         WrongStore: the folder does not exist.
     """
     place = parse_url(url)
+    time = clock or SystemClock()
     if isinstance(place, str):
-        return LocalStore(place)
+        local = LocalStore(place)
+        if upload is unlimited and download is unlimited:
+            return local
+        return LimitedStore(local, time, upload=upload, download=download)
     from lazarette.backup.stores.s3 import S3Store
 
-    return RetryStore(
-        S3Store(place, credentials or credentials_from(os.environ), conditional=conditional),
-        clock or SystemClock(),
-        retry,
-    )
+    bare = S3Store(place, credentials or credentials_from(os.environ), conditional=conditional)
+    return RetryStore(LimitedStore(bare, time, upload=upload, download=download), time, retry)
 
 
 def create_place(
@@ -88,7 +96,8 @@ def create_place(
 
     store = S3Store(place, credentials or credentials_from(os.environ))
     store.create_bucket()
-    return RetryStore(store, clock or SystemClock(), retry)
+    time = clock or SystemClock()
+    return RetryStore(LimitedStore(store, time), time, retry)
 
 
 def parse_url(url: str) -> str | S3Place:

@@ -7,6 +7,7 @@ import pytest
 from lazarette.backup.stores.contract import WrongStore
 from lazarette.backup.stores.open import create_place, credentials_from, open_store, parse_url
 from lazarette.backup.stores.s3 import Credentials, S3Place
+from lazarette.storage.clock import NANOSECONDS, FakeClock
 from lazarette.storage.errors import InvalidArgument
 
 
@@ -75,3 +76,11 @@ def test_credentials() -> None:
     )
     assert found == Credentials("a", "hidden", "t")
     assert "hidden" not in repr(found)
+
+
+def test_rates(tmp_path: Path) -> None:
+    clock = FakeClock()
+    store = open_store(str(tmp_path), clock=clock, upload=lambda: 1000)
+    store.put("x", bytes(5000))
+    assert clock.monotonic_ns() >= 4 * NANOSECONDS
+    store.close()
