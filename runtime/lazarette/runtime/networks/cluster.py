@@ -35,6 +35,7 @@ import msgspec
 from lazarette.runtime.networks.etcd import Check, ClusterConfig, ClusterUnavailable, EtcdStore
 from lazarette.runtime.networks.model import AddressConflict, Network, NetworkExists
 from lazarette.runtime.networks.namespaces import NetNamespace
+from lazarette.storage.errors import LazaretteError
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +121,7 @@ class Cluster:
         self._claims: set[str] = set()
         self._untidy = False
         self._stop = threading.Event()
+        self._let_go = threading.Event()
         self._threads = [
             threading.Thread(target=self._keep, name="cluster-lease", daemon=True),
             threading.Thread(target=self._follow, name="cluster-watch", daemon=True),
@@ -138,8 +140,9 @@ class Cluster:
 
     def close(self) -> None:
         """Stop taking part; leased keys stay for their time, so that a restart is not seen."""
-        self._stop.set()
-        for thread in self._threads:
+        keeper, follower = self._threads
+        for event, thread in ((self._stop, follower), (self._let_go, keeper)):
+            event.set()  # the follower may take seconds: the lease is kept until then
             if thread.is_alive():
                 thread.join()
         self._store.close()
@@ -280,7 +283,7 @@ class Cluster:
     def _keep(self) -> None:
         """Keep the lease alive; get a new one, and announce all anew, when it is lost."""
         pause = 0.0
-        while not self._stop.wait(pause):
+        while not self._let_go.wait(pause):
             pause = self.config.ttl / 3
             try:
                 lost: list[Record] = []
@@ -294,6 +297,8 @@ class Cluster:
             except ClusterUnavailable as error:
                 log.info("%s", error)
                 pause = _RETRY_SECONDS
+            except LazaretteError as error:
+                log.warning("an endpoint lost to another host is still there: %s", error)
 
     def _join(self) -> list[Record]:
         """Announce everything with a new lease; what is no longer this host's is returned."""
@@ -340,11 +345,14 @@ class Cluster:
                 snapshot = self._store.snapshot()
                 view = _view(snapshot.values)
                 if view != self.view:
-                    self.view = view
                     self._changed(view)
+                    self.view = view
                 self._store.wait(snapshot.revision, _LOOK_SECONDS, self._stop)
             except ClusterUnavailable as error:
                 log.info("%s", error)
+                self._stop.wait(_RETRY_SECONDS)
+            except LazaretteError as error:
+                log.warning("this host does not follow the cluster yet: %s", error)
                 self._stop.wait(_RETRY_SECONDS)
 
 

@@ -38,6 +38,7 @@ RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 IFF_UP = 1
 IF_OPER_UP = 6
+NUD_PERMANENT = 0x80
 SOL_NETLINK, NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK = 270, 10, 11, 12
 RECEIVE_BUFFER = 1 << 20
 PATIENCE = 30.0
@@ -487,7 +488,7 @@ def neighbour(
     (``destination``: where a VXLAN link finds the hardware address), replaced or removed.
     """
     attributes: list[tuple[str, object]] = [("NDA_LLADDR", mac)]
-    fields: dict[str, object] = {"ifindex": index, "state": 0x80, "flags": 0}  # NUD_PERMANENT
+    fields: dict[str, object] = {"ifindex": index, "state": NUD_PERMANENT, "flags": 0}
     if address:
         fields["family"] = socket.AF_INET6 if ":" in address else socket.AF_INET
         attributes.append(("NDA_DST", address))
@@ -499,3 +500,29 @@ def neighbour(
     if delete:
         return Message(what, RTM_DELNEIGH, 0, body, frozenset({errno.ENOENT, errno.ENODEV}))
     return Message(what, RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, body)
+
+
+def forwarding(netlink: Netlink, index: int) -> set[tuple[str, str]]:
+    """Where a VXLAN link sends to: (hardware address, host) of its forwarding table."""
+    return {
+        (mac, where)
+        for mac, where in _neighbours(netlink, index, socket.AF_BRIDGE)
+        if mac != "00:00:00:00:00:00"
+    }
+
+
+def neighbours(netlink: Netlink, index: int) -> set[tuple[str, str]]:
+    """The permanent neighbours of a link: (hardware address, address), both families."""
+    return _neighbours(netlink, index, socket.AF_INET) | _neighbours(
+        netlink, index, socket.AF_INET6
+    )
+
+
+def _neighbours(netlink: Netlink, index: int, family: int) -> set[tuple[str, str]]:
+    body = encode(ndmsg, {"family": family, "ifindex": index}, [])
+    found = set()
+    for entry in netlink.dump(Message("list neighbours", RTM_GETNEIGH, 0, body), ndmsg):
+        mac, where = entry.get_attr("NDA_LLADDR"), entry.get_attr("NDA_DST")
+        if entry["ifindex"] == index and entry["state"] & NUD_PERMANENT and mac and where:
+            found.add((str(mac), str(where)))
+    return found

@@ -42,6 +42,7 @@ class OverlayDriver:
         self._bridge = BridgeDriver(host, netlink, overhead=VXLAN_OVERHEAD)
         self._netlink = netlink
         self._applied: dict[str, dict[str, Record]] = {}
+        self._clean: set[str] = set()
         self.cluster: Cluster | None = None
 
     def check(self, network: Network) -> None:
@@ -94,6 +95,7 @@ class OverlayDriver:
         index = nl.link_index(self._netlink, name)
         self._netlink.run([nl.link_set(index, f"start vxlan {name}", up=True)])
         self._applied[network.id] = {}
+        self._clean.discard(network.id)
 
     def unmake(self, network: Network) -> None:
         """See the contract."""
@@ -121,7 +123,8 @@ class OverlayDriver:
 
     def leave(self, network: Network, endpoint: Endpoint, sandbox: NetNamespace | None) -> None:
         """See the contract."""
-        self._joined().withdraw(network.id, endpoint.id)
+        if self.cluster is not None:  # a daemon started without one takes down all the same
+            self.cluster.withdraw(network.id, endpoint.id)
         self._bridge.leave(network, endpoint, sandbox)
 
     def expose(self, endpoint: Endpoint) -> None:
@@ -138,7 +141,8 @@ class OverlayDriver:
 
     def release(self, network: Network, address: str) -> None:
         """See the contract."""
-        self._joined().release(network.id, address)
+        if self.cluster is not None:
+            self.cluster.release(network.id, address)
 
     def avoid(self, network: Network) -> set[str]:
         """See the contract."""
@@ -157,7 +161,8 @@ class OverlayDriver:
         index = nl.link_index(self._netlink, _vxlan_name(network))
         if not index:
             return
-        messages = []
+        messages = [] if network.id in self._clean else _stale(self._netlink, index, records)
+        self._clean.add(network.id)
         for endpoint, record in list(applied.items()):
             if records.get(endpoint) != record:
                 messages += _entries(index, record, delete=True)
@@ -190,6 +195,21 @@ def record_of(endpoint: Endpoint, cluster: Cluster) -> Record:
         ipv6=endpoint.ipv6,
         mac=endpoint.mac,
     )
+
+
+def _stale(netlink: nl.Netlink, index: int, records: Mapping[str, Record]) -> list[nl.Message]:
+    """Removes entries an earlier daemon made for endpoints that are gone."""
+    hosts = {(record.mac, record.via) for record in records.values()}
+    known = {(r.mac, address) for r in records.values() for address in (r.ip, r.ipv6) if address}
+    messages = [
+        nl.neighbour(index, mac, destination=via, delete=True)
+        for mac, via in nl.forwarding(netlink, index) - hosts
+    ]
+    messages += [
+        nl.neighbour(index, mac, address=address, delete=True)
+        for mac, address in nl.neighbours(netlink, index) - known
+    ]
+    return messages
 
 
 def _entries(index: int, record: Record, *, delete: bool = False) -> list[nl.Message]:

@@ -8,10 +8,13 @@ a namespace that somebody holds open keeps alive.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 
 from lazarette.runtime.networks import netlink as nl
+
+log = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 0.5
 
@@ -56,7 +59,10 @@ class LinkReaper:
                 names, self._doomed = self._doomed, []
                 self._busy = True
             for name in names:
-                self._netlink.run([nl.link_delete(name)])
+                try:
+                    self._netlink.run([nl.link_delete(name)])
+                except nl.NetlinkError as error:
+                    log.warning("a link of a container that ended is still there: %s", error)
             with self._wake:
                 self._busy = False
                 self._wake.notify_all()

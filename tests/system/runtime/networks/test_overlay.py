@@ -137,8 +137,12 @@ def test_a_database_on_one_host_its_client_on_another(site: Site) -> None:
     soon(lambda: not first.manager.endpoints("over"))
     soon(lambda: _removed(second))
     soon(lambda: not knows(first)())
-    leftovers = [link.name for link in nl.links(first.manager.netlink)]
-    assert not [name for name in leftovers if name.startswith(("vx-", "br-"))]
+    soon(lambda: not _links(first))
+
+
+def _links(host: NetworkHost) -> list[str]:
+    names = [link.name for link in nl.links(host.manager.netlink)]
+    return [name for name in names if name.startswith(("vx-", "br-"))]
 
 
 def _removed(host: NetworkHost) -> bool:
@@ -187,6 +191,16 @@ def test_a_daemon_that_restarts(site: Site) -> None:
         second.restart(client)
         soon(reach(client, db))
         soon(lambda: addresses(client, "db") == [db.ip])
+    gone = (first.manager.of_container(db.id)[0].mac, db.ip)
+    index = nl.link_index(second.manager.netlink, f"vx-{first.manager.inspect('over').id[:12]}")
+    netlink = second.manager.netlink
+    assert gone in nl.neighbours(netlink, index)
+    assert (gone[0], "192.0.2.2") in nl.forwarding(netlink, index)
+    second.stop_daemon()
+    db.stop()
+    second.start_daemon(client)
+    soon(lambda: gone not in nl.neighbours(second.manager.netlink, index))
+    soon(lambda: not nl.forwarding(second.manager.netlink, index))
 
 
 def test_etcd_dies_and_comes_back(site: Site) -> None:
