@@ -100,7 +100,7 @@ class Container:
         """Where conmon writes its log, None when it keeps none."""
         if self.definition.host.log_config.type == "none":
             return None
-        return self.data / f"{self.id}-json.log"
+        return self.data / f"{self.id}.log"
 
     @property
     def log(self) -> ContainerLog | None:
