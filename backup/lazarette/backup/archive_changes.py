@@ -53,7 +53,8 @@ def plan(changes: Iterator[Change], root: int, base: TreeReader) -> Node:
                 names.setdefault(status.st_ino, []).append(node)
     if linked:
         for path, entry in base.walk():
-            if entry.inode in linked and entry.extra is not None and entry.extra.links > 1:
+            # Whatever number of names it had then: it may have got its second one since.
+            if entry.inode in linked and entry.kind != Kind.DIRECTORY:
                 node = _node(top, path)
                 if node.change is None:
                     node.change = Change(ChangeKind.MODIFIED, path)

@@ -126,6 +126,24 @@ def test_changed_inode_is_changed_under_all_its_names(tmp_path: Path) -> None:
     assert describe(tmp_path / "target") == describe(source)
 
 
+def test_a_second_name_makes_the_first_one_a_link(tmp_path: Path) -> None:
+    """The record has the new name only; the old one, alone so far, must join it."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "one").write_bytes(b"before")
+    with local(tmp_path) as repo:
+        first = backup(repo, source).snapshot
+        os.link(source / "one", source / "two")
+        (source / "two").write_bytes(b"after, and longer")
+        added = Change(ChangeKind.ADDED, b"two")
+        report = backup(repo, source, first, changes=_changes(added))
+        bring_back(repo, report.snapshot, tmp_path / "target")
+    after, wanted = describe(tmp_path / "target"), describe(source)
+    assert {path: after[path] for path in (b"one", b"two")} == {
+        path: wanted[path] for path in (b"one", b"two")
+    }
+
+
 def test_young_file_is_not_trusted(tmp_path: Path) -> None:
     """A write in the same tick as the snapshot leaves inode, size and times as they were."""
     source = tmp_path / "source"
