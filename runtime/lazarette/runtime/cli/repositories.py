@@ -11,8 +11,24 @@ from lazarette.runtime.cli.context import Session, json_option, pass_session
 from lazarette.runtime.cli.secrets import secret_options, store_access
 from lazarette.storage.errors import Unavailable
 
+_MAINTENANCE = ("copy", "key", "repair", "scrub", "stats")
 
-@click.group("repo")
+
+class _RepoGroup(click.Group):
+    """Imports the maintenance commands, which need the whole engine, when one is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *_MAINTENANCE])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _MAINTENANCE:
+            return super().get_command(ctx, cmd_name)
+        from lazarette.runtime.cli import maintenance
+
+        return next(one for one in maintenance.COMMANDS if one.name == cmd_name)
+
+
+@click.group("repo", cls=_RepoGroup)
 def repo() -> None:
     """Repositories in a bucket or a folder."""
 
