@@ -42,15 +42,28 @@ def secret(access: StoreAccess) -> keys.Secret:
         raise InvalidArgument("the key is not hexadecimal") from bad
 
 
-def open_repository(access: StoreAccess, clock: Clock, cache: Path | None = None) -> Repository:
+def open_repository(
+    access: StoreAccess, clock: Clock, cache: Path | None = None, upload: int = 0
+) -> Repository:
     """Open an existing repository.
+
+    Args:
+        access: where it is, and what opens it.
+        clock: time.
+        cache: folder for local copies; None for none.
+        upload: limit of what is sent, bytes a second; 0 for none.
 
     Raises:
         WrongStore: no such bucket or folder.
         Unauthenticated: the store's credentials or the repository's secret are wrong.
         StoreUnavailable: the store does not answer.
     """
-    store = open_store(access.url, credentials(access), clock=clock)
+    if upload:
+        store = open_store(
+            access.url, credentials(access), clock=clock, upload=lambda: upload
+        )
+    else:
+        store = open_store(access.url, credentials(access), clock=clock)
     unlocked = keys.unlock(store, secret(access))
     return Repository.open(store, unlocked, clock, cache)
 

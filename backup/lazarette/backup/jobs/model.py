@@ -104,15 +104,35 @@ class CheckJob(msgspec.Struct, frozen=True, tag="check"):
     read_data: float = 0.0
 
 
-Job = BackupJob | RestoreJob | ForgetJob | CheckJob
+class CopyJob(msgspec.Struct, frozen=True, tag="copy"):
+    """Copy snapshots into another repository, without reading the volume again.
+
+    Attributes:
+        snapshots: their ids; those that are there already are passed over.
+        target: the other repository.
+    """
+
+    snapshots: list[str]
+    target: StoreAccess
+
+
+Job = BackupJob | RestoreJob | ForgetJob | CheckJob | CopyJob
 
 
 class Request(msgspec.Struct, frozen=True):
-    """What a job process reads on standard input."""
+    """What a job process reads on standard input.
+
+    Attributes:
+        job: what to do.
+        access: the repository.
+        cache: folder for local copies of indexes and directories; empty for none.
+        upload: limit of what is sent, bytes a second; 0 for none.
+    """
 
     job: Job
     access: StoreAccess
     cache: str = ""
+    upload: int = 0
 
 
 class Progress(msgspec.Struct):

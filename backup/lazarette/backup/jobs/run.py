@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from lazarette.backup import archive, restore
+from lazarette.backup import archive, copying, restore
 from lazarette.backup.jobs.access import open_repository
 from lazarette.backup.jobs.changelog import read_changes
 from lazarette.backup.jobs.model import (
@@ -19,6 +19,7 @@ from lazarette.backup.jobs.model import (
     RESULT_FILE,
     BackupJob,
     CheckJob,
+    CopyJob,
     Failure,
     ForgetJob,
     Progress,
@@ -51,7 +52,7 @@ def execute(request: Request, show: Show, stop: Stop) -> Result:
     started = clock.monotonic_ns()
     try:
         cache = Path(request.cache) if request.cache else None
-        repository = open_repository(request.access, clock, cache)
+        repository = open_repository(request.access, clock, cache, request.upload)
         try:
             result = _perform(repository, request, show, stop)
         finally:
@@ -72,6 +73,8 @@ def _perform(repository: Repository, request: Request, show: Show, stop: Stop) -
         return _restore(repository, job, show, stop)
     if isinstance(job, CheckJob):
         return _check(repository, job)
+    if isinstance(job, CopyJob):
+        return _copy(repository, job, request, stop)
     return _forget(repository, job, stop)
 
 
@@ -167,6 +170,18 @@ def _check(repository: Repository, job: CheckJob) -> Result:
     return Result(
         "failed", bytes_read=report.bytes_read, warnings=lines, failure=Failure.of(damage)
     )
+
+
+def _copy(repository: Repository, job: CopyJob, request: Request, stop: Stop) -> Result:
+    cache = Path(request.cache) if request.cache else None
+    target = open_repository(job.target, repository.clock, cache, request.upload)
+    try:
+        chosen = [repository.snapshot(one) for one in job.snapshots]
+        done = copying.run(repository, target, chosen, stop)
+    finally:
+        target.close()
+    newest = done.copied[-1].id if done.copied else ""
+    return Result("ok", snapshot=newest, bytes_sent=done.bytes_sent, files=len(done.copied))
 
 
 def _forget(repository: Repository, job: ForgetJob, stop: Stop) -> Result:

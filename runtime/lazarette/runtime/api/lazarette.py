@@ -55,38 +55,9 @@ class RestoreBody(msgspec.Struct):
 
 
 class PolicyBody(msgspec.Struct):
-    """A policy of a volume; what is left empty keeps its default."""
+    """A policy of a volume in the words of :mod:`lazarette.backup.policy.model`."""
 
-    every: str = ""
-    cron: str = ""
-    zone: str = ""
-    keep: str = ""
-    repository: str = ""
-    consistency: str = ""
-    mode: str = ""
-    rpo: str = ""
-
-    def words(self, volume: str) -> dict[str, object]:
-        """The policy in the words of :mod:`lazarette.backup.policy.model`.
-
-        Raises:
-            InvalidArgument: no schedule, or two.
-        """
-        if bool(self.every) == bool(self.cron):
-            raise InvalidArgument(
-                f"the policy of {volume} needs one schedule",
-                hint="--every 15m, or --cron '30 2 * * *'",
-            )
-        given = {
-            "schedule": f"every {self.every}" if self.every else self.cron,
-            "zone": self.zone,
-            "keep": self.keep,
-            "repository": self.repository,
-            "consistency": self.consistency,
-            "mode": self.mode,
-            "rpo": self.rpo,
-        }
-        return {"volumes": [volume], **{key: value for key, value in given.items() if value}}
+    words: dict[str, object]
 
 
 class RecoverBody(msgspec.Struct):
@@ -240,7 +211,7 @@ class ProtectionRoutes:
         """Give a volume a policy."""
         body = await call.json(PolicyBody)
         volume, policies = call.path["volume"], self._protection.policies
-        policies.book.set(volume, body.words(volume))
+        policies.book.set(volume, {**body.words, "volumes": [volume]})
         await policies.refresh()
         return json_response(self._protection.policies.describe(call.path["volume"]))
 

@@ -7,6 +7,7 @@ import click
 from lazarette.runtime.cli import output
 from lazarette.runtime.cli.client import Json
 from lazarette.runtime.cli.context import Session, json_option, pass_session
+from lazarette.storage.errors import InvalidArgument
 
 
 @click.group("policy")
@@ -16,38 +17,38 @@ def policy() -> None:
 
 @policy.command("set")
 @click.option("--every", default="", help="An interval, e.g. 20s, 15m, 1h.")
-@click.option("--cron", default="", help="A cron line, e.g. '30 2 * * *'.")
+@click.option("--cron", default="", help="A cron line, e.g. '30 2 * * *', or @daily.")
 @click.option("--zone", default="", help="Time zone of the cron line, e.g. Europe/Berlin.")
 @click.option("--keep", default="", help="E.g. last=3 or hourly=24,daily=7,weekly=4.")
-@click.option("--repo", "repository", default="", help="Name of a repository.")
-@click.option("--consistency", default="", help="auto, crash, application, pause or stop.")
+@click.option("--repo", "repository", default="", help="Name or URL of a known repository.")
+@click.option("--copy", "copies", multiple=True, help="Another one that gets a copy (repeatable).")
+@click.option("--copy-keep", default="", help="What the copies keep; all by default.")
+@click.option("--consistency", default="", help="crash, auto, application or a profile's name.")
+@click.option("--mode", default="", help="snapshot, pause or stop.")
+@click.option("--before", multiple=True, help="'CONTAINER: command' or 'host: command'.")
+@click.option("--after", multiple=True, help="Likewise; run in any case.")
+@click.option("--window", "windows", multiple=True, help="When runs may begin.")
+@click.option("--jitter", default="", help="Begin up to so much late, e.g. 5m.")
+@click.option("--upload", default="", help="Bandwidth, also by time of day.")
+@click.option("--rpo", default="", help="The oldest the last good backup may be.")
+@click.option("--rto", default="", help="The longest a restore may take.")
+@click.option("--drill", default="", help="When restores are rehearsed, e.g. '@weekly'.")
+@click.option("--drill-command", default="", help="What proves a rehearsed restore.")
 @json_option
 @click.argument("volume")
 @pass_session
 def set_(
-    session: Session,
-    volume: str,
-    every: str,
-    cron: str,
-    zone: str,
-    keep: str,
-    repository: str,
-    consistency: str,
-    as_json: bool,
+    session: Session, /, volume: str, every: str, cron: str, as_json: bool, **given: object
 ) -> None:
-    """Give a volume a policy."""
-    shown = session.daemon.ask(
-        "PUT",
-        f"/policies/{volume}",
-        {
-            "every": every,
-            "cron": cron,
-            "zone": zone,
-            "keep": keep,
-            "repository": repository,
-            "consistency": consistency,
-        },
-    )
+    """Give a volume a policy; what is left out keeps its default."""
+    if bool(every) == bool(cron):
+        raise InvalidArgument(
+            f"the policy of {volume} needs one schedule",
+            hint="--every 15m, or --cron '30 2 * * *'",
+        )
+    words = {name: value for name, value in given.items() if value}
+    words["schedule"] = f"every {every}" if every else cron
+    shown = session.daemon.ask("PUT", f"/policies/{volume}", {"words": words})
     if as_json:
         output.write_json(shown)
     else:

@@ -13,10 +13,11 @@ from pathlib import Path
 from lazarette.backup.jobs.model import ForgetJob, Request
 from lazarette.backup.policy.journal import Journal, Reason
 from lazarette.backup.policy.model import Policy
-from lazarette.backup.policy.retention import Decision, plan
+from lazarette.backup.policy.retention import Decision, Keep, plan
 from lazarette.backup.policy.scheduler import Scheduler
 from lazarette.runtime.events import Event, EventBus
 from lazarette.runtime.protection.backups import BackupService
+from lazarette.runtime.protection.copies import CopyService
 from lazarette.runtime.protection.drills import Drills
 from lazarette.runtime.protection.jobs import JobRunner
 from lazarette.runtime.protection.policies import PolicyBook
@@ -76,6 +77,7 @@ class PolicyFollower:
         self._restores = restores
         self._repositories = repositories
         self._jobs = jobs
+        self._copies = CopyService(repositories, jobs, journal)
         self._clock = clock
         self._journal = journal
         self._drills = drills
@@ -138,13 +140,15 @@ class PolicyFollower:
         Raises:
             RemovesEverything: nothing would be left.
         """
-        name = self._repository(policy)
+        return await self._decide(volume, policy, self._repository(policy), policy.keep)
+
+    async def _decide(self, volume: str, policy: Policy, name: str, keep: Keep) -> list[Decision]:
         doubtful = self._journal.suspicious_snapshots(volume)
         points = [
             _Point(one.id, one.time_ns, tuple(one.tags), one.id not in doubtful)
             for one in await self._restores.points(volume, name)
         ]
-        return plan(points, policy.keep, self._clock.now_ns(), policy.zone)
+        return plan(points, keep, self._clock.now_ns(), policy.zone)
 
     # ---- what happens when
 
@@ -186,6 +190,7 @@ class PolicyFollower:
                 policy=policy.name,
                 reason=reason,
                 rule=policy.consistency,
+                upload=self._upload(policy),
             )
         except LazaretteError as error:
             log.error("policy %s: %s", policy.name, error)
@@ -193,9 +198,23 @@ class PolicyFollower:
         for run in runs:
             if run.outcome in ("ok", "warnings"):
                 try:
-                    await self._apply_retention(run.volume, policy)
+                    await self._apply_retention(run.volume, policy, run.repository, policy.keep)
+                    await self._copy(run.volume, run.snapshot, run.repository, policy)
                 except LazaretteError as error:
-                    log.error("retention of %s: %s", run.volume, error)
+                    log.error("after the backup of %s: %s", run.volume, error)
+
+    def _upload(self, policy: Policy) -> int:
+        """The policy's limit at this moment, bytes a second; 0 for none."""
+        return policy.upload.at(self._clock.now_ns(), policy.zone) or 0
+
+    async def _copy(self, volume: str, snapshot: str, source: str, policy: Policy) -> None:
+        for wanted in policy.copies:
+            target = self._known(wanted, policy)
+            outcome = await self._copies.run(
+                volume, snapshot, source, target, policy.name, self._upload(policy)
+            )
+            if outcome.good and policy.copy_keep is not None:
+                await self._apply_retention(volume, policy, target, policy.copy_keep)
 
     async def _drill(self, policy: Policy, reason: Reason) -> None:
         for volume in self._members.get(policy.name.removeprefix(_DRILL), []):
@@ -204,12 +223,11 @@ class PolicyFollower:
             except LazaretteError as error:
                 log.error("drill of %s: %s", volume, error)
 
-    async def _apply_retention(self, volume: str, policy: Policy) -> None:
-        decisions = await self.decide(volume, policy)
+    async def _apply_retention(self, volume: str, policy: Policy, name: str, keep: Keep) -> None:
+        decisions = await self._decide(volume, policy, name, keep)
         gone = [one.snapshot.id for one in decisions if not one.keep]
         if not gone:
             return
-        name = self._repository(policy)
         count = self._forgotten.get(name, 0) + len(gone)
         prune = count >= _PRUNE_AFTER
         self._forgotten[name] = 0 if prune else count
@@ -231,16 +249,18 @@ class PolicyFollower:
         Raises:
             RepositoryUnknown: this daemon does not know it.
         """
-        for known in self._repositories.list():
-            if policy.repository in (known.name, known.access.url):
-                return known.name
         if policy.repository:
-            raise RepositoryUnknown(
-                f"policy {policy.name} names the repository {policy.repository}, which is not"
-                " known here",
-                hint="laz repo add URL",
-            )
+            return self._known(policy.repository, policy)
         return self._repositories.get().name
+
+    def _known(self, wanted: str, policy: Policy) -> str:
+        for known in self._repositories.list():
+            if wanted in (known.name, known.access.url):
+                return known.name
+        raise RepositoryUnknown(
+            f"policy {policy.name} names the repository {wanted}, which is not known here",
+            hint="laz repo add URL",
+        )
 
 
 _TELLING = {

@@ -1,0 +1,67 @@
+"""Copies: a backup goes from its first repository into others, chunk by chunk."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+
+from lazarette.backup.jobs.model import CopyJob, Request
+from lazarette.backup.policy.journal import Journal, Reason
+from lazarette.backup.policy.outcome import Kind, Outcome, failed
+from lazarette.backup.policy.outcome import Result as JournalResult
+from lazarette.runtime.protection.jobs import JobRunner
+from lazarette.runtime.protection.repositories import RepositoryBook
+
+log = logging.getLogger(__name__)
+
+
+class CopyService:
+    """Copies snapshots between known repositories; the volume is not read again.
+
+    Args:
+        repositories: from and to.
+        jobs: starts the processes.
+        journal: remembers how each copy ended.
+    """
+
+    def __init__(self, repositories: RepositoryBook, jobs: JobRunner, journal: Journal) -> None:
+        self._repositories = repositories
+        self._jobs = jobs
+        self._journal = journal
+
+    async def run(
+        self, volume: str, snapshot: str, source: str, target: str, policy: str, upload: int = 0
+    ) -> Outcome:
+        """Copy one snapshot; what failed is in the outcome and the journal.
+
+        Args:
+            volume: whose it is.
+            snapshot: its id in the source.
+            source: name of the repository that has it.
+            target: name of the one that gets it.
+            policy: that asks for it.
+            upload: limit, bytes a second; 0 for none.
+
+        Raises:
+            RepositoryUnknown: one of the two is not known here.
+        """
+        job = CopyJob([snapshot], self._repositories.get(target).access)
+        access = self._repositories.get(source).access
+        number = self._journal.begin(policy, volume, Kind.COPY, Reason.SCHEDULE)
+        job_id = secrets.token_hex(16)
+        started = self._jobs.start(
+            job_id, Request(job, access, str(self._repositories.cache), upload)
+        )
+        try:
+            result = await self._jobs.watch(started, lambda progress: None)
+        finally:
+            self._jobs.discard(job_id)
+        if result.failure is not None:
+            log.error("copy of %s to %s: %s", volume, target, result.failure.message)
+            outcome = failed(result.failure.message)
+        else:
+            outcome = Outcome(
+                JournalResult.OK, snapshot=result.snapshot, bytes_sent=result.bytes_sent
+            )
+        self._journal.end(number, outcome)
+        return outcome
