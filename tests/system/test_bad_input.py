@@ -187,9 +187,14 @@ def test_not_root(tmp_path: Path) -> None:
 def test_missing_kernel_feature(daemon: Daemon) -> None:
     if Path("/sys/module/ipvlan").exists():
         pytest.skip("this kernel has ipvlan")
-    done = daemon.laz("network", "create", "-d", "ipvlan", "-o", "parent=lo", "net1", check=False)
+    daemon.laz("load", "-q", "-i", str(busybox_archive()))
+    daemon.laz("network", "create", "-d", "ipvlan", "-o", "parent=lo", "net1")
+    done = daemon.laz(
+        "run", "-d", "--name", "cc", "--network", "net1", "busybox", "true", check=False
+    )
     fails(done, MissingFeature.exit_code, "ipvlan")
-    assert b"net1" not in daemon.laz("network", "ls").stdout
+    daemon.laz("rm", "cc")
+    daemon.laz("network", "rm", "net1")
 
 
 def test_full_repository_disk(tmp_path: Path) -> None:

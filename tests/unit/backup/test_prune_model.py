@@ -316,8 +316,12 @@ def test_no_schedule_loses_a_chunk() -> None:
             raise AssertionError(f"schedule {seed}: {lost}") from lost
 
 
-@pytest.mark.parametrize("rule", ["P1", "P3", "P4", "P5", "P6", "P7", "base"])
-def test_every_rule_is_needed(rule: str) -> None:
+@pytest.mark.parametrize(
+    ("rule", "first"),
+    # where to begin: the loss without P1 or P6 needs a rare interleaving (1 in 70,000)
+    [("P1", 72_700), ("P3", 0), ("P4", 0), ("P5", 0), ("P6", 61_300), ("P7", 8_000), ("base", 0)],
+)
+def test_every_rule_is_needed(rule: str, first: int) -> None:
     with pytest.raises(AssertionError):
-        for seed in range(SCHEDULES):
+        for seed in range(first, first + SCHEDULES):
             _schedule(seed, rule)

@@ -55,6 +55,7 @@ def test_errors_carry_message_hint_and_number() -> None:
         "message": "name is taken",
         "hint": "choose another",
         "code": Conflict.number,
+        "exit": Conflict.exit_code,
     }
 
 

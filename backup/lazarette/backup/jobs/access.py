@@ -59,9 +59,7 @@ def open_repository(
         StoreUnavailable: the store does not answer.
     """
     if upload:
-        store = open_store(
-            access.url, credentials(access), clock=clock, upload=lambda: upload
-        )
+        store = open_store(access.url, credentials(access), clock=clock, upload=lambda: upload)
     else:
         store = open_store(access.url, credentials(access), clock=clock)
     unlocked = keys.unlock(store, secret(access))

@@ -97,9 +97,17 @@ class PolicyTrigger(BaseTrigger):  # type: ignore[misc]
         """The next instant after now at which a run begins, jitter included."""
         first = next_due(self._schedule, previous_ns, now_ns - self._jitter_ns)
         due = next_open(self._schedule, self._windows, first - 1, self._zone)
-        while due + self._delay(due) <= now_ns or due + self._delay(due) == previous_ns:
+        while due + self._delay(due) <= now_ns or self._has_run(due, previous_ns, now_ns):
             due = next_open(self._schedule, self._windows, due, self._zone)
         return due + self._delay(due)
+
+    def _has_run(self, due_ns: int, previous_ns: int | None, now_ns: int) -> bool:
+        """Whether the run just begun was this one: it may begin a moment before it is due.
+
+        After the clock was set back the same time of day comes again, and is another run of a
+        spaced schedule (S2).
+        """
+        return due_ns + self._delay(due_ns) == previous_ns and previous_ns - now_ns < _STEP_NS
 
     def get_next_fire_time(self, previous_fire_time: datetime | None, now: datetime) -> datetime:
         """See APScheduler's ``BaseTrigger``."""
