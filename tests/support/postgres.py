@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.daemon import Daemon
+from tests.support.daemon import LAZ, Daemon
 
 from lazarette.runtime.images import postgres
 
@@ -114,9 +114,20 @@ class Postgres:
         return done.stdout.decode().strip()
 
     def pgbench(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start ``pgbench`` inside the container: clients' packages do not have it."""
         return subprocess.Popen(
-            ["pgbench", *arguments],
-            env=self.environment,
+            [
+                str(LAZ),
+                "-H",
+                self.daemon.host,
+                "exec",
+                "-u",
+                "postgres",
+                self.name,
+                "pgbench",
+                *arguments,
+                "postgres",
+            ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
