@@ -11,7 +11,7 @@ import pytest
 from tests.support.daemon import Daemon
 from tests.support.images import busybox_archive
 
-ROUNDS = int(os.environ.get("LAZ_KILL_ROUNDS", "6"))
+ROUNDS = int(os.environ.get("LAZ_KILL_ROUNDS", "20"))
 COUNTER = 'i=0; while :; do i=$((i+1)); echo "line $i"; echo $i > /data/n; sleep 0.05; done'
 
 
@@ -55,6 +55,7 @@ def test_container_that_ended_meanwhile_has_its_exit_code(daemon: Daemon) -> Non
     assert daemon.laz("logs", "cc").stdout == b"done\n"
 
 
+@pytest.mark.timeout(900)
 def test_backups_killed_at_random(counting: Daemon, tmp_path: Path) -> None:
     """Job or daemon killed at any moment: the repository is whole, nothing is left frozen."""
     counting.laz(
