@@ -1,14 +1,16 @@
 """SIGKILL of the daemon: containers, logs and backups go on, and are found again."""
 
+import json
 import os
 import random
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import cast
 
 import pytest
-from tests.support.daemon import Daemon
+from tests.support.daemon import LAZ, Daemon
 from tests.support.images import busybox_archive
 
 ROUNDS = int(os.environ.get("LAZ_KILL_ROUNDS", "20"))
@@ -28,6 +30,17 @@ def lines(daemon: Daemon) -> list[int]:
     return [int(line.removeprefix("line ")) for line in told]
 
 
+def _followed(daemon: Daemon, count: int) -> list[int]:
+    """The next lines that ``logs -f`` shows as they are written."""
+    with subprocess.Popen(
+        [str(LAZ), "-H", daemon.host, "logs", "-f", "-n", "0", "cc"], stdout=subprocess.PIPE
+    ) as following:
+        assert following.stdout is not None
+        shown = [following.stdout.readline().decode() for _ in range(count)]
+        following.kill()
+    return [int(line.removeprefix("line ")) for line in shown]
+
+
 def test_container_and_log_go_on(counting: Daemon) -> None:
     time.sleep(0.3)
     before = lines(counting)[-1]
@@ -40,6 +53,9 @@ def test_container_and_log_go_on(counting: Daemon) -> None:
     assert [one["State"] for one in cast(list[dict], counting.json("ps"))] == ["running"]
     time.sleep(0.2)
     assert lines(counting)[-1] > after[-1], "the log does not go on"
+    first, *rest = _followed(counting, 4)
+    assert first > after[-1]
+    assert rest == [first + 1, first + 2, first + 3]
     assert counting.laz("exec", "cc", "cat", "/data/n").returncode == 0
     counting.laz("stop", "-t", "1", "cc")
     assert cast(list[dict], counting.json("ps", "-a"))[0]["State"] == "exited"
@@ -93,11 +109,7 @@ def test_backups_killed_at_random(counting: Daemon, tmp_path: Path) -> None:
     assert len(list(out.glob("f*"))) == 40
 
 
-def _start_backup(daemon: Daemon):  # type: ignore[no-untyped-def]
-    import subprocess
-
-    from tests.support.daemon import LAZ
-
+def _start_backup(daemon: Daemon) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [str(LAZ), "-H", daemon.host, "backup", "run", "v1"],
         stdout=subprocess.DEVNULL,
@@ -120,9 +132,6 @@ def _kill_jobs(daemon: Daemon) -> None:
 
 def _settled(daemon: Daemon) -> None:
     """Wait until no run is under way."""
-    import json
-    import subprocess
-
     for _ in range(600):
         told = subprocess.run(
             ["curl", "-s", "--unix-socket", str(daemon.socket), "http://d/lazarette/v1/runs"],
