@@ -1,5 +1,8 @@
 """The command line as a whole: every command answers in JSON when asked."""
 
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import click
@@ -78,3 +81,21 @@ def test_durations(ns: int, text: str) -> None:
 )
 def test_names_cannot_steer_a_terminal(name: bytes, text: str) -> None:
     assert output.name_text(name) == text
+
+
+def test_an_interrupt_while_libraries_load_shows_no_traceback() -> None:
+    program = """
+import os, signal, sys
+from lazarette.runtime.cli import entry
+
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == "docker":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+entry.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == b""
