@@ -52,7 +52,6 @@ class RepositoryDamaged(DamagedData):
     """A repository object is not what was written; the message names it."""
 
     number = 220
-    exit_code = 32
 
 
 class WrongRepository(LazaretteError):

@@ -9,7 +9,6 @@ class ContainerNotFound(NotFound):
     """No container of that name or id."""
 
     number = 300
-    exit_code = 30
 
     def __init__(self, reference: str) -> None:
         super().__init__(f"No such container: {reference}", hint="docker ps --all lists them")
@@ -67,7 +66,6 @@ class ExecNotFound(NotFound):
     """No exec session of that id."""
 
     number = 306
-    exit_code = 30
 
     def __init__(self, reference: str) -> None:
         super().__init__(f"No such exec instance: {reference}")
