@@ -32,15 +32,6 @@ from lazarette.storage.errors import LazaretteError
 LATEST = "latest"
 _KEPT = 256
 _DIRECTORY = stat.S_IFDIR | 0o555
-_TYPES = {
-    Kind.FILE: stat.S_IFREG,
-    Kind.DIRECTORY: stat.S_IFDIR,
-    Kind.SYMLINK: stat.S_IFLNK,
-    Kind.FIFO: stat.S_IFIFO,
-    Kind.SOCKET: stat.S_IFSOCK,
-    Kind.CHARACTER: stat.S_IFCHR,
-    Kind.BLOCK: stat.S_IFBLK,
-}
 
 Attributes = dict[str, int]
 
@@ -228,7 +219,7 @@ def _attributes(entry: Entry) -> Attributes:
     kind = Kind(entry.kind)
     size = len(entry.content) if kind is Kind.SYMLINK else entry.size
     return {
-        "st_mode": _TYPES[kind] | entry.mode,
+        "st_mode": kind.file_type | entry.mode,
         "st_nlink": extra.links if extra else 1,
         "st_uid": entry.uid,
         "st_gid": entry.gid,

@@ -8,7 +8,6 @@ instead; after a restart such an id is found again by walking the tree once.
 from __future__ import annotations
 
 import errno
-import stat
 import struct
 import threading
 from collections import OrderedDict
@@ -35,15 +34,6 @@ _PLACE = struct.Struct(f"<{ID_SIZE}sI")
 _INODE = struct.Struct("<cQQ")
 _PAGES = 512
 _CONTENTS = 256
-_TYPES = {
-    Kind.FILE: stat.S_IFREG,
-    Kind.DIRECTORY: stat.S_IFDIR,
-    Kind.SYMLINK: stat.S_IFLNK,
-    Kind.FIFO: stat.S_IFIFO,
-    Kind.SOCKET: stat.S_IFSOCK,
-    Kind.CHARACTER: stat.S_IFCHR,
-    Kind.BLOCK: stat.S_IFBLK,
-}
 
 
 class _AccessFile(msgspec.Struct):
@@ -214,7 +204,7 @@ def _described(entry: Entry, identity: bytes) -> SourceEntry:
     return SourceEntry(
         name=entry.name,
         id=identity,
-        mode=_TYPES[Kind(entry.kind)] | entry.mode,
+        mode=Kind(entry.kind).file_type | entry.mode,
         uid=entry.uid,
         gid=entry.gid,
         size=entry.size if entry.kind == Kind.FILE else 0,

@@ -7,6 +7,7 @@ follows from everything beneath it and an unchanged subtree is stored once.
 
 from __future__ import annotations
 
+import stat
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
@@ -42,6 +43,22 @@ class Kind(IntEnum):
     SOCKET = 5
     CHARACTER = 6
     BLOCK = 7
+
+    @property
+    def file_type(self) -> int:
+        """The same as the type bits of ``st_mode``."""
+        return _FILE_TYPES[self]
+
+
+_FILE_TYPES = {
+    Kind.FILE: stat.S_IFREG,
+    Kind.DIRECTORY: stat.S_IFDIR,
+    Kind.SYMLINK: stat.S_IFLNK,
+    Kind.FIFO: stat.S_IFIFO,
+    Kind.SOCKET: stat.S_IFSOCK,
+    Kind.CHARACTER: stat.S_IFCHR,
+    Kind.BLOCK: stat.S_IFBLK,
+}
 
 
 class Extra(msgspec.Struct, omit_defaults=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 
 from lazarette.backup.jobs.model import CopyJob, Request
 from lazarette.backup.policy.journal import Journal, Reason
@@ -48,14 +47,7 @@ class CopyService:
         job = CopyJob([snapshot], self._repositories.get(target).access)
         access = self._repositories.get(source).access
         number = self._journal.begin(policy, volume, Kind.COPY, Reason.SCHEDULE)
-        job_id = secrets.token_hex(16)
-        started = self._jobs.start(
-            job_id, Request(job, access, str(self._repositories.cache), upload)
-        )
-        try:
-            result = await self._jobs.watch(started, lambda progress: None)
-        finally:
-            self._jobs.discard(job_id)
+        result = await self._jobs.run(Request(job, access, str(self._repositories.cache), upload))
         if result.failure is not None:
             log.error("copy of %s to %s: %s", volume, target, result.failure.message)
             outcome = failed(result.failure.message)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -231,15 +230,10 @@ class PolicyFollower:
         count = self._forgotten.get(name, 0) + len(gone)
         prune = count >= _PRUNE_AFTER
         self._forgotten[name] = 0 if prune else count
-        job_id = secrets.token_hex(16)
         access = self._repositories.get(name).access
-        job = self._jobs.start(
-            job_id, Request(ForgetJob(gone, prune), access, str(self._repositories.cache))
+        result = await self._jobs.run(
+            Request(ForgetJob(gone, prune), access, str(self._repositories.cache))
         )
-        try:
-            result = await self._jobs.watch(job, lambda progress: None)
-        finally:
-            self._jobs.discard(job_id)
         if result.failure is not None:
             log.error("forgetting in %s: %s", name, result.failure.message)
 

@@ -105,13 +105,8 @@ class ImageKeep:
             await asyncio.to_thread(shutil.rmtree, folder, True)
 
     async def _job(self, job: BackupJob | RestoreJob, repository: str) -> Result:
-        job_id = secrets.token_hex(16)
         access = self._repositories.get(repository).access
-        started = self._jobs.start(job_id, Request(job, access, str(self._repositories.cache)))
-        try:
-            result = await self._jobs.watch(started, lambda progress: None)
-        finally:
-            self._jobs.discard(job_id)
+        result = await self._jobs.run(Request(job, access, str(self._repositories.cache)))
         if result.failure is not None:
             raise InternalError(result.failure.message, hint=result.failure.hint)
         return result

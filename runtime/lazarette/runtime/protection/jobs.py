@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -91,6 +92,17 @@ class JobRunner:
         with os.fdopen(writer, "wb") as pipe, suppress(BrokenPipeError):
             pipe.write(msgspec.json.encode(request))
         return Job(job_id, folder, process.pid, started)
+
+    async def run(
+        self, request: Request, show: Callable[[Progress], None] = lambda progress: None
+    ) -> Result:
+        """Start a job, follow it to its end, and forget it."""
+        job_id = secrets.token_hex(16)
+        started = self.start(job_id, request)
+        try:
+            return await self.watch(started, show)
+        finally:
+            self.discard(job_id)
 
     def find(self, job_id: str) -> Job | None:
         """A job of an earlier daemon, running or ended; None when it never started."""

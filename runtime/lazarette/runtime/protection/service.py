@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 
 from lazarette.backup.jobs.model import Job, Progress, Request, Result
@@ -82,13 +81,8 @@ class Protection:
 
     async def run_job(self, repository: str, job: Job, show: Callable[[Progress], None]) -> Result:
         """Run a job on a repository and wait for it."""
-        job_id = secrets.token_hex(16)
         access = self.repositories.get(repository).access
-        started = self._jobs.start(job_id, Request(job, access, str(self.repositories.cache)))
-        try:
-            return await self._jobs.watch(started, show)
-        finally:
-            self._jobs.discard(job_id)
+        return await self._jobs.run(Request(job, access, str(self.repositories.cache)), show)
 
     def approve(self, volume: str) -> int:
         """Count a volume's suspicious backups as good from now on; how many there were.
