@@ -34,6 +34,9 @@ RETRIES = 3
 KEPT_PROBES = 5
 LONGEST_OUTPUT = 4096
 TIMED_OUT = -1
+REAPING = NANOSECONDS
+ENDING = 5 * NANOSECONDS
+DEAD = (b"Z", b"X")
 
 log = logging.getLogger(__name__)
 
@@ -187,53 +190,85 @@ class HealthChecks:
         return spec.further_process(definition, user, command, self._manager.facts, env=env)
 
     def _end_tree(self, top: int) -> None:
-        """Kill a probe with all it started, leaves first."""
+        """Kill a probe with all it started, leaves first.
+
+        A process is killed once it has reaped everything below it: killed earlier, its dead
+        children would fall to the container's first process, which may never wait.  One that
+        does not reap within ``REAPING`` never will, and goes all the same; what still forks
+        after ``ENDING`` goes from the top.
+        """
         clock = self._manager.clock
-        for _ in range(64):
-            below = descendants(top)
-            leaves = [pid for pid in below if not descendants(pid)]
-            if not leaves:
+        began = clock.monotonic_ns()
+        patience, size = began + REAPING, -1
+        while tree := family(top):
+            now = clock.monotonic_ns()
+            if now >= began + ENDING:
+                for pid in tree:
+                    _kill(pid)
                 break
-            for pid in leaves:
-                _kill(pid)
+            if len(tree) != size:
+                size, patience = len(tree), now + REAPING
+            for pid, children in tree.items():
+                if not children:
+                    self._kill_childless(pid)
+                elif now >= patience and not any(child in tree for child in children):
+                    _kill(pid)
             clock.sleep(0.005)
-        for pid in [*descendants(top), top]:
+        _kill(top)
+
+    def _kill_childless(self, pid: int) -> None:
+        """Kill a process unless it forks just now: stopped, it is looked at once more."""
+        _kill(pid, signal.SIGSTOP)
+        for _ in range(20):
+            if _process_state(pid) in (b"T", *DEAD):
+                break
+            self._manager.clock.sleep(0.001)
+        if children_of(pid):
+            _kill(pid, signal.SIGCONT)
+        else:
             _kill(pid)
 
 
-def descendants(top: int) -> list[int]:
-    """Processes below one that still run, by ``/proc/PID/task/TID/children``."""
-    found: list[int] = []
-    queue = [top]
+def family(top: int) -> dict[int, list[int]]:
+    """Running processes below one, each with its children, those not yet reaped too."""
+    found: dict[int, list[int]] = {}
+    queue = children_of(top)
     while queue:
         pid = queue.pop()
-        try:
-            tasks = os.listdir(f"/proc/{pid}/task")
-        except OSError:
-            continue
-        for task in tasks:
-            try:
-                with open(f"/proc/{pid}/task/{task}/children", encoding="ascii") as file:
-                    children = [int(word) for word in file.read().split()]
-            except OSError:
-                continue
-            running = [child for child in children if not _is_zombie(child)]
-            found += running
-            queue += running
+        if _process_state(pid) not in DEAD:
+            found[pid] = children_of(pid)
+            queue += found[pid]
     return found
 
 
-def _is_zombie(pid: int) -> bool:
+def children_of(pid: int) -> list[int]:
+    """Children of a process, dead ones it has not waited for too (``/proc/PID/task/*/children``)."""
+    found: list[int] = []
+    try:
+        tasks = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return found
+    for task in tasks:
+        try:
+            with open(f"/proc/{pid}/task/{task}/children", encoding="ascii") as file:
+                found += [int(word) for word in file.read().split()]
+        except OSError:
+            continue
+    return found
+
+
+def _process_state(pid: int) -> bytes:
+    """The state letter of ``/proc/PID/stat``; ``X``, dead, where there is no such process."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
-    except OSError:
-        return True
+            return file.read().rpartition(b")")[2].split()[0]
+    except (OSError, IndexError):
+        return b"X"
 
 
-def _kill(pid: int) -> None:
+def _kill(pid: int, number: int = signal.SIGKILL) -> None:
     try:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
     except ProcessLookupError:
         return
 
