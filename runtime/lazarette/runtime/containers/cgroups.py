@@ -223,6 +223,24 @@ class Group:
                         clock.sleep(0.002)
 
 
+def prime_move(hierarchies: Hierarchies) -> None:
+    """Make the kernel ready to move a process between groups; call it beside the work
+    that leads to the move.
+
+    The first move after a pause waits for a grace period of the kernel's RCU, some ten
+    milliseconds, and those right after it do not: the lock that forks and moves share
+    (``cgroup_threadgroup_rwsem``) stays in its writers' mode for as long again.  Moving
+    this process into the group it is in takes that lock and changes nothing.
+    """
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, names, path = line.split(":", 2)
+            root = hierarchies.roots.get(names.split(",")[0].removeprefix("name="))
+            if root is not None:
+                (root / path.lstrip("/") / "cgroup.procs").write_text(str(os.getpid()))
+                return
+
+
 def groups_below(hierarchies: Hierarchies, parent: str) -> set[str]:
     """Names of the groups directly below a path, over all hierarchies."""
     found: set[str] = set()

@@ -107,7 +107,7 @@ class ContainerManager:
         self.events = events
         self.clock = clock
         self.watch = FolderWatch()
-        self.monitor = Monitor(oci.find_conmon(), self.runtime)
+        self.monitor = Monitor(oci.find_conmon(), self.runtime, hierarchies)
         self.preparer = Preparer(
             layers,
             images,

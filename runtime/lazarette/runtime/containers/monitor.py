@@ -21,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 
+from lazarette.runtime.containers.cgroups import Hierarchies, prime_move
 from lazarette.runtime.containers.errors import MonitorFailed, StartFailed
 from lazarette.runtime.containers.oci import OciRuntime
 from lazarette.storage import process
@@ -73,11 +74,13 @@ class Monitor:
     Args:
         conmon: the program.
         runtime: what it runs containers with.
+        hierarchies: the host's control groups, into which the runtime moves processes.
     """
 
-    def __init__(self, conmon: str, runtime: OciRuntime) -> None:
+    def __init__(self, conmon: str, runtime: OciRuntime, hierarchies: Hierarchies) -> None:
         self._conmon = conmon
         self._runtime = runtime
+        self._hierarchies = hierarchies
 
     async def launch(self, launch: Launch) -> Started:
         """Make a container (not yet started) or run an exec session without clients.
@@ -86,6 +89,7 @@ class Monitor:
             StartFailed: the runtime could not; with Docker's exit code for it.
             MonitorFailed: conmon itself failed.
         """
+        self._prime()
         session = await asyncio.to_thread(self._spawn, launch)
         try:
             return await session.finish(launch.folder)
@@ -99,6 +103,7 @@ class Monitor:
         Raises:
             MonitorFailed: conmon itself failed.
         """
+        self._prime()
         session = await asyncio.to_thread(self._spawn, launch, True)
         try:
             await session.wait_attachable()
@@ -106,6 +111,9 @@ class Monitor:
             session.close()
             raise
         return session
+
+    def _prime(self) -> None:
+        asyncio.get_running_loop().run_in_executor(None, prime_move, self._hierarchies)
 
     def _spawn(self, launch: Launch, attach: bool = False) -> Session:
         program = self._runtime.creator if launch.exec_spec is None else self._runtime.program
