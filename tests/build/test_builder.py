@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.builds import Bench
+from tests.support.waiting import until
 
 from lazarette.runtime.builds.context import Located, locate, pack, sent_along
 from lazarette.runtime.builds.errors import ContextError, StepFailed
@@ -85,12 +86,9 @@ def test_cancelled_build_leaves_nothing(bench: Bench, moment: str) -> None:
 
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(run)
-        deadline = time.monotonic() + 30
-        while not any(moment in str(message) for message in messages):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(lambda: any(moment in str(message) for message in messages), pause=0.01)
         stop.set()
-        running.result(30)
+        running.result(90)
     _assert_clean(bench)
 
 

@@ -5,12 +5,12 @@ import json
 import os
 import subprocess
 import tarfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.support.daemon import LAZ
+from tests.support.waiting import until
 
 _ODD = b"a\nb\xff"
 
@@ -64,11 +64,8 @@ def mounted(browsed: Browsed, tmp_path: Path) -> Iterator[Path]:
         env=browsed.environment,
         stderr=subprocess.DEVNULL,
     ) as server:
-        end = time.monotonic() + 30
-        while not os.path.ismount(folder):
-            assert server.poll() is None
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        until(lambda: server.poll() is not None or os.path.ismount(folder))
+        assert server.poll() is None
         try:
             yield folder
         finally:

@@ -1,7 +1,6 @@
 """Instant restore: used before the data are here, whole while used, ordinary afterwards."""
 
 import hashlib
-import time
 from pathlib import Path
 from typing import cast
 
@@ -10,6 +9,7 @@ from tests.support.daemon import Daemon
 from tests.support.images import busybox_archive
 from tests.support.postgres import Postgres
 from tests.support.s3 import S3Server
+from tests.support.waiting import until
 
 from lazarette.runtime.protection.fills import FOLDER, StillFilling
 
@@ -19,14 +19,6 @@ _RATE = "8m"
 
 def fills(daemon: Daemon) -> list[dict]:
     return cast(list[dict], daemon.json("volume", "fill"))
-
-
-def wait_until(done: object, what: str, seconds: float = 90.0) -> None:
-    assert callable(done)
-    end = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < end, what
-        time.sleep(0.1)
 
 
 @pytest.fixture
@@ -57,20 +49,20 @@ def test_volume_is_used_filled_and_becomes_ordinary(backed_up: Daemon) -> None:
         "cat /data/small; stat -c %u:%g:%a /data; echo new > /data/new; while :; do sleep 1; done"
     )
     daemon.laz("run", "-d", "--name", "user", "-v", "v2:/data", "busybox", "sh", "-c", script)
-    wait_until(lambda: daemon.laz("logs", "user").stdout == b"small\n5:6:711\n", "first read")
+    until(lambda: daemon.laz("logs", "user").stdout == b"small\n5:6:711\n", "first read")
     refused = daemon.laz("volume", "snapshot", "v2", check=False)
     assert refused.returncode == StillFilling.exit_code
 
     daemon.kill()
     daemon.start()
-    wait_until(lambda: fills(daemon)[0]["whole"], "the fill does not end")
+    until(lambda: fills(daemon)[0]["whole"], "the fill does not end")
     summed = daemon.laz("exec", "user", "sh", "-c", "md5sum < /data/big; cat /data/sum").stdout
     assert len(set(summed.splitlines())) == 1
     backup = cast(list[dict], daemon.json("backup", "run", "v2"))[0]
     assert backup["outcome"] == "ok"
 
     daemon.laz("rm", "-f", "user")
-    wait_until(lambda: not fills(daemon), "it does not become ordinary")
+    until(lambda: not fills(daemon), "it does not become ordinary")
     shown = daemon.laz(
         "run",
         "--rm",
@@ -100,7 +92,7 @@ def test_killed_server_is_replaced(backed_up: Daemon) -> None:
         except OSError:
             return False
 
-    wait_until(back, "the server is not replaced")
+    until(back, "the server is not replaced")
     assert (merged / "mine").read_text() == "kept"
     digest = hashlib.md5((merged / "big").read_bytes()).hexdigest()
     assert digest == (merged / "sum").read_text().split()[0]

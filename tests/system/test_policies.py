@@ -1,21 +1,13 @@
 """Policies on a real daemon: they fire, keep what they say, and copy elsewhere."""
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
 import pytest
 from tests.support.daemon import Daemon
 from tests.support.images import busybox_archive
-
-
-def until(done: Callable[[], bool], what: str, seconds: float = 90.0) -> None:
-    end = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < end, what
-        time.sleep(0.2)
+from tests.support.waiting import until
 
 
 @pytest.fixture

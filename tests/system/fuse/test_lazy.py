@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import random
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.support.unions import kill
+from tests.support.waiting import until
 
 from lazarette.fuse import mount
 from lazarette.fuse.client import LazyMount
@@ -49,10 +49,7 @@ class Lazy:
 
     def fill(self) -> None:
         self.mount.fill()
-        end = time.monotonic() + 60
-        while not self.mount.progress().complete:
-            assert time.monotonic() < end, self.mount.progress()
-            time.sleep(0.02)
+        until(lambda: self.mount.progress().complete, "the fill does not end")
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.support.waiting import until
 
 from lazarette.storage import loop, mounts
 from lazarette.storage.pool import GIB, STEP, Pool, PoolFormat, PoolSpace
@@ -120,10 +120,7 @@ def test_the_watch_grows_a_pool_by_itself(tmp_path: Path, monkeypatch: pytest.Mo
     pool = Pool(tmp_path / "file", tmp_path / "mounted", PoolFormat.BTRFS)
     pool.open()
     try:
-        for _ in range(200):
-            if pool.space().size > GIB:
-                break
-            time.sleep(0.05)
+        until(lambda: pool.space().size > GIB)
         space = pool.space()
         assert GIB < space.size <= pool.capacity()
         assert space.free > GIB

@@ -242,7 +242,10 @@ def family(top: int) -> dict[int, list[int]]:
 
 
 def children_of(pid: int) -> list[int]:
-    """Children of a process, dead ones it has not waited for too (``/proc/PID/task/*/children``)."""
+    """Children of a process, also dead ones it has not waited for yet.
+
+    From ``/proc/PID/task/TID/children``.
+    """
     found: list[int] = []
     try:
         tasks = os.listdir(f"/proc/{pid}/task")

@@ -11,7 +11,6 @@ import socket
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import pytest
 from tests.support.builds import context_tar
 from tests.support.daemon import Daemon
 from tests.support.images import busybox_archive
+from tests.support.waiting import until
 
 CLASSIC = {"DOCKER_BUILDKIT": "0"}
 COMPOSE = Path(sys.executable).with_name("docker-compose")
@@ -323,15 +323,10 @@ def test_a_client_that_leaves_ends_its_build(daemon: Daemon) -> None:
     connection.request("POST", "/v1.44/build", tar)
     answer = connection.getresponse()
     assert b"FROM busybox" in answer.readline()
-    deadline = time.monotonic() + 30
-    while not _running("sleep 987654"):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: _running("sleep 987654"))
     answer.close()
     connection.close()
-    while _running("sleep 987654"):
-        assert time.monotonic() < deadline, daemon.log
-        time.sleep(0.1)
+    until(lambda: not _running("sleep 987654"))
 
 
 def _running(command: str) -> bool:
@@ -358,10 +353,7 @@ def test_a_killed_daemon_keeps_its_cache_and_cleans_up(tmp_path: Path, context: 
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        deadline = time.monotonic() + 30
-        while not _running("sleep 876543"):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until(lambda: _running("sleep 876543"))
         daemon.kill()
         running.wait(30)
         daemon.start()

@@ -57,7 +57,7 @@ async def writer(tmp_path: Path) -> AsyncIterator[Writer]:
         container, _ = await engine.containers.create(request)
         await engine.containers.lifecycle.start(container)
         file = engine.volumes.get("vol").mountpoint / "n"
-        for _ in range(200):
+        for _ in range(4000):
             if file.exists():
                 break
             await asyncio.sleep(0.02)

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.support.waiting import until
 
 from .conftest import Host
-from .test_life import eventually
 
 PROBES = int(os.environ.get("LAZ_HEALTH_PROBES", "6"))
 
@@ -24,12 +24,12 @@ def test_from_starting_to_healthy_to_unhealthy(host: Host) -> None:
         "--health-cmd", "test -e /ok && echo fine", "--health-interval", "200ms",
         "--health-retries", "2", "busybox", "sh", "-c", "sleep 0.5; touch /ok; sleep 1000",
     )  # fmt: skip
-    eventually(lambda: health(host, name) == "healthy")
+    until(lambda: health(host, name) == "healthy")
     assert "(healthy)" in host.out("ps", "--filter", f"name={name}", "--format", "{{.Status}}")
     assert host.state(name)["Health"]["Log"][-1]["Output"] == "fine\n"
     assert host.state(name)["Health"]["FailingStreak"] == 0
     host.out("exec", name, "rm", "/ok")
-    eventually(lambda: health(host, name) == "unhealthy")
+    until(lambda: health(host, name) == "unhealthy")
     assert len(host.state(name)["Health"]["Log"]) <= 5
     assert (
         host.out("ps", "-q", "--no-trunc", "--filter", "health=unhealthy").strip()
@@ -50,7 +50,7 @@ def test_failures_while_it_starts_do_not_count(host: Host) -> None:
         "--health-start-period", "1000s", "--health-start-interval", "100ms",
         "busybox", "sleep", "1000",
     )  # fmt: skip
-    eventually(lambda: len(host.state(name)["Health"]["Log"]) >= 3)
+    until(lambda: len(host.state(name)["Health"]["Log"]) >= 3)
     assert host.state(name)["Health"]["FailingStreak"] == 0
     assert health(host, name) == "starting"
 
@@ -70,7 +70,7 @@ def test_probes_that_never_end_leave_nothing(host: Host, init: bool) -> None:
         seen.update(probe["Start"] for probe in host.state(name)["Health"]["Log"])
         return len(seen) >= PROBES
 
-    eventually(probed, 30 + 2 * PROBES)
+    until(probed, seconds=90 + 2 * PROBES)
     last = host.state(name)["Health"]["Log"][-1]
     assert last["ExitCode"] == -1
     assert "exceeded timeout (300ms)" in last["Output"] or "(0.3s)" in last["Output"]
@@ -85,7 +85,7 @@ def test_probes_that_never_end_leave_nothing(host: Host, init: bool) -> None:
         zombies = dead if zombies is None else zombies & dead
         return not zombies
 
-    eventually(none_stays, 30)
+    until(none_stays)
 
 
 def test_a_probe_ends_with_its_container(host: Host) -> None:
@@ -108,7 +108,7 @@ def test_a_probe_ends_with_its_container(host: Host) -> None:
                 found.append(entry.name)
         return found
 
-    eventually(lambda: len(sleeping()) == 1)
+    until(lambda: len(sleeping()) == 1)
     (pid,) = sleeping()
     host.out("stop", "-t", "0", name)
-    eventually(lambda: not Path(f"/proc/{pid}").exists())
+    until(lambda: not Path(f"/proc/{pid}").exists())

@@ -8,15 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.support.waiting import until
 
 from .conftest import Host
-
-
-def eventually(check: object, seconds: float = 15) -> None:
-    deadline = time.monotonic() + seconds
-    while not check():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_output_and_exit_code(host: Host) -> None:
@@ -60,7 +54,7 @@ def test_pause_freezes(host: Host) -> None:
     done = host.daemon.docker("exec", name, "true", check=False)
     assert b"is paused" in done.stderr
     host.out("unpause", name)
-    eventually(lambda: host.out("logs", name) != before)
+    until(lambda: host.out("logs", name) != before)
 
 
 def test_stop_asks_then_kills(host: Host) -> None:
@@ -76,21 +70,21 @@ def test_stop_timeout_and_signal_of_the_container(host: Host) -> None:
     """Case A33, with its times divided by ten."""
     script = "trap 'sleep 2; exit 0' INT; echo ready; while :; do sleep 0.05; done"
     name = host.start("--stop-timeout", "30", "--stop-signal", "INT", "busybox", "sh", "-c", script)
-    eventually(lambda: "ready" in host.out("logs", name))
+    until(lambda: "ready" in host.out("logs", name))
     host.out("restart", name)
     assert host.state(name)["Running"]
-    eventually(lambda: host.out("logs", name).count("ready") == 2)
+    until(lambda: host.out("logs", name).count("ready") == 2)
     host.out("stop", name)
     assert host.state(name)["ExitCode"] == 0
     host.out("start", name)
-    eventually(lambda: host.out("logs", name).count("ready") == 3)
+    until(lambda: host.out("logs", name).count("ready") == 3)
     host.out("stop", "-t", "1", name)
     assert host.state(name)["ExitCode"] == 137
 
 
 def test_restart_policy_counts_and_gives_up(host: Host) -> None:
     name = host.start("--restart", "on-failure:2", "busybox", "sh", "-c", "exit 4")
-    eventually(lambda: host.state(name)["Status"] == "exited")
+    until(lambda: host.state(name)["Status"] == "exited")
     assert host.inspect(name)["RestartCount"] == 2
     assert host.state(name)["ExitCode"] == 4
 
@@ -99,7 +93,7 @@ def test_stop_by_hand_ends_a_restart_policy(host: Host) -> None:
     name = host.start("--restart", "always", "busybox", "sleep", "100")
     first = host.state(name)["Pid"]
     os.kill(first, signal.SIGKILL)
-    eventually(lambda: host.state(name)["Pid"] not in (0, first))
+    until(lambda: host.state(name)["Pid"] not in (0, first))
     host.out("stop", "-t", "0", name)
     time.sleep(0.5)
     assert host.state(name)["Status"] == "exited"
@@ -136,7 +130,7 @@ def test_exec(host: Host) -> None:
     missing = host.daemon.docker("exec", name, "nosuch", check=False)
     assert missing.returncode in (126, 127)
     host.out("exec", "-d", name, "touch", "/tmp/detached")
-    eventually(lambda: "detached" in host.out("exec", name, "ls", "/tmp"))
+    until(lambda: "detached" in host.out("exec", name, "ls", "/tmp"))
 
 
 def test_limits_reach_the_kernel(host: Host) -> None:

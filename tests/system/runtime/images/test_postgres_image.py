@@ -88,9 +88,8 @@ def test_variables_scripts_restart_and_stop(daemon: Daemon, name: str, tmp_path:
     assert sql(daemon, name, "INSERT INTO made VALUES (1) RETURNING at", *login).startswith("1")
     url = "postgresql://bob:it%27s%20secret@localhost/shop"
     assert sql(daemon, name, "SELECT 1", url) == "1"
-    begun = time.monotonic()
-    daemon.docker("stop", name)
-    assert time.monotonic() - begun < 9, "SIGINT must stop it, not SIGKILL after ten seconds"
+    daemon.docker("stop", "-t", "60", name)
+    # SIGINT must stop it: after SIGKILL the code is 137
     state = daemon.docker("inspect", "-f", "{{.State.ExitCode}}", name).stdout.strip()
     assert state == b"0"
     daemon.docker("start", name)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 
 from tests.support.netns import Server, ask
 from tests.support.network_host import NetworkHost
+from tests.support.waiting import until
 
 from lazarette.runtime.networks import netlink as nl
 from lazarette.runtime.networks.model import EndpointRequest, NetworkSpec, PortRequest
@@ -77,10 +77,7 @@ def test_flushed_rules_come_back(host: NetworkHost, namespace: NetNamespace) -> 
             ["delete", "table", "inet", "lazarette-lazt0"],
         ):
             run(["nft", *damage])
-            deadline = time.monotonic() + 5
-            while rules() != before and time.monotonic() < deadline:
-                time.sleep(0.02)
-            assert rules() == before
+            until(lambda: rules() == before)
         assert ask(namespace, "127.0.0.1", 8080) == "172.17.0.1"
 
 

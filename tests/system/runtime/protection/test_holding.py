@@ -13,6 +13,7 @@ import pytest
 from tests.support.daemon import Daemon
 from tests.support.images import busybox_archive
 from tests.support.postgres import Postgres
+from tests.support.waiting import until
 
 SLOW_STOP = (
     "trap 'sleep 2; echo flushed > /data/flushed; exit 0' TERM; touch /data/up; "
@@ -38,7 +39,7 @@ def start(daemon: Daemon, script: str, *labels: str) -> None:
         "run", "-d", "--name", "app", "--stop-timeout", "20", "-v", "data:/data",
         "--label", "lazarette.backup=@yearly", *options, "busybox", "sh", "-c", script,
     )  # fmt: skip
-    wait_for(lambda: inside(daemon, "ls", "/data") != "")
+    until(lambda: inside(daemon, "ls", "/data") != "")
 
 
 def inside(daemon: Daemon, *argv: str) -> str:
@@ -48,14 +49,6 @@ def inside(daemon: Daemon, *argv: str) -> str:
 def state(daemon: Daemon) -> dict[str, object]:
     found = json.loads(daemon.laz("inspect", "app").stdout)
     return cast(dict[str, object], found[0]["State"])
-
-
-def wait_for(condition: object, seconds: float = 30.0) -> float:
-    began = time.monotonic()
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() - began < seconds
-        time.sleep(0.05)
-    return time.monotonic() - began
 
 
 def backup(daemon: Daemon, volume: str = "data") -> dict[str, object]:
@@ -109,7 +102,7 @@ def test_a_killed_daemon_leaves_nothing_stopped(daemon: Daemon) -> None:
     asking.join(30)
     time.sleep(2.0)
     daemon.start()
-    assert wait_for(lambda: state(daemon)["Running"]) < 30
+    assert until(lambda: state(daemon)["Running"]) < 30
     time.sleep(1)
     assert state(daemon)["Running"]
 

@@ -6,7 +6,6 @@ import http.server
 import json
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -14,6 +13,7 @@ from typing import cast
 import pytest
 from tests.support.daemon import Daemon
 from tests.support.images import busybox_archive
+from tests.support.waiting import until
 
 
 class Listener:
@@ -47,10 +47,7 @@ class Listener:
         return f"127.0.0.1:{self.server.server_address[1]}"
 
     def wait(self, text: str) -> None:
-        end = time.monotonic() + 30
-        while not any(text in one for one in self.heard):
-            assert time.monotonic() < end, (text, self.heard)
-            time.sleep(0.05)
+        until(lambda: any(text in one for one in self.heard), f"nobody said {text}")
 
     def close(self) -> None:
         self.server.shutdown()

@@ -62,7 +62,7 @@ def closing(bench: Bench):  # type: ignore[no-untyped-def]
     bench.state.close()
 
 
-async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 (whatever a test waits for)
             await asyncio.sleep(0.02)

@@ -128,7 +128,7 @@ async def test_following_survives_rotation(tmp_path: Path) -> None:
                 file.write(line(turn, f"after {next(counter)}"))
             await until(1 + 3 * (turn + 1))
         over.set()
-        await asyncio.wait_for(task, 5)
+        await asyncio.wait_for(task, 60)
     finally:
         task.cancel()
         watch.close()

@@ -75,7 +75,7 @@ async def test_output_goes_on_after_the_clients_end(
         monitor.send(b"\x02out")
         monitor.send(b"\x03err")
         await asyncio.sleep(0.05)
-    assert not await asyncio.wait_for(task, 5)
+    assert not await asyncio.wait_for(task, 60)
     assert client.got == frame(1, b"out") + frame(2, b"err")
 
 
@@ -89,7 +89,7 @@ async def test_only_wanted_streams_are_sent(ends: tuple[socket.socket, socket.so
         monitor.send(b"\x02out")
         monitor.send(b"\x03err")
         await asyncio.sleep(0.05)
-    await asyncio.wait_for(task, 5)
+    await asyncio.wait_for(task, 60)
     assert client.got == frame(2, b"err")
 
 
@@ -98,7 +98,7 @@ async def test_detach_keys_end_the_attachment(ends: tuple[socket.socket, socket.
     client = Client([b"ls\n", b"\x10\x11"], stays=True)
     with monitor:
         attach = Attach(stdin=True, stdout=True, stderr=True, tty=True)
-        assert await asyncio.wait_for(pump(client, ours, attach), 5)
+        assert await asyncio.wait_for(pump(client, ours, attach), 60)
         assert monitor.recv(100) == b"ls\n"
 
 
@@ -110,5 +110,5 @@ async def test_large_input_is_cut_into_packets(ends: tuple[socket.socket, socket
     with monitor:
         await asyncio.sleep(0.05)
         sizes = [len(monitor.recv(65536)) for _ in range(3)]
-    await asyncio.wait_for(task, 5)
+    await asyncio.wait_for(task, 60)
     assert sizes == [8192, 8192, 20_000 - 2 * 8192]
