@@ -1,4 +1,4 @@
-"""Builds the one C module when a compiler is there; without it the Python versions serve."""
+"""Builds the C modules when a compiler is there; without it the Python versions serve."""
 
 from __future__ import annotations
 
@@ -11,25 +11,28 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCE = Path("backup/lazarette/backup/_native.c")
+SOURCES = (Path("backup/lazarette/backup/_native.c"), Path("fuse/lazarette/fuse/_native.c"))
 
 
 class NativeBuildHook(BuildHookInterface):  # type: ignore[type-arg]
-    """Compiles ``_native.c`` next to its source, for editable installs and wheels alike."""
+    """Compiles each ``_native.c`` next to its source, for editable installs and wheels alike."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """See hatchling's BuildHookInterface."""
         compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
         if self.target_name != "wheel" or compiler is None:
             return
-        source = Path(self.root) / SOURCE
+        for source in SOURCES:
+            self._build(compiler, Path(self.root) / source, build_data)
+
+    def _build(self, compiler: str, source: Path, build_data: dict[str, Any]) -> None:
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         module = source.with_name(f"_native{suffix}")
         command = [compiler, "-O3", "-fPIC", "-shared", "-Wall", "-o", f"{module}.new"]
         command += [f"-I{sysconfig.get_path('include')}", str(source)]
         built = subprocess.run(command, check=False, capture_output=True, text=True)
         if built.returncode != 0:
-            self.app.display_warning(f"the C module was not built: {built.stderr.strip()}")
+            self.app.display_warning(f"{source} was not built: {built.stderr.strip()}")
             return
         os.replace(f"{module}.new", module)
         build_data["pure_python"] = False

@@ -20,7 +20,6 @@ from lazarette.fuse.dirty import DirtyPaths
 from lazarette.fuse.filesystem import Filesystem, NeedsWorker
 from lazarette.fuse.layers import entry_path
 from lazarette.fuse.nodes import Dir, File
-from lazarette.fuse.syscalls import Moment
 from lazarette.fuse.tree import Tree
 
 INLINE_COPY = 256 << 10
@@ -249,9 +248,8 @@ class CopyUp:
                 # An xattr the upper filesystem cannot hold, or gone meanwhile, is left out.
                 if error.errno not in (errno.EOPNOTSUPP, errno.ENODATA, errno.EPERM):
                     raise
-        syscalls.utimensat(
-            folder, name, Moment(st.st_atime_ns), Moment(st.st_mtime_ns), follow=False
-        )
+        times = (st.st_atime_ns, st.st_mtime_ns)
+        os.utime(name, ns=times, dir_fd=folder, follow_symlinks=False)
 
     def _install(self, node: File, temporary: bytes, st: os.stat_result) -> None:
         """Put a finished copy in the place of the lower file."""

@@ -8,9 +8,10 @@ import os
 import stat
 from collections.abc import Callable
 
-from lazarette.fuse import layers, syscalls
+from lazarette.fuse import layers, native, syscalls
 from lazarette.fuse.copyup import CopyUp
 from lazarette.fuse.layers import entry_path
+from lazarette.fuse.native import Status
 from lazarette.fuse.nodes import Dir, File, Node
 from lazarette.fuse.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from lazarette.fuse.tree import Tree
@@ -56,14 +57,10 @@ class Entries:
 
     def make(
         self, parent: Dir, name: bytes, maker: Callable[[int, bytes], None]
-    ) -> tuple[Node, os.stat_result]:
+    ) -> tuple[Node, Status]:
         """Make an entry and its node; see :meth:`CopyUp.make`."""
         self.check_name(name)
         self._copyup.make(parent, name, maker)
-        return self.made(parent, name)
-
-    def made(self, parent: Dir, name: bytes) -> tuple[Node, os.stat_result]:
-        """The node of an entry just made in the upper layer."""
         found = self._tree.lookup(parent, name)
         if found is None:
             raise OSError(errno.ENOENT, "entry vanished")
@@ -72,7 +69,32 @@ class Entries:
             parent.listing.put(name, node.ino, stat.S_IFMT(st.st_mode) >> 12)
         return node, st
 
-    def link(self, node: File, parent: Dir, name: bytes) -> tuple[Node, os.stat_result]:
+    def create(
+        self, parent: Dir, name: bytes, opener: Callable[[int, bytes], int]
+    ) -> tuple[File, Status, int]:
+        """Make a file with ``opener``; its node, attributes and the descriptor of it."""
+        self.check_name(name)
+        fd = -1
+
+        def maker(folder: int, target: bytes) -> None:
+            nonlocal fd
+            if fd >= 0:
+                os.close(fd)
+            fd = opener(folder, target)
+
+        try:
+            self._copyup.make(parent, name, maker)
+            st = native.opened(fd)
+        except BaseException:
+            if fd >= 0:
+                os.close(fd)
+            raise
+        node = self._tree.fresh(parent, name, st)
+        if parent.listing is not None:
+            parent.listing.put(name, node.ino, stat.S_IFREG >> 12)
+        return node, st, fd
+
+    def link(self, node: File, parent: Dir, name: bytes) -> tuple[Node, Status]:
         """One more name for a file."""
         tree = self._tree
         self._copyup.file(node)
@@ -105,11 +127,10 @@ class Entries:
     def unlink(self, parent: Dir, name: bytes) -> File:
         """Remove a name of a file; the file, which may be dead now."""
         tree = self._tree
-        found = tree.lookup(parent, name)
-        if found is None:
-            raise OSError(errno.ENOENT, "no such entry")
-        node = found[0]
+        node = tree.known(parent, name)
         if not isinstance(node, File):
+            if node is None:
+                raise OSError(errno.ENOENT, "no such entry")
             raise OSError(errno.EISDIR, "is a folder")
         in_upper = node.names.get((parent, name), False)
         folder = self._copyup.folder(parent)
@@ -139,7 +160,7 @@ class Entries:
         if parent.listing is not None:
             parent.listing.drop(name)
         if node.index:
-            st = os.stat(node.index, dir_fd=tree.index, follow_symlinks=False)
+            st = native.status(tree.index, node.index, False)
             if tree.links(node, st) > 0:
                 return
             if node.orphan < 0:
@@ -147,7 +168,7 @@ class Entries:
                 node.orphan = os.open(node.index, flags, dir_fd=tree.index)
             os.unlink(node.index, dir_fd=tree.index)
             node.index = b""
-        elif node.names or (node.orphan >= 0 and os.stat(node.orphan).st_nlink > 0):
+        elif node.names or (node.orphan >= 0 and native.opened(node.orphan).st_nlink > 0):
             return
         node.dead = True
         if tree.by_ino.get(node.ino) is node:
@@ -156,11 +177,10 @@ class Entries:
     def rmdir(self, parent: Dir, name: bytes) -> Dir:
         """Remove an empty folder."""
         tree = self._tree
-        found = tree.lookup(parent, name)
-        if found is None:
-            raise OSError(errno.ENOENT, "no such entry")
-        node = found[0]
+        node = tree.known(parent, name)
         if not isinstance(node, Dir):
+            if node is None:
+                raise OSError(errno.ENOENT, "no such entry")
             raise OSError(errno.ENOTDIR, "not a folder")
         if len(tree.listing(node)):
             raise OSError(errno.ENOTEMPTY, "folder is not empty")
@@ -194,6 +214,8 @@ class Entries:
         node.listing = None
         if self._tree.by_ino.get(node.ino) is node:
             del self._tree.by_ino[node.ino]
+        if parent.entries.get(name) is node:
+            del parent.entries[name]
         if parent.listing is not None:
             parent.listing.drop(name)
 
@@ -209,20 +231,20 @@ class Entries:
             raise OSError(errno.EINVAL, "unknown rename flags")
         self.check_name(target[1])
         tree = self._tree
-        moving = tree.lookup(*source)
+        moving = tree.known(*source)
         if moving is None:
             raise OSError(errno.ENOENT, "no such entry")
-        replaced = tree.lookup(*target)
+        replaced = tree.known(*target)
         if flags & RENAME_NOREPLACE and replaced is not None:
             raise OSError(errno.EEXIST, "target exists")
         if flags & RENAME_EXCHANGE:
             if replaced is None:
                 raise OSError(errno.ENOENT, "nothing to exchange with")
-            self._exchange(source, moving[0], target, replaced[0])
+            self._exchange(source, moving, target, replaced)
             return
-        if replaced is not None and replaced[0] is moving[0]:
+        if replaced is moving:
             return
-        self._move(source, moving[0], target, replaced[0] if replaced else None, flags)
+        self._move(source, moving, target, replaced, flags)
 
     def _prepare(self, place: tuple[Dir, bytes], node: Node) -> None:
         """Bring what is to be moved into the upper layer."""

@@ -13,21 +13,20 @@ import os
 import stat
 from collections import OrderedDict
 
-from lazarette.fuse import protocol, syscalls
+from lazarette.fuse import protocol, replies, syscalls
 from lazarette.fuse.copyup import CopyUp
 from lazarette.fuse.dirty import DirtyPaths
 from lazarette.fuse.filesystem import Connection, Filesystem, Later, Reply
 from lazarette.fuse.nodes import File, Handle
-from lazarette.fuse.protocol import (
+from lazarette.fuse.protocol import OpenFlag, SetattrValid
+from lazarette.fuse.requests import (
     CopyIn,
     FallocateIn,
     FsyncIn,
     LseekIn,
-    OpenFlag,
     OpenIn,
     ReadIn,
     SetattrIn,
-    SetattrValid,
     WriteIn,
 )
 from lazarette.fuse.tree import Tree
@@ -97,6 +96,8 @@ class Files:
         new.orphan, old.orphan = old.orphan, -1
         new.dead = old.dead
         new.lookups = 1  # held by the old node, until the kernel forgets that one
+        for folder, name in new.names:
+            folder.entries[name] = new
         old.successor = new
         tree.nodes[new.id] = new
         self._connection.forget_attributes(old.id)
@@ -135,21 +136,22 @@ class Files:
         self._next += 1
         handle = Handle(node, flags, fd, through)
         self._handles[number] = handle
-        if handle.writable:
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        if writable:
             node.writers += 1
             if self.dirty is not None:
                 self.dirty.writer(node)
         if not through:
             node.plain += 1
             self.plain_opens += 1
-            return protocol.open_reply(number, _PLAIN)
+            return replies.open_reply(number, _PLAIN)
         node.through += 1
         self.through_opens += 1
         self._idle.pop(node, None)
-        if handle.writable and node.cached:
+        if writable and node.cached:
             node.cached = False
             self._connection.forget_attributes(node.id)
-        return protocol.open_reply(number, _THROUGH, node.backing)
+        return replies.open_reply(number, _THROUGH, node.backing)
 
     def _goes_through(self, node: File, flags: int, fd: int) -> bool:
         """Choose the way of an open, and register the backing file."""
@@ -282,7 +284,7 @@ class Files:
         done = os.pwrite(fd, data, args.offset)
         if args.write_flags & protocol.WRITE_KILL_SUIDGID:
             kill_set_id(fd)
-        return protocol.write_reply(done)
+        return replies.write_reply(done)
 
     def truncate(self, node: File, args: SetattrIn) -> None:
         """Set the size of a copied-up file."""
@@ -324,7 +326,7 @@ class Files:
         """Find data or a hole."""
         offset = args.offset - (1 << 64) if args.offset >> 63 else args.offset
         fd = self._descriptor(self._handle(args.fh))
-        return protocol.quad_reply(os.lseek(fd, offset, args.whence))
+        return replies.quad_reply(os.lseek(fd, offset, args.whence))
 
     def copy(self, args: CopyIn) -> Reply:
         """Copy a range between files, on a worker."""
@@ -338,7 +340,7 @@ class Files:
             finally:
                 os.close(source)
                 os.close(target)
-            return protocol.write_reply(done)
+            return replies.write_reply(done)
 
         return Later(work)
 

@@ -23,13 +23,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from lazarette.fuse.protocol import (
+from lazarette.fuse.protocol import InitFlag
+from lazarette.fuse.requests import (
     CopyIn,
     CreateIn,
     FallocateIn,
     FsyncIn,
     GetattrIn,
-    InitFlag,
     LseekIn,
     MkdirIn,
     MknodIn,

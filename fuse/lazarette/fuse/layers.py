@@ -26,13 +26,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from lazarette.fuse.native import Status
+
 DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 MOST_LOWERS = 500
 _PATH_LIMIT = 4000
 _INO_BITS = 48
 
 
-def is_whiteout(st: os.stat_result) -> bool:
+def is_whiteout(st: Status) -> bool:
     """Whether an entry of a layer is a whiteout."""
     return st.st_rdev == 0 and stat.S_ISCHR(st.st_mode)
 

@@ -28,20 +28,21 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-from lazarette.fuse import layers, protocol, syscalls
+from lazarette.fuse import layers, protocol, replies, syscalls
 from lazarette.fuse.content import Content, Contents
 from lazarette.fuse.expand import Expander
 from lazarette.fuse.files import Files, kill_set_id
 from lazarette.fuse.filesystem import Filesystem, Later, NeedsWorker, Reply
+from lazarette.fuse.native import Status
 from lazarette.fuse.nodes import Dir, File, Listing, Node
-from lazarette.fuse.protocol import (
+from lazarette.fuse.protocol import SetattrValid
+from lazarette.fuse.requests import (
     CopyIn,
     FallocateIn,
     FsyncIn,
     LseekIn,
     ReadIn,
     SetattrIn,
-    SetattrValid,
     WriteIn,
 )
 from lazarette.fuse.source import Source
@@ -81,7 +82,7 @@ class LazyTree(Tree):
         self._expanded(parent)
         return super().find(parent, name)
 
-    def links(self, node: Node, st: os.stat_result) -> int:
+    def links(self, node: Node, st: Status) -> int:
         """``st_nlink`` without the link that keeps a file for names yet to come."""
         shown = super().links(node, st)
         if shown > 1 and isinstance(node, File) and self.expander.is_linked(st.st_ino):
@@ -166,7 +167,7 @@ class LazyFiles(Files):
                 done = content.write(own, args.offset)
                 if kill:
                     kill_set_id(fd)
-                return protocol.write_reply(done)
+                return replies.write_reply(done)
             finally:
                 os.close(fd)
 
@@ -232,7 +233,7 @@ class LazyFiles(Files):
         size = os.fstat(self._descriptor(self._handle(args.fh))).st_size
         if args.offset >= size:
             raise OSError(errno.ENXIO, "offset is past the end")
-        return protocol.quad_reply(args.offset if args.whence == os.SEEK_DATA else size)
+        return replies.quad_reply(args.offset if args.whence == os.SEEK_DATA else size)
 
     def copy(self, args: CopyIn) -> Reply:
         """Copy between whole files; the kernel copies others by reading and writing."""

@@ -95,6 +95,7 @@ class Dir(Node):
         impure: some entry in the upper folder keeps an older inode number.
         setgid: new entries take the folder's group.
         default_acl: it has a default ACL; None when not yet known.
+        entries: the known nodes in it, by name.
         listing: its entries, once read.
         lower_names: which lower folders hold a name, for folders with many.
         misses: how many names were looked for in vain.
@@ -105,6 +106,7 @@ class Dir(Node):
 
     __slots__ = (
         "default_acl",
+        "entries",
         "expanded",
         "fd",
         "impure",
@@ -144,13 +146,19 @@ class Dir(Node):
         self.misses = 0
         self.expanded = False
         self.pins = 0
+        self.entries: dict[bytes, Node] = {}
         self.parent.pins += 1
+        if parent is not None:
+            parent.entries[name] = self
 
     def move(self, parent: Dir, name: bytes) -> None:
         """Note that it was renamed."""
         parent.pins += 1
         self.parent.pins -= 1
+        if self.parent.entries.get(self.name) is self:
+            del self.parent.entries[self.name]
         self.parent, self.name = parent, name
+        parent.entries[name] = self
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,12 +248,15 @@ class File(Node):
         """Note a name, or where it lies."""
         if (folder, name) not in self.names:
             folder.pins += 1
+        folder.entries[name] = self
         self.names[(folder, name)] = in_upper
 
     def drop_name(self, folder: Dir, name: bytes) -> None:
         """Note that a name is gone."""
         if self.names.pop((folder, name), None) is not None:
             folder.pins -= 1
+            if folder.entries.get(name) is self:
+                del folder.entries[name]
 
     def close_orphan(self) -> None:
         """Let go of the descriptor that kept it."""

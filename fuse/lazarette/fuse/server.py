@@ -13,10 +13,12 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar, TypeVarTuple, Unpack
 
-from lazarette.fuse import protocol, syscalls
+from lazarette.fuse import native, protocol, replies, requests, syscalls
 from lazarette.fuse.filesystem import Connection, Filesystem, Later, NeedsWorker, Reply
-from lazarette.fuse.protocol import InitFlag, Opcode, Request
+from lazarette.fuse.protocol import InitFlag, Opcode
+from lazarette.fuse.requests import Request
 
 log = logging.getLogger(__name__)
 
@@ -84,15 +86,15 @@ class Server(Connection):
 
     def forget_attributes(self, node: int) -> None:
         """Make the kernel ask for the attributes of a node again."""
-        self._notify(protocol.notify_inval_inode(node, -1, 0))
+        self._notify(replies.notify_inval_inode(node, -1, 0))
 
     def forget_data(self, node: int) -> None:
         """Make the kernel drop attributes and pages of a node; never call it from the loop."""
-        self._notify(protocol.notify_inval_inode(node, 0, 0))
+        self._notify(replies.notify_inval_inode(node, 0, 0))
 
     def forget_name(self, parent: int, name: bytes) -> None:
         """Make the kernel look a name up again; never call it from the loop."""
-        self._notify(protocol.notify_inval_entry(parent, name))
+        self._notify(replies.notify_inval_entry(parent, name))
 
     def _notify(self, message: bytes) -> None:
         try:
@@ -113,8 +115,7 @@ class Server(Connection):
         buffer = bytearray(MAX_WRITE + 65536)
         view = memoryview(buffer)
         device, table, lock = self._device, self._table, self._filesystem.lock
-        read_into, write, parse = os.readv, os.write, protocol.parse_header
-        header = protocol.OUT_HEADER.pack
+        read_into, answer, parse = os.readv, native.answer, requests.parse_header
         target = [view]
         try:
             while True:
@@ -149,7 +150,7 @@ class Server(Connection):
                     lock.release()
                 if type(reply) is bytes:
                     try:
-                        write(device, header(16 + len(reply), 0, request.unique) + reply)
+                        answer(device, request.unique, reply)
                     except OSError as error:
                         self._answer_refused(request.unique, error)
                 elif type(reply) is Later:
@@ -161,7 +162,7 @@ class Server(Connection):
 
     def _answer(self, unique: int, body: bytes) -> None:
         try:
-            os.write(self._device, protocol.OUT_HEADER.pack(16 + len(body), 0, unique) + body)
+            native.answer(self._device, unique, body)
         except OSError as error:
             self._answer_refused(unique, error)
 
@@ -173,7 +174,7 @@ class Server(Connection):
 
     def _refuse(self, unique: int, code: int) -> None:
         try:
-            os.write(self._device, protocol.error_reply(code, unique))
+            os.write(self._device, replies.error_reply(code, unique))
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
                 log.warning("error reply to request %d refused by the kernel: %s", unique, error)
@@ -208,7 +209,7 @@ class Server(Connection):
     # -- requests -----------------------------------------------------------------------
 
     def _init(self, request: Request, body: memoryview) -> Reply:
-        init = protocol.parse_init(body)
+        init = requests.parse_init(body)
         if init.major != protocol.KERNEL_MAJOR or init.minor < protocol.LOWEST_MINOR:
             self.reason = f"the kernel speaks FUSE {init.major}.{init.minor}"
             raise OSError(errno.EPROTO, self.reason)
@@ -222,7 +223,7 @@ class Server(Connection):
         self._choose(init.flags)
         self._filesystem.connect(self, self.granted)
         self.ready.set()
-        return protocol.init_reply(init.minor, init.max_readahead, self.granted, MAX_WRITE, depth)
+        return replies.init_reply(init.minor, init.max_readahead, self.granted, MAX_WRITE, depth)
 
     def _choose(self, offered: InitFlag) -> None:
         """Decide who reads and writes, and keep the reason."""
@@ -237,11 +238,11 @@ class Server(Connection):
             self.reason = f"the kernel (FUSE 7.{self.minor}) has passthrough"
 
     def _forget(self, request: Request, body: memoryview) -> Reply:
-        self._filesystem.forget(request.node, protocol.parse_forget(body))
+        self._filesystem.forget(request.node, requests.parse_forget(body))
         return _SILENT
 
     def _batch_forget(self, request: Request, body: memoryview) -> Reply:
-        for node, lookups in protocol.parse_batch_forget(body):
+        for node, lookups in requests.parse_batch_forget(body):
             self._filesystem.forget(node, lookups)
         return _SILENT
 
@@ -253,7 +254,7 @@ class Server(Connection):
 
     def _handlers(self) -> dict[int, _Handler]:
         """Opcode to parser and method, bound once."""
-        fs, p = self._filesystem, protocol
+        fs, p = self._filesystem, requests
 
         def setxattr(request: Request, body: memoryview) -> Reply:
             extended = bool(self.granted & InitFlag.SETXATTR_EXT)
@@ -265,42 +266,64 @@ class Server(Connection):
             Opcode.BATCH_FORGET: self._batch_forget,
             Opcode.INTERRUPT: self._interrupt,
             Opcode.DESTROY: self._destroy,
-            Opcode.LOOKUP: lambda r, b: fs.lookup(r, p.parse_name(b)),
-            Opcode.GETATTR: lambda r, b: fs.getattr(r, p.parse_getattr(b)),
-            Opcode.SETATTR: lambda r, b: fs.setattr(r, p.parse_setattr(b)),
-            Opcode.READLINK: lambda r, b: fs.readlink(r),
-            Opcode.SYMLINK: lambda r, b: fs.symlink(r, *p.parse_two_names(b)),
-            Opcode.MKNOD: lambda r, b: fs.mknod(r, *p.parse_mknod(b)),
-            Opcode.MKDIR: lambda r, b: fs.mkdir(r, *p.parse_mkdir(b)),
-            Opcode.UNLINK: lambda r, b: fs.unlink(r, p.parse_name(b)),
-            Opcode.RMDIR: lambda r, b: fs.rmdir(r, p.parse_name(b)),
-            Opcode.RENAME: lambda r, b: fs.rename(r, *p.parse_rename(b)),
-            Opcode.RENAME2: lambda r, b: fs.rename(r, *p.parse_rename2(b)),
-            Opcode.LINK: lambda r, b: fs.link(r, *p.parse_link(b)),
-            Opcode.OPEN: lambda r, b: fs.open(r, p.parse_open(b)),
-            Opcode.READ: lambda r, b: fs.read(r, p.parse_read(b)),
-            Opcode.WRITE: lambda r, b: fs.write(r, *p.parse_write(b)),
-            Opcode.STATFS: lambda r, b: fs.statfs(r),
-            Opcode.RELEASE: lambda r, b: fs.release(r, p.parse_release(b)),
-            Opcode.FSYNC: lambda r, b: fs.fsync(r, p.parse_fsync(b)),
+            Opcode.LOOKUP: _one(fs.lookup, p.parse_name),
+            Opcode.GETATTR: _one(fs.getattr, p.parse_getattr),
+            Opcode.SETATTR: _one(fs.setattr, p.parse_setattr),
+            Opcode.READLINK: _none(fs.readlink),
+            Opcode.SYMLINK: _several(fs.symlink, p.parse_two_names),
+            Opcode.MKNOD: _several(fs.mknod, p.parse_mknod),
+            Opcode.MKDIR: _several(fs.mkdir, p.parse_mkdir),
+            Opcode.UNLINK: _one(fs.unlink, p.parse_name),
+            Opcode.RMDIR: _one(fs.rmdir, p.parse_name),
+            Opcode.RENAME: _several(fs.rename, p.parse_rename),
+            Opcode.RENAME2: _several(fs.rename, p.parse_rename2),
+            Opcode.LINK: _several(fs.link, p.parse_link),
+            Opcode.OPEN: _one(fs.open, p.parse_open),
+            Opcode.READ: _one(fs.read, p.parse_read),
+            Opcode.WRITE: _several(fs.write, p.parse_write),
+            Opcode.STATFS: _none(fs.statfs),
+            Opcode.RELEASE: _one(fs.release, p.parse_release),
+            Opcode.FSYNC: _one(fs.fsync, p.parse_fsync),
             Opcode.SETXATTR: setxattr,
-            Opcode.GETXATTR: lambda r, b: fs.getxattr(r, *p.parse_getxattr(b)),
-            Opcode.LISTXATTR: lambda r, b: fs.listxattr(r, p.parse_listxattr(b)),
-            Opcode.REMOVEXATTR: lambda r, b: fs.removexattr(r, p.parse_name(b)),
-            Opcode.FLUSH: lambda r, b: fs.flush(r),
-            Opcode.OPENDIR: lambda r, b: fs.opendir(r, p.parse_open(b)),
-            Opcode.READDIR: lambda r, b: fs.readdir(r, p.parse_read(b)),
-            Opcode.READDIRPLUS: lambda r, b: fs.readdirplus(r, p.parse_read(b)),
-            Opcode.RELEASEDIR: lambda r, b: fs.releasedir(r, p.parse_release(b)),
-            Opcode.FSYNCDIR: lambda r, b: fs.fsyncdir(r, p.parse_fsync(b)),
-            Opcode.CREATE: lambda r, b: fs.create(r, *p.parse_create(b)),
+            Opcode.GETXATTR: _several(fs.getxattr, p.parse_getxattr),
+            Opcode.LISTXATTR: _one(fs.listxattr, p.parse_listxattr),
+            Opcode.REMOVEXATTR: _one(fs.removexattr, p.parse_name),
+            Opcode.FLUSH: _none(fs.flush),
+            Opcode.OPENDIR: _one(fs.opendir, p.parse_open),
+            Opcode.READDIR: _one(fs.readdir, p.parse_read),
+            Opcode.READDIRPLUS: _one(fs.readdirplus, p.parse_read),
+            Opcode.RELEASEDIR: _one(fs.releasedir, p.parse_release),
+            Opcode.FSYNCDIR: _one(fs.fsyncdir, p.parse_fsync),
+            Opcode.CREATE: _several(fs.create, p.parse_create),
             Opcode.TMPFILE: lambda r, b: fs.tmpfile(r, p.parse_create(b)[0]),
-            Opcode.FALLOCATE: lambda r, b: fs.fallocate(r, p.parse_fallocate(b)),
-            Opcode.LSEEK: lambda r, b: fs.lseek(r, p.parse_lseek(b)),
-            Opcode.COPY_FILE_RANGE: lambda r, b: fs.copy_file_range(r, p.parse_copy(b)),
-            Opcode.SYNCFS: lambda r, b: fs.syncfs(r),
+            Opcode.FALLOCATE: _one(fs.fallocate, p.parse_fallocate),
+            Opcode.LSEEK: _one(fs.lseek, p.parse_lseek),
+            Opcode.COPY_FILE_RANGE: _one(fs.copy_file_range, p.parse_copy),
+            Opcode.SYNCFS: _none(fs.syncfs),
         }
-        return table
+        return {int(opcode): handler for opcode, handler in table.items()}
+
+
+_T = TypeVar("_T")
+_Ts = TypeVarTuple("_Ts")
+
+
+def _none(method: Callable[[Request], Reply]) -> _Handler:
+    """Handler of a request without a body."""
+    return lambda request, body: method(request)
+
+
+def _one(method: Callable[[Request, _T], Reply], parse: Callable[[memoryview], _T]) -> _Handler:
+    """Handler of a request whose body is one value."""
+    return lambda request, body: method(request, parse(body))
+
+
+def _several(
+    method: Callable[[Request, Unpack[_Ts]], Reply],
+    parse: Callable[[memoryview], tuple[*_Ts]],
+) -> _Handler:
+    """Handler of a request whose body is several values."""
+    return lambda request, body: method(request, *parse(body))
 
 
 class _Silent(bytes):

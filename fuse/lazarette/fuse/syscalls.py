@@ -1,7 +1,7 @@
 """System calls that Python's ``os`` does not offer, raising ``OSError`` like it.
 
 Numbers and structures: ``linux/fs.h`` (FICLONE, FIEMAP), ``linux/fuse.h``
-(FUSE_DEV_IOC_*), renameat2(2), utimensat(2), fallocate(2), umount2(2), fcntl(2).
+(FUSE_DEV_IOC_*), renameat2(2), fallocate(2), umount2(2), fcntl(2).
 """
 
 from __future__ import annotations
@@ -15,12 +15,6 @@ from dataclasses import dataclass
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 RENAME_WHITEOUT = 4
-
-AT_FDCWD = -100
-AT_SYMLINK_NOFOLLOW = 0x100
-
-UTIME_NOW = (1 << 30) - 1
-UTIME_OMIT = (1 << 30) - 2
 
 FALLOC_KEEP_SIZE = 1
 FALLOC_PUNCH_HOLE = 2
@@ -40,12 +34,6 @@ _BACKING_CLOSE = 0x4004E502
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class _Timespec(ctypes.Structure):
-    _fields_ = (("seconds", ctypes.c_int64), ("nanoseconds", ctypes.c_long))
-
-
-_TimespecPair = _Timespec * 2
-
 _libc.renameat2.argtypes = (
     ctypes.c_int,
     ctypes.c_char_p,
@@ -53,7 +41,6 @@ _libc.renameat2.argtypes = (
     ctypes.c_char_p,
     ctypes.c_uint,
 )
-_libc.utimensat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _libc.mount.argtypes = (
     ctypes.c_char_p,
@@ -75,31 +62,6 @@ def renameat2(old_dir: int, old: bytes, new_dir: int, new: bytes, flags: int) ->
     """Rename with ``RENAME_*`` flags."""
     if _libc.renameat2(old_dir, old, new_dir, new, flags) != 0:
         _raise(old)
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """A time to set, in ns since the epoch; or ``UTIME_NOW`` / ``UTIME_OMIT`` by ``special``."""
-
-    ns: int = 0
-    special: int = 0
-
-
-NOW = Moment(special=UTIME_NOW)
-OMIT = Moment(special=UTIME_OMIT)
-
-
-def utimensat(dir_fd: int, path: bytes, atime: Moment, mtime: Moment, follow: bool) -> None:
-    """Set the times of a file; each may be left alone (``OMIT``) or be the present (``NOW``)."""
-    pair = _TimespecPair()
-    for slot, moment in zip(pair, (atime, mtime), strict=True):
-        if moment.special:
-            slot.nanoseconds = moment.special
-        else:
-            slot.seconds, slot.nanoseconds = divmod(moment.ns, 1_000_000_000)
-    flags = 0 if follow else AT_SYMLINK_NOFOLLOW
-    if _libc.utimensat(dir_fd, path, ctypes.byref(pair), flags) != 0:
-        _raise(path)
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 
 import msgspec
 
-from lazarette.fuse import layers, protocol
+from lazarette.fuse import layers, native, protocol
 from lazarette.fuse.layers import DIRECTORY, Format, LowerDir, Stack, is_whiteout
+from lazarette.fuse.native import Shown, Status
 from lazarette.fuse.nodes import Dir, File, Listing, LowerFile, Node
 
 _MANY_LOWERS = 3
@@ -34,7 +35,7 @@ class Found(msgspec.Struct, gc=False):
         bottom: for a folder with lowers, the inode number it shows.
     """
 
-    st: os.stat_result
+    st: Status
     index: int
     lowers: tuple[LowerDir, ...] = ()
     bottom: int = 0
@@ -135,6 +136,8 @@ class Tree:
             self._erase(folder)
             self.close_dir(folder)
             folder.parent.pins -= 1
+            if folder.parent.entries.get(folder.name) is folder:
+                del folder.parent.entries[folder.name]
             folder = folder.parent
 
     def close(self) -> None:
@@ -236,13 +239,12 @@ class Tree:
         fd, name, follow = self.locate(node)
         return (name, follow) if fd is None else (layers.entry_path(fd, name), False)
 
-    def stat(self, node: Node) -> os.stat_result:
+    def stat(self, node: Node) -> Status:
         """Attributes of the real file or folder."""
         if isinstance(node, Dir):
-            return os.stat(self.top_fd(node))
+            return native.opened(self.top_fd(node))
         assert isinstance(node, File)
-        fd, name, follow = self.locate(node)
-        st = os.stat(name, dir_fd=fd, follow_symlinks=follow)
+        st = native.status(*self.locate(node))
         if node.kind == stat.S_IFCHR and stat.S_ISREG(st.st_mode):
             return seen_as_whiteout(st)
         return st
@@ -254,7 +256,7 @@ class Tree:
             flags |= os.O_NOFOLLOW
         return os.open(name, flags | os.O_CLOEXEC, dir_fd=fd)
 
-    def links(self, node: Node, st: os.stat_result) -> int:
+    def links(self, node: Node, st: Status) -> int:
         """``st_nlink`` to show."""
         if isinstance(node, Dir):
             if node.dead:
@@ -274,17 +276,16 @@ class Tree:
         if parent.dead:
             return None
         if parent.upper:
-            try:
-                st = os.stat(name, dir_fd=self.upper_fd(parent), follow_symlinks=False)
-            except FileNotFoundError:
-                pass
-            else:
-                if is_whiteout(st):
+            fd = parent.fd if parent.fd >= 0 else self.upper_fd(parent)
+            st: Status | None = native.seek(fd, name)
+            if st is not None:
+                mode = st.st_mode
+                if mode == stat.S_IFREG and st.st_size == 0:
+                    st = self._as_seen(st, layers.entry_path(fd, name))
+                elif is_whiteout(st):
                     return None
-                if _bare(st):
-                    st = self._as_seen(st, layers.entry_path(self.upper_fd(parent), name))
                 found = Found(st, UPPER)
-                if self.stack.lowers and stat.S_ISDIR(st.st_mode):
+                if self.stack.lowers and stat.S_ISDIR(mode):
                     self._merge_upper(parent, name, found)
                 return found
         return self.find_below(parent, name) if parent.lowers else None
@@ -292,13 +293,12 @@ class Tree:
     def find_below(self, parent: Dir, name: bytes) -> Found | None:
         """Where the lower layers have a name, whatever the upper layer says."""
         for index in self._candidates(parent, name):
-            try:
-                st = os.stat(name, dir_fd=self.lower_fd(parent, index), follow_symlinks=False)
-            except (FileNotFoundError, NotADirectoryError):
+            st: Status | None = native.seek(self.lower_fd(parent, index), name)
+            if st is None:
                 continue
             if is_whiteout(st):
                 return None
-            if _bare(st):
+            if st.st_mode == stat.S_IFREG and st.st_size == 0:
                 st = self._as_seen(st, layers.entry_path(self.lower_fd(parent, index), name))
             found = Found(st, index)
             if stat.S_ISDIR(st.st_mode):
@@ -306,8 +306,8 @@ class Tree:
             return found
         return None
 
-    def _as_seen(self, st: os.stat_result, path: bytes) -> os.stat_result:
-        """Attributes of a file that may stand for a whiteout made by a user of the union."""
+    def _as_seen(self, st: Status, path: bytes) -> Status:
+        """Attributes of an empty file without permissions: a user's whiteout, perhaps."""
         return seen_as_whiteout(st) if self.form.read(path, self.form.node) else st
 
     def _candidates(self, parent: Dir, name: bytes) -> Sequence[int]:
@@ -387,7 +387,7 @@ class Tree:
 
     # -- nodes from findings ------------------------------------------------------------
 
-    def lookup(self, parent: Dir, name: bytes) -> tuple[Node, os.stat_result] | None:
+    def lookup(self, parent: Dir, name: bytes) -> tuple[Node, Status] | None:
         """The node behind a name with its attributes, made if it is new."""
         found = self.find(parent, name)
         if found is None:
@@ -400,7 +400,7 @@ class Tree:
         """Read what is remembered about a folder of the upper layer."""
         path = layers.descriptor_path(self.upper_fd(folder))
         folder.impure = self.form.read(path, self.form.impure, follow=True) == b"y"
-        folder.setgid = bool(os.stat(self.upper_fd(folder)).st_mode & stat.S_ISGID)
+        folder.setgid = bool(native.opened(self.upper_fd(folder)).st_mode & stat.S_ISGID)
 
     def shown_ino(self, parent: Dir, name: bytes, found: Found) -> tuple[int, bool]:
         """The inode number to show, and whether it comes from before a copy-up."""
@@ -430,6 +430,7 @@ class Tree:
         ino, _ = self.shown_ino(parent, name, found)
         known = self.by_ino.get(ino)
         if isinstance(known, Dir) and known.parent is parent and known.name == name:
+            parent.entries[name] = known
             return known
         if known is not None:
             ino ^= _CONFLICT
@@ -444,11 +445,11 @@ class Tree:
             node.setgid = bool(found.st.st_mode & stat.S_ISGID)
         return node
 
-    def _file_node(self, parent: Dir, name: bytes, found: Found) -> tuple[File, os.stat_result]:
+    def _file_node(self, parent: Dir, name: bytes, found: Found) -> tuple[File, Status]:
         ino, origin = self.shown_ino(parent, name, found)
         st = found.st
         in_upper = found.index == UPPER
-        indexed: os.stat_result | None = None
+        indexed: Status | None = None
         index = b""
         if self.index >= 0 and st.st_nlink > 1 and (origin or not in_upper):
             index = self.index_name(ino)
@@ -475,16 +476,33 @@ class Tree:
         self.add(node)
         return node, st
 
+    def known(self, parent: Dir, name: bytes) -> Node | None:
+        """The node behind a name: one that is known without asking, or looked up."""
+        node = parent.entries.get(name)
+        if node is not None:
+            return node
+        found = self.lookup(parent, name)
+        return found[0] if found is not None else None
+
+    def fresh(self, parent: Dir, name: bytes, st: Status) -> File:
+        """The node of a file that was just made in the upper layer."""
+        upper = self.stack.upper
+        assert upper is not None
+        ino = self.stack.number(upper, st.st_ino)
+        if ino in self.by_ino:
+            return self._file_node(parent, name, Found(st, UPPER))[0]
+        node = File(self.new_number(), ino, stat.S_IFMT(st.st_mode), (st.st_dev, st.st_ino))
+        node.add_name(parent, name, True)
+        self.add(node)
+        return node
+
     @staticmethod
     def index_name(ino: int) -> bytes:
         """Name of a file in the index of hard links."""
         return b"%016x" % ino
 
-    def _indexed(self, index: bytes) -> os.stat_result | None:
-        try:
-            return os.stat(index, dir_fd=self.index, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
+    def _indexed(self, index: bytes) -> Status | None:
+        return native.seek(self.index, index)
 
     # -- listings -----------------------------------------------------------------------
 
@@ -548,16 +566,10 @@ class Tree:
                 listing.put(name, self.stack.number(layer, entry.inode()), kind)
 
 
-def _bare(st: os.stat_result) -> bool:
-    """Whether a file may stand for something else: empty, and without any permission."""
-    return st.st_size == 0 and st.st_mode == stat.S_IFREG
-
-
-def seen_as_whiteout(st: os.stat_result) -> os.stat_result:
+def seen_as_whiteout(st: Status) -> Status:
     """The attributes with the type of a whiteout: character device 0:0."""
-    times = {name: getattr(st, name) for name in ("st_atime_ns", "st_mtime_ns", "st_ctime_ns")}
-    more = {"st_blksize": st.st_blksize, "st_blocks": st.st_blocks, "st_rdev": 0}
-    return os.stat_result((stat.S_IFCHR | 0o600, *st[1:]), times | more)
+    same = {each: getattr(st, each) for each in Shown.__slots__ if each != "st_mode"}
+    return Shown(stat.S_IFCHR | 0o600, **same)
 
 
 def _kind(mode: int) -> int:

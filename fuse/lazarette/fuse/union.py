@@ -26,22 +26,22 @@ import os
 import stat
 from dataclasses import dataclass, field
 
-from lazarette.fuse import layers, protocol, syscalls
+from lazarette.fuse import layers, native, protocol, replies, syscalls
 from lazarette.fuse.copyup import CopyUp
 from lazarette.fuse.dirty import DirtyPaths
 from lazarette.fuse.entries import Entries
 from lazarette.fuse.files import Files
 from lazarette.fuse.filesystem import Connection, Filesystem, Later, Reply
 from lazarette.fuse.layers import Format, Stack
+from lazarette.fuse.native import UTIME_NOW, UTIME_OMIT, Status
 from lazarette.fuse.nodes import Dir, File, Listing, Node
-from lazarette.fuse.protocol import (
-    FOREVER,
+from lazarette.fuse.protocol import FOREVER, InitFlag, SetattrValid
+from lazarette.fuse.requests import (
     CopyIn,
     CreateIn,
     FallocateIn,
     FsyncIn,
     GetattrIn,
-    InitFlag,
     LseekIn,
     MkdirIn,
     MknodIn,
@@ -51,15 +51,15 @@ from lazarette.fuse.protocol import (
     RenameIn,
     Request,
     SetattrIn,
-    SetattrValid,
     SetxattrIn,
     WriteIn,
 )
-from lazarette.fuse.syscalls import NOW, OMIT, Moment
 from lazarette.fuse.tree import Tree
 
 _WRITTEN_TTL = 1
 """Seconds attributes are cached while a mapping may change a file behind the kernel's back."""
+
+_CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _MISSES = 16
 _BYTES_A_MISS = 4096
@@ -118,6 +118,7 @@ class UnionFilesystem(Filesystem):
     def __init__(self, options: UnionOptions) -> None:
         super().__init__()
         self.options = options
+        self._uid, self._gid = os.geteuid(), os.getegid()
         self.stack = Stack(options.upper, options.lowers)
         self.work, self.index = _open_work(options)
         self.tree = self._make_tree(self.index)
@@ -171,14 +172,14 @@ class UnionFilesystem(Filesystem):
             node.cached = True
         return FOREVER
 
-    def _entry(self, node: Node, st: os.stat_result) -> bytes:
+    def _entry(self, node: Node, st: Status) -> bytes:
         node.lookups += 1
         links = self.tree.links(node, st)
-        return protocol.entry_reply(node.id, node.ino, st, links, FOREVER, self._attr_ttl(node))
+        return replies.entry_reply(node.id, node.ino, st, links, FOREVER, self._attr_ttl(node))
 
-    def _attributes(self, request: Request, node: Node, st: os.stat_result) -> bytes:
+    def _attributes(self, request: Request, node: Node, st: Status) -> bytes:
         ttl = self._attr_ttl(node) if node.id == request.node else 0
-        return protocol.attr_reply(node.ino, st, self.tree.links(node, st), ttl)
+        return replies.attr_reply(node.ino, st, self.tree.links(node, st), ttl)
 
     def _attributes_changed(self, request: Request, node: Node) -> None:
         """After a change by way of a replaced node: its successor's attributes are old."""
@@ -204,7 +205,7 @@ class UnionFilesystem(Filesystem):
     def _missing(name: bytes) -> bytes:
         if len(name) > protocol.NAME_MAX:
             raise OSError(errno.ENAMETOOLONG, "name is too long")
-        return protocol.NEGATIVE_REPLY
+        return replies.NEGATIVE_REPLY
 
     def _count_miss(self, parent: Dir) -> None:
         """Read the listing of a folder in which many names are looked for in vain.
@@ -215,7 +216,7 @@ class UnionFilesystem(Filesystem):
         parent.misses += 1
         if parent.misses % _MISSES or parent.listing is not None or parent.dead:
             return
-        if os.stat(self.tree.top_fd(parent)).st_size <= parent.misses * _BYTES_A_MISS:
+        if native.opened(self.tree.top_fd(parent)).st_size <= parent.misses * _BYTES_A_MISS:
             self.tree.listing(parent)
 
     def forget(self, node: int, lookups: int) -> None:
@@ -262,7 +263,7 @@ class UnionFilesystem(Filesystem):
     def _own(self, request: Request, parent: Dir, folder: int, name: bytes, mode: int) -> None:
         """Give a new entry to its owner; chown clears the set-id bits, so the mode comes last."""
         gid = 0xFFFFFFFF if parent.setgid else request.gid
-        if request.uid != os.geteuid() or (gid != 0xFFFFFFFF and gid != os.getegid()):
+        if request.uid != self._uid or (gid != 0xFFFFFFFF and gid != self._gid):
             owner = -1 if gid == 0xFFFFFFFF else gid
             os.chown(name, request.uid, owner, dir_fd=folder, follow_symlinks=False)
             if mode & _SUID_SGID and not stat.S_ISLNK(mode):
@@ -359,9 +360,9 @@ class UnionFilesystem(Filesystem):
         """RENAME2."""
         source = (self.tree.dir(request.node), old)
         target = (self.tree.dir(args.newdir), new)
-        moving = self.tree.lookup(*source)
-        if moving is not None and isinstance(moving[0], File):
-            self.files.before_change(moving[0])
+        moving = self.tree.known(*source)
+        if isinstance(moving, File):
+            self.files.before_change(moving)
         self.entries.rename(source, target, args.flags)
         self._note(*source, deep=True)
         self._note(*target, deep=True)
@@ -408,28 +409,21 @@ class UnionFilesystem(Filesystem):
     @staticmethod
     def _set_times(fd: int | None, path: bytes, follow: bool, args: SetattrIn) -> None:
         valid = args.valid
-        both = SetattrValid.ATIME | SetattrValid.MTIME
-        if valid & (both | SetattrValid.ATIME_NOW | SetattrValid.MTIME_NOW) == both:
-            atime_ns = _signed(args.atime) * 1_000_000_000 + args.atimensec
-            mtime_ns = _signed(args.mtime) * 1_000_000_000 + args.mtimensec
-            os.utime(path, ns=(atime_ns, mtime_ns), dir_fd=fd, follow_symlinks=follow)
-            return
-        atime = mtime = OMIT
+        atime, atime_ns, mtime, mtime_ns = 0, UTIME_OMIT, 0, UTIME_OMIT
         if valid & SetattrValid.ATIME_NOW:
-            atime = NOW
+            atime_ns = UTIME_NOW
         elif valid & SetattrValid.ATIME:
-            atime = Moment(_signed(args.atime) * 1_000_000_000 + args.atimensec)
+            atime, atime_ns = _signed(args.atime), args.atimensec
         if valid & SetattrValid.MTIME_NOW:
-            mtime = NOW
+            mtime_ns = UTIME_NOW
         elif valid & SetattrValid.MTIME:
-            mtime = Moment(_signed(args.mtime) * 1_000_000_000 + args.mtimensec)
-        folder = syscalls.AT_FDCWD if fd is None else fd
-        syscalls.utimensat(folder, path, atime, mtime, follow)
+            mtime, mtime_ns = _signed(args.mtime), args.mtimensec
+        native.set_times(fd, path, follow, atime, atime_ns, mtime, mtime_ns)
 
     def statfs(self, request: Request) -> Reply:
         """STATFS of the upper layer, or of the topmost lower one."""
         top = self.stack.upper or self.stack.lowers[0]
-        return protocol.statfs_reply(os.statvfs(top.fd))
+        return replies.statfs_reply(os.statvfs(top.fd))
 
     # -- xattrs -------------------------------------------------------------------------
 
@@ -508,23 +502,20 @@ class UnionFilesystem(Filesystem):
         """CREATE."""
         parent = self.tree.dir(request.node)
         mode = self._masked(parent, args.mode, args.umask)
-        opened = [-1]
 
-        def maker(folder: int, target: bytes) -> None:
-            flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-            opened[0] = os.open(target, flags, stat.S_IMODE(mode), dir_fd=folder)
-            self._own(request, parent, folder, target, mode)
+        def opener(folder: int, target: bytes) -> int:
+            fd = os.open(target, _CREATE, stat.S_IMODE(mode), dir_fd=folder)
+            try:
+                self._own(request, parent, folder, target, mode)
+            except BaseException:
+                os.close(fd)
+                raise
+            return fd
 
-        try:
-            node, st = self.entries.make(parent, name, maker)
-        except BaseException:
-            if opened[0] >= 0:
-                os.close(opened[0])
-            raise
-        assert isinstance(node, File)
+        node, st, fd = self.entries.create(parent, name, opener)
         node.privileged = bool(mode & _SUID_SGID)
         self._note(parent, name)
-        reply = self.files.opened(node, args.flags, opened[0])
+        reply = self.files.opened(node, args.flags, fd)
         return self._entry(node, st) + reply
 
     def tmpfile(self, request: Request, args: CreateIn) -> Reply:
@@ -538,7 +529,7 @@ class UnionFilesystem(Filesystem):
         os.chown(fd, request.uid, gid)
         if mode & _SUID_SGID:
             os.chmod(fd, stat.S_IMODE(mode))
-        st = os.fstat(fd)
+        st = native.opened(fd)
         upper = self.stack.upper
         assert upper is not None
         ino = self.stack.number(upper, st.st_ino)
@@ -604,7 +595,7 @@ class UnionFilesystem(Filesystem):
         folder = self.tree.dir(request.node)
         reply = bytearray()
         for number, (name, ino, kind) in self._entries_after(folder, args.offset):
-            packed = protocol.dirent(ino, number, kind, name)
+            packed = replies.dirent(ino, number, kind, name)
             if len(reply) + len(packed) > args.size:
                 break
             reply += packed
@@ -626,12 +617,12 @@ class UnionFilesystem(Filesystem):
         self.tree.trim()
         reply = bytearray()
         for number, (name, ino, kind) in self._entries_after(folder, args.offset):
-            room = args.size - len(reply) - protocol.ENTRY_SIZE
-            packed = protocol.dirent(ino, number, kind, name)
+            room = args.size - len(reply) - replies.ENTRY_SIZE
+            packed = replies.dirent(ino, number, kind, name)
             if len(packed) > room:
                 break
             found = None if number < Listing.FIRST else self.tree.lookup(folder, name)
-            reply += self._entry(*found) if found else protocol.no_lookup_entry()
+            reply += self._entry(*found) if found else replies.no_lookup_entry()
             reply += packed
         return bytes(reply)
 
@@ -660,7 +651,7 @@ def _signed(seconds: int) -> int:
 
 def _sized(value: bytes, size: int) -> bytes:
     if size == 0:
-        return protocol.size_reply(len(value))
+        return replies.size_reply(len(value))
     if len(value) > size:
         raise OSError(errno.ERANGE, "value is too long")
     return value
