@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lazarette.backup.policy.journal import Journal
 from lazarette.runtime.builds.builder import Builder
-from lazarette.runtime.builds.ocirunner import OciStepRunner
+from lazarette.runtime.builds.ocirunner import Joined, OciStepRunner
 from lazarette.runtime.builds.pulling import RegistryPull
 from lazarette.runtime.committing import ContainerImages
 from lazarette.runtime.config import Config
@@ -125,6 +125,7 @@ class Engine:
                 config.exec_root / "steps",
                 self.containers.cgroup_parent,
                 self.networks,
+                self._network_of,
             ),
             self.state,
             self.clock,
@@ -192,6 +193,15 @@ class Engine:
             teller,
             drills,
         )
+
+    def _network_of(self, container: str) -> Joined:
+        """What ``--network container:…`` of a build joins."""
+        namespace, folder = self.containers.preparer.network_of(container)
+        hosts, resolv_conf = (
+            file.read_bytes() if file.exists() else b""
+            for file in (folder / "hosts", folder / "resolv.conf")
+        )
+        return Joined(namespace, hosts, resolv_conf)
 
     def _labels_of_users(self, volume: str) -> list[dict[str, str]]:
         return [one.definition.config.labels for one in self.containers.using_volume(volume)]

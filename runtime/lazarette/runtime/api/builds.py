@@ -1,6 +1,7 @@
 """Builds: ``POST /build`` with Docker's parameters and stream, and pruning of the cache.
 
-Ours beside it: ``POST /lazarette/v1/builds/secrets`` takes secrets before a build, and
+Ours beside it: ``POST /lazarette/v1/builds/secrets`` and ``…/contexts`` take secrets
+and named contexts before a build, and
 ``GET /lazarette/v1/images/NAME/files`` gives an image's tree as a tar, for ``--output``.
 """
 
@@ -75,6 +76,7 @@ class BuildRoutes:
             Route("POST", "/build", self.build),
             Route("POST", "/build/prune", self.prune),
             Route("POST", "/lazarette/v1/builds/secrets", self.secrets),
+            Route("POST", "/lazarette/v1/builds/contexts", self.contexts),
             Route("GET", "/lazarette/v1/images/{name:.*}/files", self.files),
         ]
 
@@ -130,6 +132,12 @@ class BuildRoutes:
         except binascii.Error as bad:
             raise InvalidArgument("a secret is not base64") from bad
         return json_response({"session": self._sessions.put(Handed(made, given.ssh))})
+
+    async def contexts(self, call: Call) -> web.StreamResponse:
+        """``POST /lazarette/v1/builds/contexts``: a folder's tar, for one build."""
+        body = BodyReader(call.request.content).stream
+        value = await asyncio.to_thread(self._builder.uploads.put, body)
+        return json_response({"context": value})
 
     async def files(self, call: Call) -> web.StreamResponse:
         """``GET /lazarette/v1/images/{name}/files``."""

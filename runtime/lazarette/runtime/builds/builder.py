@@ -26,6 +26,7 @@ from lazarette.runtime.builds.cachemounts import CacheMounts
 from lazarette.runtime.builds.context import Context, Memo, Memos
 from lazarette.runtime.builds.errors import DockerfileError
 from lazarette.runtime.builds.instructions import Instruction, Label
+from lazarette.runtime.builds.named import NamedContexts, Uploads
 from lazarette.runtime.builds.options import BuildOptions
 from lazarette.runtime.builds.parser import decode, parse
 from lazarette.runtime.builds.progress import Emit, Ordered
@@ -91,6 +92,7 @@ class Builder:
         self.mounts = CacheMounts(root / "cache", clock)
         self.root = root
         self._memos = Memos()
+        self.uploads = Uploads(root / "uploads", clock)
         images.holders.append(self.held_layers)
         self._services = Services(images, layers, runner, self.cache, clock, root, pull)
 
@@ -98,6 +100,7 @@ class Builder:
         """Remove what the builds of a killed daemon left; called once at start."""
         self._services.runner.recover()
         remove_leftovers(self._services.layers, self.root)
+        self.uploads.recover()
 
     def held_layers(self) -> set[str]:
         """Chain ids the cache keeps, with all that is below them."""
@@ -159,7 +162,11 @@ class Builder:
         try:
             with ExitStack() as until:
                 work = Work(
-                    self._services, options, self._context(stream, options, folder, until), folder
+                    self._services,
+                    options,
+                    self._context(stream, options, folder, until),
+                    NamedContexts(options.contexts, self.uploads, folder, until),
+                    folder,
                 )
                 if stop is not None:
                     work.cancelled = stop
@@ -250,7 +257,7 @@ class Build:
         file = parse(decode(context.dockerfile, context.name), context.name)
         automatic = platform_args(self._platform, self._host, self._options.target)
         self._globals = GlobalScope(self._args, automatic, file.escape)
-        plan = make_plan(file, self._globals, self._options.target)
+        plan = make_plan(file, self._globals, self._options.target, self._work.named)
         if self._options.labels:
             plan.target.steps.append(self._labels(plan))
         return plan
@@ -357,7 +364,7 @@ class Build:
             scope.declared = dict(before.scope.declared)
             return before.branch(scope)
         platform = parse_platform(stage.platform) or self._platform
-        if stage.base == SCRATCH and not self._options.contexts.get(SCRATCH):
+        if stage.base == SCRATCH and SCRATCH not in self._work.named:
             state = StageState(scope, platform, key=f"scratch {platform}")
             with_path(state.config)
             return state
@@ -384,9 +391,12 @@ class Build:
         return state
 
     def _image(self, ref: str, platform: str) -> Image:
-        named = self._options.contexts.get(ref, "")
-        if named.startswith("docker-image://"):
-            ref = named.removeprefix("docker-image://")
+        if self._work.named.files(ref) is not None:
+            raise DockerfileError(
+                f"build context {ref} is a folder and cannot be a base",
+                hint=f"COPY --from={ref} . / in a stage FROM scratch",
+            )
+        ref = self._work.named.image(ref) or ref
         images = self._work.services.images
         image = images.find(ref)
         wanted = self._options.platform
@@ -402,15 +412,19 @@ class Build:
 
     def _origin(self, name: str, plan: Plan, stage: Stage, step: Instruction) -> Origin:
         if not name:
-            return Origin("", None, True, "the build context")
-        other = stage_origin(name, stage, plan.stages, step)
+            return Origin("", None, "the build context", lambda: self._work.context.source)
+        files = self._work.named.files(name)
+        if files is not None:
+            return Origin("", None, files.name, lambda: files)
+        hidden = name in self._work.named
+        other = None if hidden else stage_origin(name, stage, plan.stages, step)
         if other is not None:
             self._ensure(plan, other.number)
             return branch_origin(self._wait(other.number), f"stage {name}")
-        if name.lower() == SCRATCH:
-            return Origin("scratch", None, False, SCRATCH)
+        if name.lower() == SCRATCH and not hidden:
+            return Origin("scratch", None, SCRATCH)
         image = self._image(name, str(self._platform))
-        return Origin(image.id, image.layer, False, f"image {name}")
+        return Origin(image.id, image.layer, f"image {name}")
 
     # ---- the image
 

@@ -117,7 +117,7 @@ class Context:
 
     def _opened_source(self) -> SourceTree:
         tree = self._opened()
-        return SourceTree(tree, "the build context", True, {}, _ignore(tree, self.name))
+        return SourceTree(tree, "the build context", True, {}, ignore_of(tree, self.name))
 
 
 def spool(stream: BinaryIO, target: Path, limits: UnpackLimits = LIMITS) -> str:
@@ -176,7 +176,8 @@ def _dockerfile(tree: Tree, wanted: str) -> tuple[str, bytes]:
     )
 
 
-def _ignore(tree: Tree, dockerfile: str) -> Ignore | None:
+def ignore_of(tree: Tree, dockerfile: str = "") -> Ignore | None:
+    """What the ignore file of a context hides: the Dockerfile's own, else the general one."""
     for name in (f"{dockerfile}{IGNORE_FILE}", IGNORE_FILE):
         try:
             text = tree.read(os.fsencode(name), MAX_SIZE).decode(errors="surrogateescape")
@@ -232,20 +233,22 @@ def sent_along(dockerfile: bytes) -> Located:
     return Located(f".dockerfile.{secrets.token_hex(10)}", dockerfile)
 
 
-def pack(folder: Path, out: BinaryIO, located: Located) -> None:
+def pack(folder: Path, out: BinaryIO, located: Located | None) -> None:
     """Write a folder as a context's tar, without what ``.dockerignore`` names.
 
-    The Dockerfile and the ignore file are always sent, since the daemon needs them.
+    The Dockerfile, if there is one, and the ignore file are always sent, since the daemon
+    needs them.
     """
+    dockerfile = located.name if located is not None else ""
     writer = TreeWriter(out)
     with Tree(folder) as tree:
-        ignore = _ignore(tree, located.name)
+        ignore = ignore_of(tree, dockerfile)
         prunes = ignore.prunes if ignore is not None else None
         for entry in walk(tree.fd, prunes):
             path = os.fsdecode(entry.path)
-            if path and not _left_out(ignore, path, located.name):
+            if path and not _left_out(ignore, path, dockerfile):
                 writer.entry(entry.path, entry.parent, entry.name, entry.status)
-    if located.extra is not None:
+    if located is not None and located.extra is not None:
         _add_file(writer, located.name, located.extra)
     writer.close()
 

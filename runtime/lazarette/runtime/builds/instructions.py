@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lazarette.runtime.builds.devices import parse_device
 from lazarette.runtime.builds.durations import parse_duration
 from lazarette.runtime.builds.errors import DockerfileError, Location
 from lazarette.runtime.builds.expansion import Expander
@@ -94,6 +95,7 @@ class Run(Command):
     network: str
     security: str
     heredocs: tuple[Heredoc, ...]
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,10 +329,9 @@ def _run(statement: Statement, flags: Flags) -> Run:
     security = flags.text("security") or "sandbox"
     if security not in ("sandbox", "insecure"):
         raise DockerfileError(f'security "{security}" is not valid')
-    if flags.texts("device"):
-        raise DockerfileError(
-            "--device is not offered in builds", hint="run the step in a container with --device"
-        )
+    devices = flags.texts("device")
+    for text in devices:
+        parse_device(text)
     return Run(
         statement.where,
         shown(statement),
@@ -340,6 +341,7 @@ def _run(statement: Statement, flags: Flags) -> Run:
         network,
         security,
         statement.heredocs,
+        devices,
     )
 
 

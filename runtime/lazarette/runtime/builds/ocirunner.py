@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
 from typing import Final, Protocol
@@ -20,19 +21,20 @@ from lazarette.runtime.builds.options import Limits
 from lazarette.runtime.builds.runner import RunMount, RunRequest
 from lazarette.runtime.containers import spec
 from lazarette.runtime.containers.model import ContainerConfig, HostConfig, Ulimit
+from lazarette.runtime.containers.networking import JOIN
 from lazarette.runtime.containers.oci import OciRuntime
 from lazarette.runtime.containers.record import Definition, MountPoint
 from lazarette.runtime.containers.rootfs import resolve_user
 from lazarette.runtime.networks.model import Endpoint, EndpointRequest
 from lazarette.storage import beneath, process
-from lazarette.storage.errors import Cancelled, InvalidArgument
+from lazarette.storage.errors import Cancelled, InvalidArgument, LazaretteError
 
 HOSTNAME: Final = "build"
 _CHUNK = 1 << 16
 _POLL_MS = 100
 _RED, _PLAIN = b"\x1b[91m", b"\x1b[0m"  # how clients know standard error
 _MISSING = ("not found", "No such file")
-_HOSTS = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
+_HOSTS = b"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
 
 
 class Networks(Protocol):
@@ -55,6 +57,18 @@ class Networks(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Joined:
+    """The network of a running container, as a step sees it: namespace and name files."""
+
+    namespace: str
+    hosts: bytes
+    resolv_conf: bytes
+
+
+Join = Callable[[str], Joined]
+
+
 class _Child(Protocol):
     """A started program."""
 
@@ -71,6 +85,7 @@ class OciStepRunner:
         folder: for bundles; short-lived.
         cgroup_parent: path below which steps get their control groups.
         networks: the network manager; None gives steps no network but the host's.
+        join: finds the network of a container.
     """
 
     def __init__(
@@ -80,12 +95,14 @@ class OciStepRunner:
         folder: Path,
         cgroup_parent: str,
         networks: Networks | None = None,
+        join: Join | None = None,
     ) -> None:
         self._runtime = runtime
         self._facts = facts
         self._folder = folder
         self._cgroup_parent = cgroup_parent.strip("/")
         self._networks = networks
+        self._join = join
         self._lock = Lock()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -128,18 +145,20 @@ class OciStepRunner:
             os.close(root)
         definition = self._definition(request)
         namespaces = {"mount": "", "pid": "", "ipc": "", "uts": ""}
-        resolver = self._network(request, namespaces)
+        hosts, resolver = self._network(request, namespaces)
         made = spec.Prepared(
             rootfs=request.root,
             user=user,
             cgroup=f"/{self._cgroup_parent}/{request.id}",
             namespaces=namespaces,
-            files=self._files(request, bundle, resolver),
+            files=self._files(request, bundle, hosts, resolver),
             mounts=[_placed(mount) for mount in request.mounts],
             hostname=HOSTNAME,
             env=spec.environment(definition, HOSTNAME, user.home),
         )
-        return spec.build(definition, made, self._facts)
+        configuration = spec.build(definition, made, self._facts)
+        request.devices.apply(configuration)
+        return configuration
 
     @staticmethod
     def _definition(request: RunRequest) -> Definition:
@@ -157,30 +176,34 @@ class OciStepRunner:
             command=list(request.argv),
         )
 
-    def _network(self, request: RunRequest, namespaces: dict[str, str]) -> bytes:
-        """Choose the network namespace; the text of ``resolv.conf``."""
+    def _network(self, request: RunRequest, namespaces: dict[str, str]) -> tuple[bytes, bytes]:
+        """Choose the network namespace; the texts of ``hosts`` and ``resolv.conf``."""
         name = request.network or "default"
         if name == "host":
-            return _host_resolver()
+            return _HOSTS, _host_resolver()
+        if name.startswith(JOIN) and self._join is not None:
+            try:
+                joined = self._join(name.removeprefix(JOIN))
+            except LazaretteError as bad:
+                raise StepFailed(bad.message, hint=bad.hint) from bad
+            namespaces["network"] = joined.namespace
+            return joined.hosts, joined.resolv_conf
         if name == "none" or self._networks is None:
             namespaces["network"] = ""
-            return b""
-        if name.startswith("container:"):
-            raise StepFailed("RUN in a container's network is not offered")
+            return _HOSTS, b""
         with self._lock:
             path = self._networks.create_sandbox(request.sandbox)
             network = "bridge" if name == "default" else name
             self._networks.attach(request.sandbox, [EndpointRequest(network=network)])
             namespaces["network"] = str(path)
-            return self._networks.resolv_conf(request.sandbox)
+            return _HOSTS, self._networks.resolv_conf(request.sandbox)
 
     @staticmethod
-    def _files(request: RunRequest, bundle: Path, resolver: bytes) -> dict[str, Path]:
-        hosts = _HOSTS
+    def _files(request: RunRequest, bundle: Path, hosts: bytes, resolver: bytes) -> dict[str, Path]:
         for line in request.extra_hosts:
             name, _, address = line.partition("=" if "=" in line else ":")
-            hosts += f"{address.strip('[]')}\t{name}\n"
-        texts = {"hosts": hosts.encode(), "hostname": f"{HOSTNAME}\n".encode()}
+            hosts += f"{address.strip('[]')}\t{name}\n".encode()
+        texts = {"hosts": hosts, "hostname": f"{HOSTNAME}\n".encode()}
         texts["resolv.conf"] = resolver
         for name, text in texts.items():
             (bundle / name).write_bytes(text)

@@ -66,8 +66,8 @@ class BuildOptions:
         remote: URL of a context that the daemon fetches itself.
         secrets: for ``RUN --mount=type=secret``, by id.
         ssh: paths of agent sockets on this host for ``RUN --mount=type=ssh``, by id.
-        contexts: named contexts: a name to ``docker-image://…`` or a folder.
-        entitlements: ``network.host``, ``security.insecure``.
+        contexts: named contexts, see :mod:`lazarette.runtime.builds.named`.
+        entitlements: ``network.host``, ``security.insecure``, ``device``, ``device=NAME``.
         auths: ``X-Registry-Auth`` values by registry host.
     """
 

@@ -37,6 +37,11 @@ def is_git(text: str) -> bool:
     return _GIT.fullmatch(text) is not None
 
 
+def is_remote(text: str) -> bool:
+    """Whether :func:`fetch_context` knows how to fetch it."""
+    return is_git(text) or re.match(r"https?://", text) is not None
+
+
 @dataclass(frozen=True)
 class Fetched:
     """What a URL gave."""

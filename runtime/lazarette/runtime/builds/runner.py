@@ -9,6 +9,7 @@ from threading import Event
 from typing import Protocol
 
 from lazarette.runtime.builds.options import Limits
+from lazarette.runtime.cdi import Edits
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class RunRequest:
         extra_hosts: ``name:address`` lines.
         limits: resources.
         privileged: ``--security=insecure``.
+        devices: what a vendor's devices need.
     """
 
     id: str
@@ -59,6 +61,7 @@ class RunRequest:
     extra_hosts: Sequence[str] = ()
     limits: Limits = field(default_factory=Limits)
     privileged: bool = False
+    devices: Edits = field(default_factory=Edits)
 
 
 class StepRunner(Protocol):

@@ -13,6 +13,7 @@ from lazarette.runtime.builds import transfer as transfers
 from lazarette.runtime.builds.cache import Record, step_key
 from lazarette.runtime.builds.cachemounts import CacheMounts
 from lazarette.runtime.builds.cachesources import CacheSources
+from lazarette.runtime.builds.devices import StepDevice, edits, parse_device
 from lazarette.runtime.builds.errors import DockerfileError, Location, StepFailed
 from lazarette.runtime.builds.instructions import (
     Instruction,
@@ -50,16 +51,16 @@ class Origin:
     """Where a ``from`` leads.
 
     Attributes:
-        key: cache key of the stage or image; empty for the build context.
-        layer: its layer; None for the context or for nothing.
-        context: it is the build context.
+        key: cache key of the stage or image; empty for a context, known by its content alone.
+        layer: its layer; None for a context or for nothing.
         name: for messages.
+        files: opens a context's files.
     """
 
     key: str
     layer: str | None
-    context: bool
     name: str
+    files: Callable[[], SourceTree] | None = None
 
 
 class StageRunner:
@@ -225,9 +226,11 @@ class StageRunner:
         mounts = expanded_mounts(step, expander)
         script = script_of(step, state.shell)
         created_by = history.run(state.scope.run_args(state.env), script.argv)
-        self._check_entitled(step)
+        devices = [parse_device(text) for text in step.devices]
+        self._check_entitled(step, devices)
         origins = [self._origin(m.origin, step).key if m.origin else "" for m in mounts]
         parts = [m.key() for m in mounts] + origins + [step.network, step.security]
+        parts += [f"device {device.name}" for device in devices]
         if script.file is not None:
             parts.append(script.file[1].decode("utf-8", "surrogateescape"))
         parts += self._bound_contents(step)
@@ -242,18 +245,18 @@ class StageRunner:
         self._remember(key, created_by, made, kind="layer")
 
     def _bound_contents(self, step: Run) -> list[str]:
-        """Digests of what is bound from the build context: its change is a change."""
+        """Digests of what is bound from contexts: its change is a change."""
         found: list[str] = []
         for mount in expanded_mounts(step, self._state.scope.expander(self._state.env)):
-            if mount.kind.value == "bind" and self._origin(mount.origin, step).context:
-                source = self._work.context.source
+            files = self._origin(mount.origin, step).files
+            if mount.kind.value == "bind" and files is not None:
                 for chosen in select(
-                    source, mount.source or ".", parents=False, exclude=(), word="RUN --mount"
+                    files(), mount.source or ".", parents=False, exclude=(), word="RUN --mount"
                 ):
                     found.append(chosen.digest())
         return found
 
-    def _check_entitled(self, step: Run) -> None:
+    def _check_entitled(self, step: Run, devices: Sequence[StepDevice]) -> None:
         allowed = self._work.options.entitlements
         if step.network == "host" and "network.host" not in allowed:
             raise DockerfileError(
@@ -264,6 +267,12 @@ class StageRunner:
                 "RUN --security=insecure is not allowed",
                 hint="laz build --allow security.insecure",
             )
+        for device in devices:
+            if not device.allowed(allowed):
+                raise DockerfileError(
+                    f"RUN --device={device.name} is not allowed",
+                    hint=f"laz build --allow device={device.name}",
+                )
 
     def _execute(self, step: Run, run_id: str) -> MadeLayer | None:
         work, state, runner = self._work, self._state, self._work.services.runner
@@ -292,6 +301,7 @@ class StageRunner:
                     extra_hosts=work.options.extra_hosts,
                     limits=work.options.limits,
                     privileged=step.security == "insecure",
+                    devices=edits([parse_device(text) for text in step.devices]),
                 )
                 code = runner.run(request, self._channel.output, work.cancelled)
             finally:
@@ -304,8 +314,8 @@ class StageRunner:
             return layer.keep(state.chain, stubs.touched)
 
     def _opened(self, origin: Origin, until: ExitStack) -> SourceTree:
-        if origin.context:
-            return self._work.context.source
+        if origin.files is not None:
+            return origin.files()
         root = until.enter_context(self._work.mounted(origin.layer))
         tree = until.enter_context(Tree(root))
         return SourceTree(tree, origin.name, False)
@@ -321,7 +331,7 @@ class StageRunner:
         quick = ""
         if origin is None and self._known(step, words, word):
             return
-        if origin is not None and not origin.context:
+        if origin is not None and origin.files is None:
             # What is copied follows from the stage's key: no need to read it again.
             quick = step_key(state.key, word, origin.key, *words.sources, words.key(step))
             if self._quickly(quick):
@@ -380,4 +390,4 @@ class StageRunner:
 
 def branch_origin(result: StageState, name: str) -> Origin:
     """A finished stage as an origin."""
-    return Origin(result.key, result.layer, False, name)
+    return Origin(result.key, result.layer, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from lazarette.runtime.builds.errors import DockerfileError, StageNotFound
@@ -73,8 +73,16 @@ class Plan:
         return 1 + len(self.arguments) + sum(1 + len(self.stages[n].steps) for n in before)
 
 
-def make_plan(file: Dockerfile, scope: GlobalScope, target: str) -> Plan:
+def make_plan(
+    file: Dockerfile, scope: GlobalScope, target: str, named: Container[str] = ()
+) -> Plan:
     """Divide a file into stages and choose those the target needs.
+
+    Args:
+        file: the Dockerfile.
+        scope: global variables.
+        target: stage to build; empty for the last.
+        named: names of contexts, which hide stages of the same name.
 
     Raises:
         DockerfileError: no stage, a doubled name, a base that is blank.
@@ -85,7 +93,7 @@ def make_plan(file: Dockerfile, scope: GlobalScope, target: str) -> Plan:
     for statement in file.statements:
         made = instruction(statement)
         if isinstance(made, From):
-            stages.append(_begin(made, stages, scope))
+            stages.append(_begin(made, stages, scope, named))
         elif stages:
             stages[-1].steps.append(made)
         elif isinstance(made, Arg):
@@ -99,7 +107,7 @@ def make_plan(file: Dockerfile, scope: GlobalScope, target: str) -> Plan:
     if not stages:
         raise DockerfileError("no build stage in current context")
     for stage in stages:
-        stage.needs |= set(_needs(stage, stages))
+        stage.needs |= set(_needs(stage, stages, named))
     chosen = find_stage(stages, target) if target else stages[-1]
     if chosen is None:
         raise StageNotFound(
@@ -119,7 +127,9 @@ def find_stage(stages: Sequence[Stage], name: str) -> Stage | None:
     return None
 
 
-def _begin(origin: From, stages: Sequence[Stage], scope: GlobalScope) -> Stage:
+def _begin(
+    origin: From, stages: Sequence[Stage], scope: GlobalScope, named: Container[str]
+) -> Stage:
     if origin.name and any(stage.name == origin.name for stage in stages):
         raise DockerfileError(f"duplicate name {origin.name}", origin.where)
     if origin.name == SCRATCH:
@@ -133,15 +143,17 @@ def _begin(origin: From, stages: Sequence[Stage], scope: GlobalScope) -> Stage:
         raise DockerfileError(f"base name ({origin.base}) should not be blank", origin.where)
     stage = Stage(len(stages), origin, base, platform)
     earlier = next((s for s in stages if s.name and s.name == base.lower()), None)
-    if earlier is not None:
+    if earlier is not None and base not in named:
         stage.base_stage = earlier.number
         stage.needs.add(earlier.number)
     return stage
 
 
-def _needs(stage: Stage, stages: Sequence[Stage]) -> Iterator[int]:
+def _needs(stage: Stage, stages: Sequence[Stage], named: Container[str]) -> Iterator[int]:
     for step in stage.steps:
         for origin in _origins(step):
+            if origin in named:
+                continue
             found = stage_origin(origin, stage, stages, step)
             if found is not None:
                 yield found.number

@@ -20,6 +20,7 @@ from typing import Protocol
 
 from lazarette.runtime.builds.cache import BuildCache
 from lazarette.runtime.builds.context import Context
+from lazarette.runtime.builds.named import NamedContexts
 from lazarette.runtime.builds.options import BuildOptions
 from lazarette.runtime.builds.progress import Emit
 from lazarette.runtime.builds.runner import StepRunner
@@ -86,15 +87,22 @@ class Work:
         services: parts of the daemon.
         options: of the build.
         context: its context.
+        named: further contexts, by name.
         folder: for its temporary files.
     """
 
     def __init__(
-        self, services: Services, options: BuildOptions, context: Context, folder: Path
+        self,
+        services: Services,
+        options: BuildOptions,
+        context: Context,
+        named: NamedContexts,
+        folder: Path,
     ) -> None:
         self.services = services
         self.options = options
         self.context = context
+        self.named = named
         self.folder = folder
         self.id = secrets.token_hex(32)
         self.cancelled = Event()

@@ -22,6 +22,7 @@ from docker import auth as docker_auth
 from lazarette.runtime.builds.context import Located, locate, pack, sent_along
 from lazarette.runtime.builds.errors import ContextError
 from lazarette.runtime.builds.mounts import parse_size
+from lazarette.runtime.builds.named import IMAGE
 from lazarette.runtime.builds.output import unpack_tree
 from lazarette.runtime.cli import output
 from lazarette.runtime.cli.client import Daemon, failure, unreachable
@@ -60,8 +61,13 @@ _STDIN = "-"
 @click.option("--ulimit", "ulimits", multiple=True, help="NAME=SOFT[:HARD]")
 @click.option("--secret", "secrets", multiple=True, help="id=NAME[,src=FILE|,env=VARIABLE]")
 @click.option("--ssh", "agents", multiple=True, help="default or NAME=SOCKET")
-@click.option("--allow", multiple=True, help="network.host or security.insecure")
-@click.option("--build-context", "contexts", multiple=True, help="NAME=docker-image://IMAGE")
+@click.option("--allow", multiple=True, help="network.host, security.insecure or device[=NAME]")
+@click.option(
+    "--build-context",
+    "contexts",
+    multiple=True,
+    help="NAME=FOLDER, NAME=URL or NAME=docker-image://IMAGE",
+)
 @click.option("-o", "--output", "outputs", default="", help="Folder, or type=tar,dest=FILE")
 @click.argument("context", default=".")
 @json_option
@@ -79,6 +85,9 @@ def build(session: Session, /, context: str, outputs: str, as_json: bool, **give
     if secrets or agents:
         query.append(("session-secrets", _hand_over(daemon, secrets, agents)))
     quiet = bool(given["quiet"])
+    contexts = _contexts(daemon, cast(Sequence[str], given["contexts"]))
+    if contexts:
+        query.append(("contexts", msgspec.json.encode(contexts).decode()))
     with ExitStack() as until:
         body, more = _body(context, dockerfile, until)
         image = _post(daemon, query + more, body, quiet, silent=as_json)
@@ -123,7 +132,6 @@ def _query(given: dict[str, object]) -> list[tuple[str, str]]:
     tables: tuple[tuple[str, object], ...] = (
         ("buildargs", _arguments(texts("args"))),
         ("labels", dict(_pair(text) for text in texts("labels"))),
-        ("contexts", dict(_pair(text) for text in texts("contexts"))),
         ("cachefrom", list(texts("cache_from"))),
         ("ulimits", [_ulimit(text) for text in texts("ulimits")]),
     )
@@ -164,6 +172,34 @@ def _hand_over(daemon: Daemon, secrets: Sequence[str], agents: Sequence[str]) ->
         "ssh": dict(_agent(text) for text in agents),
     }
     return str(daemon.ask("POST", "/builds/secrets", body)["session"])
+
+
+def _contexts(daemon: Daemon, texts: Sequence[str]) -> dict[str, str]:
+    """Values of named contexts for the daemon; folders are sent to it first."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, value = _pair(text)
+        if not name or not value:
+            raise InvalidArgument(f"invalid build context {text}", hint="NAME=FOLDER or NAME=URL")
+        remote = _REMOTE.match(value) or value.startswith(IMAGE)
+        found[name] = value if remote else _sent(daemon, Path(value))
+    return found
+
+
+def _sent(daemon: Daemon, folder: Path) -> str:
+    if not folder.is_dir():
+        raise ContextError(f"build context {folder} is not a folder")
+    with streamed(lambda out: pack(folder, out, None)) as stream:
+        answer = daemon.request(
+            "POST",
+            f"{daemon.base_url}/lazarette/v1/builds/contexts",
+            data=_pieces(stream),
+            timeout=None,
+        )
+    with answer:
+        if answer.status_code >= 400:
+            raise failure(answer.content, answer.status_code)
+        return str(msgspec.json.decode(answer.content, type=dict[str, str])["context"])
 
 
 def _secret(text: str) -> tuple[str, str]:

@@ -171,6 +171,16 @@ class Preparer:
             made["network"] = "" if path is None else str(path)
         return made
 
+    def network_of(self, reference: str) -> tuple[str, Path]:
+        """Network namespace of a running container, and the folder of its name files.
+
+        Raises:
+            WrongState: it does not run.
+        """
+        namespace = self._namespace_of(reference, "net")
+        one = self._lookup(reference)
+        return namespace, (self._joined(one) or one).data
+
     def _joined(self, container: Container) -> Container | None:
         mode = container.definition.host.network_mode
         return self._lookup(mode.removeprefix(JOIN)) if mode.startswith(JOIN) else None

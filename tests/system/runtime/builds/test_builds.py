@@ -365,3 +365,93 @@ def test_a_killed_daemon_keeps_its_cache_and_cleans_up(tmp_path: Path, context: 
     finally:
         daemon.end()
         shutil.rmtree(tmp_path / "killed", ignore_errors=True)
+
+
+# ---- named contexts, devices, networks
+
+
+def test_named_contexts(daemon: Daemon, context: Path, tmp_path: Path) -> None:
+    extra = tmp_path / "extra"
+    extra.mkdir()
+    (extra / "file").write_text("from the folder\n")
+    (extra / "secret.key").write_text("no")
+    (extra / ".dockerignore").write_text("*.key\n")
+    (context / "Dockerfile").write_text(
+        "FROM alias AS base\nFROM base\n"
+        "COPY --from=extra . /copied/\n"
+        "RUN --mount=from=extra,target=/m cat /m/file > /bound; ls /m /copied > /listed\n"
+    )
+    arguments = (
+        "build", "-t", "named", "--build-context", f"extra={extra}",
+        "--build-context", "alias=docker-image://busybox", str(context),
+    )  # fmt: skip
+    first = json.loads(daemon.laz(*arguments, "--json").stdout)["id"]
+    os.utime(extra / "file", (1, 1))
+    assert json.loads(daemon.laz(*arguments, "--json").stdout)["id"] == first
+    said = daemon.docker("run", "--rm", "named", "cat", "/copied/file", "/bound", "/listed").stdout
+    assert said == b"from the folder\nfrom the folder\n/copied:\nfile\n\n/m:\nfile\n"
+    (extra / "file").write_text("changed\n")
+    daemon.laz(*arguments)
+    assert daemon.docker("run", "--rm", "named", "cat", "/bound").stdout == b"changed\n"
+    assert list((daemon.root / "data" / "builds" / "uploads").iterdir()) == []
+
+
+def test_a_named_context_hides_a_stage(daemon: Daemon, context: Path, tmp_path: Path) -> None:
+    (context / "Dockerfile").write_text(
+        "FROM busybox AS made\nRUN exit 7\nFROM busybox\nCOPY --from=made data /taken\n"
+    )
+    daemon.laz("build", "-t", "hidden", "--build-context", f"made={context}", str(context))
+    assert daemon.docker("run", "--rm", "hidden", "cat", "/taken").stdout == b"data\n"
+
+
+@pytest.mark.parametrize("value", ["", "x=", "x=/no/such/folder"])
+def test_named_contexts_that_are_none(daemon: Daemon, context: Path, value: str) -> None:
+    said = daemon.laz("build", "--build-context", value, str(context), check=False)
+    assert said.returncode != 0 and said.stderr.count(b"\n") <= 2
+
+
+def test_a_folder_is_no_base(daemon: Daemon, context: Path) -> None:
+    (context / "Dockerfile").write_text("FROM here\nRUN true\n")
+    said = daemon.laz(
+        "build", "--build-context", f"here={context}", str(context), check=False
+    ).stderr
+    assert b"is a folder and cannot be a base" in said
+
+
+def test_a_device_of_a_vendor(daemon: Daemon, context: Path) -> None:
+    folder = Path("/var/run/cdi")
+    made = not folder.exists()
+    folder.mkdir(exist_ok=True)
+    file = folder / f"lazarette-test-{os.getpid()}.json"
+    node = {"path": "/dev/vendor0", "hostPath": "/dev/zero"}
+    edits = {"env": ["VENDOR=here"], "deviceNodes": [node]}
+    kind = f"test{os.getpid()}.example/zero"
+    devices = [{"name": "one", "containerEdits": edits}]
+    file.write_text(json.dumps({"cdiVersion": "0.6.0", "kind": kind, "devices": devices}))
+    (context / "Dockerfile").write_text(
+        f"FROM busybox\nRUN --device={kind}=one head -c 3 /dev/vendor0 | wc -c; echo $VENDOR\n"
+        "RUN test ! -e /dev/vendor0\n"
+    )
+    try:
+        said = daemon.laz("build", "--allow", f"device={kind}=one", str(context)).stdout
+    finally:
+        file.unlink()
+        if made:
+            folder.rmdir()
+    assert b"3\nhere\n" in said
+
+
+def test_the_network_of_a_container(daemon: Daemon, context: Path) -> None:
+    daemon.docker("run", "-d", "--name", "net", "busybox", "httpd", "-f", "-h", "/etc")
+    (context / "Dockerfile").write_text(
+        "FROM busybox\nRUN wget -qO- http://127.0.0.1/hostname; cat /etc/hosts\n"
+    )
+    arguments = ("build", "--no-cache", "--network", "container:net", str(context))
+    try:
+        name = daemon.docker("exec", "net", "hostname").stdout
+        said = daemon.docker(*arguments, env=CLASSIC).stdout
+        assert b"\n" + name in said and b"\t" + name in said
+    finally:
+        daemon.docker("rm", "-f", "net")
+    gone = daemon.docker(*arguments, env=CLASSIC, check=False)
+    assert gone.returncode != 0 and b"No such container: net" in gone.stderr
