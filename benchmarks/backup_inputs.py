@@ -56,6 +56,21 @@ def touch_pages(folder: Path, share: float, seed: int) -> list[tuple[str, int]]:
     return touched
 
 
+def differences(before: Path, after: Path) -> list[tuple[int, int]]:
+    """Offset and length of runs of pages that differ between two states of a file."""
+    found: list[tuple[int, int]] = []
+    with open(before, "rb") as one, open(after, "rb") as other:
+        at = 0
+        while page := other.read(PAGE):
+            if one.read(PAGE) != page:
+                if found and sum(found[-1]) == at:
+                    found[-1] = (found[-1][0], at - found[-1][0] + len(page))
+                else:
+                    found.append((at, len(page)))
+            at += len(page)
+    return found
+
+
 def big(folder: Path, size: int) -> None:
     """Large files, half of the bytes incompressible."""
     folder.mkdir(parents=True)

@@ -21,13 +21,15 @@ KEY = keys.KeyFile(bytes(range(32)))
 
 
 def _record(file: str) -> list[Change]:
-    """Change record from JSON: ``[[path, offset], …]``, pages of 8 KiB."""
-    found: dict[str, list[ByteRange]] = {}
-    for path, offset in json.loads(Path(file).read_text()):
-        found.setdefault(path, []).append(ByteRange(offset, 8192))
+    """Change record from JSON: ``[[path, kind, [[offset, length], …] or null], …]``."""
     return [
-        Change(ChangeKind.MODIFIED, os.fsencode(path), None, tuple(ranges))
-        for path, ranges in found.items()
+        Change(
+            ChangeKind[kind.upper()],
+            os.fsencode(path),
+            None,
+            None if ranges is None else tuple(ByteRange(*one) for one in ranges),
+        )
+        for path, kind, ranges in json.loads(Path(file).read_text())
     ]
 
 

@@ -121,7 +121,7 @@ class Reader:
         self._private = X25519PrivateKey.from_private_bytes(derive("envelope private", first))
         self._blocks: dict[tuple[bytes, int], bytes] = {}
         self.config = msgpack(self.unseal("config"))
-        if self.config["version"] != 1:
+        if self.config["version"] not in (1, 2):
             raise SystemExit(f"format version {self.config['version']} is not known here")
         self._chunks: dict[bytes, tuple[bytes, bytes, int, int, int, int, int, int]] = {}
         for path in sorted((folder / "index").iterdir()):
@@ -199,12 +199,13 @@ class Reader:
             start = 0
             for _ in range(count):
                 chunk, length = next(rows)
-                size = length & 0x7FFFFFFF
+                size = length & 0x3FFFFFFF
                 place = (pack, field, kind, offset, stored, plain, start, length)
                 self._chunks.setdefault(chunk, place)
                 start += size
 
     def _payload(self, chunk: bytes) -> tuple[bytes, bool]:
+        """What is stored of a chunk, and whether that is a patch."""
         pack, field, kind, offset, stored, plain, start, length = self._chunks[chunk]
         block = self._blocks.get((pack, offset))
         if block is None:
@@ -220,16 +221,29 @@ class Reader:
             if len(self._blocks) > 64:
                 self._blocks.clear()
             self._blocks[(pack, offset)] = block
-        return block[start : start + (length & 0x7FFFFFFF)], bool(length >> 31)
+        return block[start : start + (length & 0x3FFFFFFF)], bool(length >> 31)
 
     def chunk(self, chunk: bytes) -> bytes:
         """Bytes of a chunk, checked against its id."""
         data, patch = self._payload(chunk)
         if patch:
             data = self._assemble(data)
-        if blake3(data, key=self.chunk_id_key).digest(16) != chunk:
+        paged = bool(self._chunks[chunk][7] & 0x40000000)
+        if (self._paged_id(data) if paged else self._hash(data, self.chunk_id_key)) != chunk:
             raise SystemExit(f"chunk {chunk.hex()} is damaged")
         return data
+
+    @staticmethod
+    def _hash(data: bytes, key: bytes) -> bytes:
+        return blake3(data, key=key).digest(16)
+
+    def _paged_id(self, data: bytes) -> bytes:
+        page_key, paged_key = (
+            blake3(b"lazarette/" + what, key=self.chunk_id_key).digest()
+            for what in (b"page", b"paged")
+        )
+        pages = (data[at : at + 8192] for at in range(0, len(data), 8192))
+        return self._hash(b"".join(self._hash(page, page_key) for page in pages), paged_key)
 
     def _assemble(self, payload: bytes) -> bytes:
         size, _, sources, pages = struct.unpack_from("<IIHH", payload)

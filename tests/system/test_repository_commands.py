@@ -100,3 +100,20 @@ def test_keys_come_and_go(cli: Cli, repository: str, tmp_path: Path) -> None:
     gone = bare.run("backup", "ls", "--repo", repository, "--key-file", str(made))
     assert gone.returncode not in (0, 1)
     assert b"Traceback" not in gone.stderr
+
+
+def test_a_rotated_key_shuts_out_the_others(cli: Cli, repository: str, tmp_path: Path) -> None:
+    kit, made = str(tmp_path / "kit"), str(tmp_path / "new.key")
+    assert cli.json("backup", "ls", "--repo", repository, "--kit", kit)
+    rotate = ("repo", "key", "rotate", "--keep", "--new-key-file", made, repository)
+    assert cli.json(*rotate)["epoch"] == 1
+    assert len(cli.json("repo", "key", "ls", repository)) == 2
+    assert cli.run("backup", "ls", "--repo", repository, "--kit", kit).returncode != EXIT_OK
+    assert cli.json("backup", "path", str(tmp_path / "source"), "--repo", repository)
+    assert cli.json("repo", "check", "--read-data", "100%", repository)["outcome"] == "ok"
+    listed = Cli(tmp_path / "bare").json("backup", "ls", "--repo", repository, "--key-file", made)
+    assert len(listed) == 3
+
+
+def test_migrating_is_done_once(cli: Cli, repository: str) -> None:
+    assert cli.json("repo", "migrate", repository) == {"version": 2, "changed": False}

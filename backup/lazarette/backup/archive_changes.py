@@ -253,6 +253,7 @@ class ChangedWalk(Walk):
         if base.extra is not None and base.extra.block:
             entry.extra = entry.extra or Extra()
             entry.extra.block = base.extra.block
+            entry.extra.paged = base.extra.paged
         entry.content, entry.depth = base.content, base.depth
         frame.children.append(entry)
         self._run.count(entry)

@@ -6,17 +6,19 @@ encrypt into its own pack) and hands it back.  Nothing else is shared.
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from lazarette.backup import native, scan
 from lazarette.backup.chunker import MAX_SIZE, Chunker
-from lazarette.backup.pagemaps import PAGE, Delta, PageMap, PageMaps, delta
+from lazarette.backup.pagemaps import Delta, PageMap, PageMaps, delta
 from lazarette.backup.repository.entries import PART, Entry
-from lazarette.backup.repository.format import Crypt
+from lazarette.backup.repository.format import ID_SIZE, PAGE, Crypt
 from lazarette.backup.repository.ingest import Ingest, Lane
 from lazarette.storage.changes import ByteRange
 
@@ -151,6 +153,7 @@ class Segment:
         length: bytes to read.
         block: grid of fixed blocks, or 0 to cut by content.
         bases: by offset, the chunk that was there in the snapshot compared with.
+        paged: the ids of its blocks are made of the hashes of their pages.
         parts: result, packed ``PART`` rows.
         read: bytes that were there; fewer than ``length`` when the file shrank.
     """
@@ -161,6 +164,7 @@ class Segment:
     block: int
     owner: object
     bases: Mapping[int, bytes] = field(default_factory=dict)
+    paged: bool = False
     parts: bytes = b""
     read: int = 0
     error: BaseException | None = None
@@ -182,7 +186,7 @@ class Segment:
         end = self.offset + self.length
         at = self.offset
         while at < end:
-            got = _fill_buffer(self.file, worker.view, 0, min(_READ, end - at), at)
+            got = fill_buffer(self.file, worker.view, 0, min(_READ, end - at), at)
             if got == 0:
                 break
             lengths = []
@@ -192,7 +196,7 @@ class Segment:
                 step = min(self.block - (at + got - left) % self.block, left)
                 lengths.append(step)
                 left -= step
-            rows.append(worker.store_blocks(worker.view[:got], lengths, at, self.bases))
+            rows.append(worker.store_blocks(worker.view[:got], lengths, at, self.bases, self.paged))
             at += got
         self.read = at - self.offset
         self.parts = b"".join(rows)
@@ -205,7 +209,7 @@ class Segment:
         final = False
         while not final:
             room = min(len(worker.view) - held, end - at)
-            got = _fill_buffer(self.file, worker.view, held, room, at)
+            got = fill_buffer(self.file, worker.view, held, room, at)
             at += got
             held += got
             final = got < room or at == end
@@ -218,7 +222,7 @@ class Segment:
         self.parts = b"".join(rows)
 
 
-def _fill_buffer(descriptor: int, view: memoryview, held: int, room: int, offset: int) -> int:
+def fill_buffer(descriptor: int, view: memoryview, held: int, room: int, offset: int) -> int:
     """Read up to ``room`` bytes to ``view[held:]``; fewer only at the end of the file."""
     got = 0
     while got < room:
@@ -229,14 +233,22 @@ def _fill_buffer(descriptor: int, view: memoryview, held: int, room: int, offset
     return got
 
 
-Task = Batch | Segment
+class Task(Protocol):
+    """What a worker does alone."""
+
+    error: BaseException | None
+
+    def run(self, worker: Worker) -> None:
+        """Do it."""
+        ...
 
 
 class _Span:
     """New blocks that lie together, gathered to be stored as one span."""
 
-    def __init__(self, lane: Lane) -> None:
+    def __init__(self, lane: Lane, paged: bool) -> None:
         self._lane = lane
+        self._paged = paged
         self._ids: list[bytes] = []
         self._lengths: list[int] = []
         self._data = memoryview(b"")
@@ -256,7 +268,8 @@ class _Span:
     def close(self) -> None:
         """Store what was gathered."""
         if self._ids:
-            self._lane.add_span(self._ids, self._lengths, self._data[self._start : self._end])
+            data = self._data[self._start : self._end]
+            self._lane.add_span(self._ids, self._lengths, data, self._paged)
             self._ids, self._lengths = [], []
 
 
@@ -271,8 +284,11 @@ class Worker:
         tasks: queue.SimpleQueue[Task | None],
         done: queue.SimpleQueue[Task],
         maps: PageMaps | None,
+        lost: Set[bytes],
     ) -> None:
         self.maps = maps
+        # Patches may refer to pages of a chunk that is lost: it is stored again as it was, whole.
+        self.lost = lost
         self.ingest = ingest
         self.crypt = crypt
         self.chunker = chunker
@@ -303,7 +319,12 @@ class Worker:
         return b"".join(map(PART.pack, ids, lengths))
 
     def store_blocks(
-        self, data: memoryview, lengths: list[int], offset: int, bases: Mapping[int, bytes]
+        self,
+        data: memoryview,
+        lengths: list[int],
+        offset: int,
+        bases: Mapping[int, bytes],
+        paged: bool,
     ) -> bytes:
         """:meth:`store` for blocks of the grid, as patches where little of one is new.
 
@@ -312,26 +333,23 @@ class Worker:
             lengths: of each.
             offset: of the first in its file.
             bases: by offset, the chunk that was there before.
+            paged: their ids are made of the hashes of their pages.
         """
         maps = self.maps
-        if maps is None:
+        if maps is None and not paged:
             return self.store(data, lengths)
-        ids = []
-        at = 0
-        for length in lengths:
-            ids.append(self.crypt.chunk_id(data[at : at + length]))
-            at += length
+        ids, known = self._blocks(data, lengths, paged)
         wanted = self.ingest.claim_many(b"".join(ids), ids)
-        span = _Span(self.lane)
+        span = _Span(self.lane, paged)
         at = 0
-        for chunk, length, new in zip(ids, lengths, wanted, strict=True):
+        for number, (chunk, length, new) in enumerate(zip(ids, lengths, wanted, strict=True)):
             block = data[at : at + length]
-            if new and length % PAGE == 0:
-                hashes = maps.hashes(block)
-                found = self._delta(chunk, block, hashes, bases.get(offset + at))
+            if new and maps is not None and length % PAGE == 0:
+                hashes = known[number] if paged else maps.hashes(block)
+                found = self._delta(chunk, block, hashes, bases.get(offset + at), paged)
                 if found is not None:
                     span.close()
-                    self.lane.add(chunk, found.payload, found.needs)
+                    self.lane.add(chunk, found.payload, found.needs, paged)
                     maps.note(chunk, found.pages)
                 else:
                     span.add(chunk, block, data, at)
@@ -342,16 +360,41 @@ class Worker:
         span.close()
         return b"".join(map(PART.pack, ids, lengths))
 
+    def _blocks(
+        self, data: memoryview, lengths: list[int], paged: bool
+    ) -> tuple[list[bytes], list[bytes]]:
+        """Ids of blocks and, of paged ones, the hashes of their pages."""
+        crypt = self.crypt
+        starts = list(itertools.accumulate(lengths, initial=0))
+        if not paged:
+            return [crypt.chunk_id(data[a:b]) for a, b in itertools.pairwise(starts)], []
+        if any(start % PAGE for start in starts[:-1]):
+            hashes = [crypt.page_hashes(data[a:b]) for a, b in itertools.pairwise(starts)]
+        else:
+            joined = crypt.page_hashes(data)
+            hashes = [
+                joined[a // PAGE * ID_SIZE : -(-b // PAGE) * ID_SIZE]
+                for a, b in itertools.pairwise(starts)
+            ]
+        return [crypt.paged_id(one) for one in hashes], hashes
+
     def _delta(
-        self, chunk: bytes, block: memoryview, hashes: bytes, base: bytes | None
+        self, chunk: bytes, block: memoryview, hashes: bytes, base: bytes | None, paged: bool
     ) -> Delta | None:
-        if base is None or self.maps is None:
+        if base is None or chunk in self.lost:
             return None
-        known = self.maps.find(base, len(block) // PAGE)
+        known = self.known_pages(base, len(block) // PAGE, paged)
         if known is None:
             return None
-        found = delta(chunk, block, hashes, known)
+        found = delta(chunk, lambda page: block[page * PAGE : (page + 1) * PAGE], hashes, known)
         if found is None or not all(map(self.ingest.has, found.needs)):
+            return None
+        return found
+
+    def known_pages(self, chunk: bytes, pages: int, paged: bool) -> PageMap | None:
+        """The map of a block stored before, if this host has it."""
+        found = None if self.maps is None else self.maps.find(chunk, pages)
+        if found is None or (paged and self.crypt.paged_id(found.hashes) != chunk):
             return None
         return found
 
@@ -378,12 +421,14 @@ class Workers:
         threads: int,
         finished: Callable[[Task], None],
         maps: PageMaps | None,
+        lost: Set[bytes],
     ) -> None:
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Task] = queue.SimpleQueue()
         chunker = Chunker(crypt.chunk_id_key)
         self._workers = [
-            Worker(ingest, crypt, chunker, self._tasks, self._done, maps) for _ in range(threads)
+            Worker(ingest, crypt, chunker, self._tasks, self._done, maps, lost)
+            for _ in range(threads)
         ]
         self._finished = finished
         self.outstanding = 0

@@ -16,6 +16,7 @@ from lazarette.backup.archive_content import (
     Segment,
     fill_entry,
 )
+from lazarette.backup.archive_pages import Pages, Touched, touched_pages
 from lazarette.backup.repository.chunks import ChunkReader
 from lazarette.backup.repository.entries import (
     HOLE,
@@ -35,6 +36,7 @@ from lazarette.storage.changes import ByteRange
 _PAGE = 4096
 _TAR_MAGIC_AT = 257
 _SPAN_PARTS = 4 * PARTS_A_PAGE
+_BLOCKS_A_TASK = 64
 
 
 @dataclass
@@ -58,19 +60,21 @@ class FileJob:
     descriptor: int = -1
     status: os.stat_result | None = None
     block: int = 0
-    pieces: list[bytes | Segment] = field(default_factory=list)
+    paged: bool = False
+    pieces: list[bytes | Segment | Pages] = field(default_factory=list)
     bases: dict[int, bytes] = field(default_factory=dict)
     waiting: int = 0
     attempts: int = 0
     fault: OSError | None = None
     unstable: bool = False
 
-    def begin(self, reader: ChunkReader, deltas: bool) -> list[Segment]:
+    def begin(self, reader: ChunkReader, deltas: bool, paged: bool) -> list[Segment | Pages]:
         """Open the file and plan what to read.
 
         Args:
             reader: of the repository's chunks.
-            deltas: tell segments what was there before.
+            deltas: hashes of pages are kept on this host.
+            paged: the repository takes chunks named by the hashes of their pages.
 
         Raises:
             OSError: it cannot be opened.
@@ -80,18 +84,21 @@ class FileJob:
         self.attempts += 1
         self.status = os.fstat(self.descriptor)
         size = self.status.st_size
-        kept: Iterable[Part] | None = None
+        kept: Iterable[Part | Touched] | None = None
         if self.base is not None:
             self.block = self.base.extra.block if self.base.extra is not None else 0
+            self.paged = self.base.extra is not None and self.base.extra.paged
             if self.base.size <= SMALL_BASE:
                 self.base = None
+        self.bases = {}
         if self.base is None:
             self.block = BLOCK if changes_in_place(self.descriptor, size) else 0
-        elif self.ranges is not None and self.attempts == 1:
-            kept = self._kept(reader)
-        self.bases = {}
-        if deltas and self.block and self.base is not None:
-            self.bases = self._bases(reader)
+            self.paged = paged and bool(self.block)
+        else:
+            if self.ranges is not None and self.attempts == 1:
+                kept = self._kept(reader, deltas)
+            if deltas and self.block and kept is None:
+                self.bases = self._bases(reader)
         sparse = self.status.st_blocks * 512 < size
         data = scan.data_ranges(self.descriptor, size) if sparse else [(0, size)]
         if self.block:
@@ -99,12 +106,12 @@ class FileJob:
         self.pieces = []
         at = 0
         for part in kept or ():
-            self._read_between(data, at, part.offset)
-            row = PART.pack(part.chunk or HOLE, part.length)
-            self._keep(row)
+            if at < part.offset:
+                self._read_between(data, at, part.offset)
+            self._keep(part)
             at = part.offset + part.length
         self._read_between(data, at, size)
-        segments = [piece for piece in self.pieces if isinstance(piece, Segment)]
+        segments = [piece for piece in self.pieces if not isinstance(piece, bytes)]
         self.waiting = len(segments)
         return segments
 
@@ -120,11 +127,15 @@ class FileJob:
         except RepositoryDamaged:
             return {}
 
-    def _kept(self, reader: ChunkReader) -> list[Part] | None:
-        """Parts of the base that no change touches; None when the base is unreadable."""
+    def _kept(self, reader: ChunkReader, deltas: bool) -> list[Part | Touched] | None:
+        """Parts of the base that no change touches, and blocks of which some pages are.
+
+        None when the base is unreadable.
+        """
         assert self.base is not None and self.ranges is not None and self.status is not None
         size = self.status.st_size
-        kept = []
+        by_pages = deltas and self.paged
+        kept: list[Part | Touched] = []
         number = 0
         ranges = self.ranges
         try:
@@ -132,11 +143,17 @@ class FileJob:
                 end = part.offset + part.length
                 while number < len(ranges) and ranges[number].end <= part.offset:
                     number += 1
-                touched = number < len(ranges) and ranges[number].offset < end
-                if touched and part.chunk is None:
+                if number == len(ranges) or ranges[number].offset >= end:
+                    if end <= size:
+                        kept.append(part)
+                elif part.chunk is None:
                     kept += _hole_pieces(part, ranges, number)
-                elif not touched and end <= size:
-                    kept.append(part)
+                elif part.length == self.block and end <= size:
+                    self.bases[part.offset] = part.chunk
+                    if by_pages:
+                        pages = touched_pages(part.offset, part.length, ranges, number)
+                        touched = tuple(sorted(pages))
+                        kept.append(Touched(part.offset, part.length, part.chunk, touched))
         except RepositoryDamaged:
             return None
         last = kept[-1] if kept else None
@@ -145,13 +162,19 @@ class FileJob:
             kept.pop()
         return [part for part in kept if part.offset + part.length <= size]
 
-    def _keep(self, row: bytes) -> None:
-        if (
-            self.pieces
-            and isinstance(self.pieces[-1], bytes)
-            and len(self.pieces[-1]) < (_SPAN_PARTS * PART.size)
-        ):
-            self.pieces[-1] += row
+    def _keep(self, part: Part | Touched) -> None:
+        last = self.pieces[-1] if self.pieces else None
+        if isinstance(part, Touched):
+            if not isinstance(last, Pages) or last.blocks >= _BLOCKS_A_TASK:
+                last = Pages(self.descriptor, self)
+                self.pieces.append(last)
+            last.add(part, part.length)
+            return
+        row = PART.pack(part.chunk or HOLE, part.length)
+        if isinstance(last, Pages) and len(last.items) < 2 * PARTS_A_PAGE:
+            last.add(row, part.length)
+        elif isinstance(last, bytes) and len(last) < _SPAN_PARTS * PART.size:
+            self.pieces[-1] = last + row
         else:
             self.pieces.append(row)
 
@@ -170,7 +193,7 @@ class FileJob:
             while at < stop:
                 length = min(SEGMENT - at % SEGMENT, stop - at)
                 self.pieces.append(
-                    Segment(self.descriptor, at, length, self.block, self, self.bases)
+                    Segment(self.descriptor, at, length, self.block, self, self.bases, self.paged)
                 )
                 at += length
         if at < end:
@@ -182,7 +205,7 @@ class FileJob:
         Called when no segment is outstanding.
         """
         assert self.status is not None
-        segments = [piece for piece in self.pieces if isinstance(piece, Segment)]
+        segments = [piece for piece in self.pieces if not isinstance(piece, bytes)]
         self.fault = next((one.fault for one in segments if one.fault is not None), None)
         if self.fault is not None:
             return True
@@ -202,7 +225,7 @@ class FileJob:
         pieces: list[bytes] = []
         size = 0
         for piece in self.pieces:
-            if isinstance(piece, Segment):
+            if not isinstance(piece, bytes):
                 pieces.append(piece.parts)
                 size += piece.read
                 if piece.read < piece.length:
@@ -215,6 +238,7 @@ class FileJob:
         if self.block or self.unstable:
             self.entry.extra = self.entry.extra or Extra()
             self.entry.extra.block = self.block
+            self.entry.extra.paged = self.paged
             self.entry.extra.unstable = self.unstable
         store_parts(self.entry, pieces, crypt, ingest, lane)
 

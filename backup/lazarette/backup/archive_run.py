@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from lazarette.backup.archive_content import SMALL, Batch, Segment, SmallFile, Task, Workers
 from lazarette.backup.archive_files import FileJob
 from lazarette.backup.archive_frame import Frame
+from lazarette.backup.archive_pages import Pages
 from lazarette.backup.native import Inode
 from lazarette.backup.pagemaps import PageMaps
 from lazarette.backup.repository.entries import Entry, Extra, Kind, encode_page, paginate
@@ -106,7 +107,7 @@ class Run:
         self._maps = None
         if repo.cache_dir is not None:
             self._maps = PageMaps(repo.cache_dir / "pages.sqlite", repo.crypt.chunk_id_key)
-        self._workers = Workers(self.ingest, repo.crypt, threads, self._finished, self._maps)
+        self._workers = Workers(self.ingest, repo.crypt, threads, self._finished, self._maps, lost)
         self._threads = threads
         self._batch = Batch()
         self._owners: dict[int, Frame] = {}
@@ -230,7 +231,7 @@ class Run:
 
     def _begin(self, job: FileJob) -> None:
         try:
-            segments = job.begin(self._repo.reader, self._maps is not None)
+            segments = job.begin(self._repo.reader, self._maps is not None, self._repo.paged)
         except OSError as failed:
             job.fault = failed
             self._close_job(job)
@@ -254,13 +255,14 @@ class Run:
         self._workers.collect(0)
 
     def _finished(self, task: Task) -> None:
-        if isinstance(task, Segment):
+        if isinstance(task, Segment | Pages):
             job = task.owner
             assert isinstance(job, FileJob)
             job.waiting -= 1
             if job.waiting == 0:
                 self._end_job(job)
             return
+        assert isinstance(task, Batch)
         for file in task.files:
             self._file_done(file.entry, file.path, file.fault, file.unstable)
 

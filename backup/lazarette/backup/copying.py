@@ -141,6 +141,8 @@ class _Copy:
             entry.content = self._directory(entry.content)
         elif entry.kind == Kind.FILE:
             entry.content = self._content(entry.content, entry.depth)
+            if entry.extra is not None and not self._target.paged:
+                entry.extra.paged = False
 
     def _content(self, content: bytes, depth: int) -> bytes:
         if depth == 0:
@@ -162,11 +164,13 @@ class _Copy:
         known = self._known.get(chunk)
         if known is not None:
             return known
-        return self._store(chunk, bytes(self._source.reader.get(chunk)), self._data)
+        reader = self._source.reader
+        paged = self._target.paged and reader.locate(chunk).paged
+        return self._store(chunk, bytes(reader.get(chunk)), self._data, paged)
 
-    def _store(self, origin: bytes, data: bytes, lane: Lane) -> bytes:
-        chunk = self._target.crypt.chunk_id(data)
+    def _store(self, origin: bytes, data: bytes, lane: Lane, paged: bool = False) -> bytes:
+        chunk = self._target.crypt.id_of(data, paged)
         if self._ingest.claim(chunk):
-            lane.add(chunk, data)
+            lane.add(chunk, data, paged=paged)
         self._known[origin] = chunk
         return chunk

@@ -1,8 +1,8 @@
 """The loops that the C module speeds up, in Python: what they do, and how without it.
 
-:func:`scan`, :func:`read_files`, :func:`write_files` are the C module's when it was built
-(it needs nothing but a C compiler), and those of this module otherwise, or when the
-environment has ``LAZ_NO_NATIVE``.
+:func:`scan`, :func:`read_files`, :func:`write_files`, :func:`page_hashes` are the C module's
+when it was built (it needs nothing but a C compiler), and those of this module otherwise, or
+when the environment has ``LAZ_NO_NATIVE``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import fcntl
 import os
 import stat
 from collections.abc import Callable
+
+from blake3 import blake3
 
 from lazarette.backup.stores.contract import Buffer
 
@@ -35,6 +37,7 @@ OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLO
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 FS_IOC_GETFLAGS = 0x80086601
 _SECOND = 1_000_000_000
+_PAGE = 8192
 
 STAGE_OPEN, STAGE_WRITE, STAGE_METADATA = 1, 2, 3
 
@@ -180,6 +183,20 @@ def _write_file(
 
 Cuts = Callable[[Buffer, bytes, int, int, int, int, int, bool], list[int]]
 
+
+def page_hashes_plain(pages: Buffer, key: bytes) -> bytes:
+    """Keyed BLAKE3 of each of several pages of 8 KiB, 16 bytes each, joined.
+
+    Raises:
+        ValueError: the last page is not whole.
+    """
+    view = memoryview(pages)
+    if len(view) % _PAGE:
+        raise ValueError("whole pages are needed")
+    starts = range(0, len(view), _PAGE)
+    return b"".join([blake3(view[at : at + _PAGE], key=key).digest(16) for at in starts])
+
+
 cuts: Cuts | None = None
 """The C module's cutting, see :mod:`lazarette.backup.chunker`; None without it."""
 
@@ -187,8 +204,10 @@ if _native is None:
     scan = scan_plain
     read_files = read_files_plain
     write_files = write_files_plain
+    page_hashes = page_hashes_plain
 else:
     scan = _native.scan
     read_files = _native.read_files
     write_files = _native.write_files
     cuts = _native.cuts
+    page_hashes = getattr(_native, "page_hashes", page_hashes_plain)

@@ -5,8 +5,10 @@ the block changes, the pages that did not are taken from there, and only the oth
 (:mod:`lazarette.backup.repository.patches`), without reading the old block again.  Losing
 the maps costs bytes sent, nothing else.
 
-Hashes are XXH3-128 with a secret seed from the repository's key: whoever can write pages
-into a database does not know it and so cannot make two pages that pass for one another.
+The hashes are those that a paged chunk's id is made of, so a map proves itself against the id.
+Of blocks from repositories of version 1, whose ids are made of the whole block, they are XXH3-128
+with a secret seed from the repository's key: whoever can write pages into a database does not
+know it and so cannot make two pages that pass for one another.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import sqlite3
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +24,8 @@ import xxhash
 from blake3 import blake3
 
 from lazarette.backup.repository import patches
+from lazarette.backup.repository.format import PAGE
 
-PAGE = 8192
 _HASH = 16
 _LARGEST = 2 << 30
 """Size of the database, bytes, beyond which it is made anew."""
@@ -161,8 +163,17 @@ class Delta:
     pages: PageMap
 
 
-def delta(chunk: bytes, block: memoryview, hashes: bytes, base: PageMap) -> Delta | None:
-    """A block as a patch against an earlier one; None when too much of it is new."""
+def delta(
+    chunk: bytes, page_of: Callable[[int], memoryview], hashes: bytes, base: PageMap
+) -> Delta | None:
+    """A block as a patch against an earlier one; None when too much of it is new.
+
+    Args:
+        chunk: id of the block.
+        page_of: gives a page of the block that is not the earlier one's, by its number.
+        hashes: of all its pages.
+        base: the earlier block's map.
+    """
     places: list[tuple[bytes | None, int]] = []
     new: list[memoryview] = []
     known: list[tuple[bytes, int]] = []
@@ -174,7 +185,7 @@ def delta(chunk: bytes, block: memoryview, hashes: bytes, base: PageMap) -> Delt
         else:
             places.append((None, len(new)))
             known.append((chunk, len(new)))
-            new.append(block[number * PAGE : (number + 1) * PAGE])
+            new.append(page_of(number))
     if len(new) > most or len(new) == len(places):
         return None
     payload, needs = patches.encode(PAGE, places, new)

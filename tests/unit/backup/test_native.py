@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from lazarette.backup import native
 from lazarette.backup.chunker import MAX_SIZE, MIN_SIZE, Chunker
@@ -120,3 +121,14 @@ def _chunks(chunker: Chunker, content: bytes) -> set[bytes]:
         found.add(content[at : at + length])
         at += length
     return found
+
+
+@pytest.mark.parametrize("plain", BOTH)
+@pytest.mark.parametrize("pages", [0, 1, 2, 15, 16, 17, 33])
+def test_hashes_of_pages(plain: bool, pages: int) -> None:
+    hashed = native.page_hashes_plain if plain else native.page_hashes
+    key, data = os.urandom(32), os.urandom(8192 * pages)
+    wanted = [blake3(data[at : at + 8192], key=key).digest(16) for at in range(0, len(data), 8192)]
+    assert hashed(data, key) == b"".join(wanted)
+    with pytest.raises(ValueError, match="pages"):
+        hashed(data + b"x", key)

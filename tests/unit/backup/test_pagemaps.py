@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,15 @@ from tests.support.repositories import backup, bring_back, local, reopen
 from tests.support.trees import describe
 
 from lazarette.backup.archive import Outcome
-from lazarette.backup.pagemaps import PAGE, PageMap, PageMaps, delta
+from lazarette.backup.pagemaps import PageMap, PageMaps, delta
 from lazarette.backup.repository import patches, prune
-from lazarette.backup.repository.format import RepositoryDamaged
+from lazarette.backup.repository.format import PAGE, RepositoryDamaged
 
 BLOCK = 64 << 10
+
+
+def _page(block: memoryview, number: int) -> memoryview:
+    return block[number * PAGE : (number + 1) * PAGE]
 
 
 def _touch(path: Path, chance: random.Random, pages: int) -> None:
@@ -89,7 +94,12 @@ def test_delta_of_a_delta_refers_to_where_the_pages_are(tmp_path: Path) -> None:
         block[page * PAGE : page * PAGE + 10] = chance.randbytes(10)
         name = b"%d" % generation * 16
         view = memoryview(bytes(block))
-        found = delta(name, view, maps.hashes(view), known)
+        found = delta(
+            name,
+            partial(_page, view),
+            maps.hashes(view),
+            known,
+        )
         assert found is not None and len(found.payload) < 2 * PAGE
         payloads[name] = found.payload
         packed = found.pages.pack(name)

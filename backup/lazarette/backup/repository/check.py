@@ -18,6 +18,7 @@ from lazarette.backup.repository.entries import Kind
 from lazarette.backup.repository.format import (
     ID_SIZE,
     PACKS,
+    PAGE,
     SNAPSHOTS,
     Crypt,
     RepositoryDamaged,
@@ -26,6 +27,8 @@ from lazarette.backup.repository.format import (
 )
 from lazarette.backup.repository.index import Index
 from lazarette.backup.repository.packs import (
+    LENGTH_MASK,
+    PAGED_BIT,
     PATCH_BIT,
     PackRecord,
     open_block,
@@ -264,19 +267,35 @@ def check_pack(
 def _wrong_chunks(
     crypt: Crypt, reader: ChunkReader, block: memoryview, ids: bytes, lengths: list[int]
 ) -> list[bytes]:
+    if all(length & PAGED_BIT and not length & (PATCH_BIT | PAGE - 1) for length in lengths):
+        return _wrong_paged(crypt, block, ids, lengths)
     wrong = []
     at = 0
     for number, length in enumerate(lengths):
         chunk = ids[number * ID_SIZE : (number + 1) * ID_SIZE]
-        size = length & (PATCH_BIT - 1)
+        size = length & LENGTH_MASK
         payload = block[at : at + size]
         at += size
         try:
             data = reader.assemble(payload) if length & PATCH_BIT else payload
-            if crypt.chunk_id(data) != chunk:
+            if crypt.id_of(data, bool(length & PAGED_BIT)) != chunk:
                 wrong.append(chunk)
         except DamagedData:
             wrong.append(chunk)
+    return wrong
+
+
+def _wrong_paged(crypt: Crypt, block: memoryview, ids: bytes, lengths: list[int]) -> list[bytes]:
+    """:func:`_wrong_chunks` for whole pages, all hashed at once."""
+    wrong = []
+    hashes = crypt.page_hashes(block)
+    at = 0
+    for number, length in enumerate(lengths):
+        end = at + (length & LENGTH_MASK) // PAGE * ID_SIZE
+        chunk = ids[number * ID_SIZE : (number + 1) * ID_SIZE]
+        if crypt.paged_id(hashes[at:end]) != chunk:
+            wrong.append(chunk)
+        at = end
     return wrong
 
 

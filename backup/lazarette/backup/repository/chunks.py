@@ -78,7 +78,7 @@ class ChunkReader:
         data: Buffer = self._payload(location)
         if location.patch:
             data = self.assemble(data)
-        if self._crypt.chunk_id(data) != chunk:
+        if self._crypt.id_of(data, location.paged) != chunk:
             raise RepositoryDamaged(
                 f"chunk {chunk.hex()} in pack {location.pack.hex()} is not what its id says"
             )

@@ -73,6 +73,7 @@ class Extra(msgspec.Struct, omit_defaults=True):
         mtime: seconds and nanoseconds, when they do not fit ``mtime_ns``.
         block: bytes of the fixed blocks its content is cut in; 0 when cut by content.
         unstable: it changed while it was read.
+        paged: the ids of its chunks are made of the hashes of their pages.
     """
 
     xattrs: dict[bytes, bytes] = {}
@@ -83,6 +84,7 @@ class Extra(msgspec.Struct, omit_defaults=True):
     mtime: tuple[int, int] | None = None
     block: int = 0
     unstable: bool = False
+    paged: bool = False
 
 
 class Entry(msgspec.Struct, array_like=True):

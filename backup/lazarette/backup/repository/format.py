@@ -3,6 +3,8 @@
 Vocabulary
     *chunk*: a piece of file content or of a directory, named by the keyed BLAKE3 of its
     bytes; the unit of deduplication.
+    *paged chunk*: a chunk of a file changed in place, named by the hashes of its pages, so
+    that its new name can be told from the pages that changed.
     *block*: about 1 MiB of chunks compressed and encrypted together; the unit of reading.
     *pack*: a store object of many blocks, written once.
     *index object*: says which packs hold which chunks.
@@ -23,11 +25,19 @@ from blake3 import blake3
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from lazarette.backup import native
 from lazarette.backup.repository.keys import MasterKeys
 from lazarette.backup.stores.contract import Buffer
 from lazarette.storage.errors import DamagedData, LazaretteError
 
-VERSION = 1
+VERSION = 2
+"""Of the format.  2 knows chunks named by the hashes of their pages."""
+OLDEST_VERSION = 1
+PAGED_VERSION = 2
+OBJECT_VERSION = 1
+"""In the heads of packs and sealed objects, whose layout is that of version 1."""
+PAGE = 8192
+"""Bytes of a page: what a database writes at once."""
 ID_SIZE = 16
 ENVELOPE_SIZE = 80
 TAG_SIZE = 16
@@ -77,10 +87,29 @@ class Crypt:
         self.keys = keys
         self.chunk_id_key = keys.chunk_id_key
         self._index_key = keys.index_key
+        self._page_key = blake3(b"lazarette/page", key=self.chunk_id_key).digest()
+        self._paged_key = blake3(b"lazarette/paged", key=self.chunk_id_key).digest()
 
     def chunk_id(self, data: Buffer) -> bytes:
         """Id of a chunk: keyed BLAKE3 of its bytes, 16 bytes."""
         return blake3(data, key=self.chunk_id_key).digest(ID_SIZE)
+
+    def page_hashes(self, data: Buffer) -> bytes:
+        """Hashes of the pages of some data, 16 bytes each, joined; the last page may be short."""
+        view = memoryview(data)
+        whole = len(view) // PAGE * PAGE
+        hashes = native.page_hashes(view[:whole], self._page_key)
+        if whole < len(view):
+            hashes += blake3(view[whole:], key=self._page_key).digest(ID_SIZE)
+        return hashes
+
+    def paged_id(self, hashes: bytes) -> bytes:
+        """Id of a paged chunk, made of the hashes of its pages."""
+        return blake3(hashes, key=self._paged_key).digest(ID_SIZE)
+
+    def id_of(self, data: Buffer, paged: bool) -> bytes:
+        """Id of a chunk of either kind."""
+        return self.paged_id(self.page_hashes(data)) if paged else self.chunk_id(data)
 
     def new_key(self, metadata: bool) -> tuple[bytes, bytes]:
         """A key to write with, and its field."""
@@ -157,7 +186,7 @@ def seal(crypt: Crypt, name: str, plain: bytes, *, index: bool = False) -> bytes
     """
     salt = os.urandom(16)
     key, field = (crypt.index_key(), b"") if index else crypt.new_key(metadata=True)
-    head = _SEALED_HEAD.pack(_SEALED_MAGIC, VERSION, salt, len(field)) + field
+    head = _SEALED_HEAD.pack(_SEALED_MAGIC, OBJECT_VERSION, salt, len(field)) + field
     packed = zstandard.ZstdCompressor(level=3).compress(plain)
     cipher = subkey(key, b"sealed", salt)
     body = head + cipher.encrypt(_ZERO_NONCE, packed, head + name.encode())
@@ -177,9 +206,9 @@ def verify_sealed(name: str, stored: bytes) -> None:
     (wanted,) = _CHECKSUM.unpack_from(stored, len(stored) - _CHECKSUM.size)
     if checksum(memoryview(stored)[: -_CHECKSUM.size]) != wanted or magic != _SEALED_MAGIC:
         raise RepositoryDamaged(f"object {name} fails its checksum")
-    if version != VERSION:
+    if version != OBJECT_VERSION:
         raise WrongRepository(
-            f"object {name} has format version {version}, this program reads {VERSION}",
+            f"object {name} has format version {version}, this program reads {OBJECT_VERSION}",
             hint="upgrade lazarette",
         )
 

@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 
 from lazarette.backup.repository.format import ID_SIZE
-from lazarette.backup.repository.packs import PATCH_BIT, PackRecord
+from lazarette.backup.repository.packs import LENGTH_MASK, PAGED_BIT, PATCH_BIT, PackRecord
 
 FRESH_LIMIT = 100_000
 """Chunks kept in the dictionary before they become a segment."""
@@ -36,6 +36,7 @@ class Location:
         start: of the chunk in the plain block.
         length: of the chunk, or of its payload when it is a patch.
         patch: it takes pages from other chunks.
+        paged: its id is made of the hashes of its pages.
     """
 
     pack: bytes
@@ -45,6 +46,7 @@ class Location:
     start: int
     length: int
     patch: bool
+    paged: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ class Index:
         for column, name in enumerate(("offset", "stored", "plain")):
             self._block_rows[first : first + count, column] = blocks[name]
         self._blocks = first + count
-        payload = (chunks["length"] & np.uint32(PATCH_BIT - 1)).astype(np.int64)
+        payload = (chunks["length"] & np.uint32(LENGTH_MASK)).astype(np.int64)
         ends = np.cumsum(payload)
         block_of = np.repeat(np.arange(count), blocks["chunks"])
         before = np.concatenate(([0], np.cumsum(blocks["chunks"], dtype=np.int64)[:-1]))
@@ -235,8 +237,8 @@ class Index:
         block, start, length = row
         offset, stored, plain = self._block_rows[block].tolist()
         pack = self._packs[int(self._block_pack[block])].pack
-        payload = length & (PATCH_BIT - 1)
-        return Location(pack, offset, stored, plain, start, payload, bool(length & PATCH_BIT))
+        patch, paged = bool(length & PATCH_BIT), bool(length & PAGED_BIT)
+        return Location(pack, offset, stored, plain, start, length & LENGTH_MASK, patch, paged)
 
     def known(self, ids: bytes) -> list[bool]:
         """For each of several ids (16 bytes each, joined) whether it is known."""
@@ -280,7 +282,7 @@ class Index:
 
     def row_lengths(self) -> np.ndarray:
         """Stored payload length (before compression) of each row."""
-        lengths: np.ndarray = self._segments[0].length & np.uint32(PATCH_BIT - 1)
+        lengths: np.ndarray = self._segments[0].length & np.uint32(LENGTH_MASK)
         return lengths
 
     def row_packs(self) -> np.ndarray:

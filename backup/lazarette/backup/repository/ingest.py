@@ -63,7 +63,9 @@ class Lane:
         self.chunks_new = 0
         self.bytes_new = 0
 
-    def add(self, chunk: bytes, data: Buffer, needs: tuple[bytes, ...] = ()) -> None:
+    def add(
+        self, chunk: bytes, data: Buffer, needs: tuple[bytes, ...] = (), paged: bool = False
+    ) -> None:
         """Store a chunk whose id :meth:`Ingest.claim` gave to this caller.
 
         ``data`` is kept until its block is closed and must not change until then.
@@ -71,13 +73,19 @@ class Lane:
         builder = self._builder
         if builder is None:
             builder = self._builder = self._ingest.new_builder(self._kind)
-        builder.add(chunk, data, needs)
+        builder.add(chunk, data, needs, paged)
         self.chunks_new += 1
         self.bytes_new += len(data)
         if builder.size >= self._limit:
             self._send()
 
-    def add_span(self, ids: Sequence[bytes], lengths: Sequence[int], data: memoryview) -> None:
+    def add_span(
+        self,
+        ids: Sequence[bytes],
+        lengths: Sequence[int],
+        data: memoryview,
+        paged: bool = False,
+    ) -> None:
         """Store chunks that lie one after another in ``data``, which may be used again at once.
 
         Spans of half a block and more become blocks of their own without being copied.
@@ -90,18 +98,20 @@ class Lane:
             if at - start < SPAN // 2:
                 position = start
                 for chunk, size in zip(ids[first:number], lengths[first:number], strict=True):
-                    self.add(chunk, bytes(data[position : position + size]))
+                    self.add(chunk, bytes(data[position : position + size]), paged=paged)
                     position += size
             else:
-                self._add_block(ids[first:number], lengths[first:number], data[start:at])
+                self._add_block(ids[first:number], lengths[first:number], data[start:at], paged)
             first, start = number, at
 
-    def _add_block(self, ids: Sequence[bytes], lengths: Sequence[int], data: memoryview) -> None:
+    def _add_block(
+        self, ids: Sequence[bytes], lengths: Sequence[int], data: memoryview, paged: bool
+    ) -> None:
         builder = self._builder
         if builder is None:
             builder = self._builder = self._ingest.new_builder(self._kind)
         builder.close_block()
-        builder.add_block(ids, lengths, data)
+        builder.add_block(ids, lengths, data, paged)
         self.chunks_new += len(ids)
         self.bytes_new += len(data)
         if builder.size >= self._limit:

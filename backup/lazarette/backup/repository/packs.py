@@ -28,8 +28,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from lazarette.backup.repository.format import (
     ENVELOPE_SIZE,
     ID_SIZE,
+    OBJECT_VERSION,
     TAG_SIZE,
-    VERSION,
     Crypt,
     RepositoryDamaged,
     checksum,
@@ -42,7 +42,7 @@ from lazarette.backup.repository.format import (
 )
 from lazarette.backup.stores.contract import Buffer
 
-MAGIC = b"LAZPACK" + bytes([VERSION])
+MAGIC = b"LAZPACK" + bytes([OBJECT_VERSION])
 END_MAGIC = b"LAZPACKE"
 HEAD_SIZE = len(MAGIC) + ID_SIZE + 1
 TABLE_ROW = struct.Struct("<IIQ")
@@ -68,7 +68,8 @@ class PackRecord(msgspec.Struct, array_like=True, frozen=True):
         size: bytes of the store object.
         blocks: array of ``BLOCK_DTYPE``: offset, stored length, plain length, chunks in it.
         chunks: array of ``CHUNK_DTYPE`` in the order of the blocks: id, length.  The top bit of
-            the length marks a patch (see :mod:`lazarette.backup.repository.patches`).
+            the length marks a patch (see :mod:`lazarette.backup.repository.patches`), the one
+            below it a chunk whose id is made of the hashes of its pages.
         patches: array of ``PATCH_DTYPE``: number of a patch in ``chunks``, id of a chunk it needs.
         created_ns: when it was begun, wall clock of the writer.
     """
@@ -125,6 +126,8 @@ _decode_record = msgspec.msgpack.Decoder(PackRecord)
 _encode = msgspec.msgpack.Encoder().encode
 
 PATCH_BIT = 1 << 31
+PAGED_BIT = 1 << 30
+LENGTH_MASK = PAGED_BIT - 1
 
 
 @dataclass
@@ -183,18 +186,21 @@ class PackBuilder:
         """Whether nothing was added."""
         return not self._rows and not self._block.ids
 
-    def add(self, chunk: bytes, data: Buffer, needs: tuple[bytes, ...] = ()) -> None:
+    def add(
+        self, chunk: bytes, data: Buffer, needs: tuple[bytes, ...] = (), paged: bool = False
+    ) -> None:
         """Add a chunk; the caller sees to it that it is not there yet.
 
         Args:
             chunk: its id.
             data: its bytes, or the payload of a patch.
             needs: ids of the chunks a patch takes pages from; empty for a plain chunk.
+            paged: its id is made of the hashes of its pages.
         """
         block = self._block
         number = len(self._ids) + len(block.ids)
         block.ids.append(chunk)
-        block.lengths.append(len(data) | (PATCH_BIT if needs else 0))
+        block.lengths.append(len(data) | (PATCH_BIT if needs else 0) | (PAGED_BIT if paged else 0))
         block.parts.append(data)
         block.size += len(data)
         self._patches.extend((number, need) for need in needs)
@@ -209,11 +215,15 @@ class PackBuilder:
             plain = block.parts[0] if len(block.parts) == 1 else b"".join(block.parts)
             self._append(block.ids, block.lengths, plain)
 
-    def add_block(self, ids: Sequence[bytes], lengths: Sequence[int], plain: Buffer) -> None:
+    def add_block(
+        self, ids: Sequence[bytes], lengths: Sequence[int], plain: Buffer, paged: bool = False
+    ) -> None:
         """Add plain chunks that lie one after another as a block of their own.
 
         Nothing may be pending: :meth:`close_block` first.
         """
+        if paged:
+            lengths = [length | PAGED_BIT for length in lengths]
         self._append(ids, lengths, plain)
 
     def _append(self, ids: Sequence[bytes], lengths: Sequence[int], plain: Buffer) -> None:

@@ -51,6 +51,7 @@ from lazarette.backup.repository.index import Index
 from lazarette.backup.repository.marks import Mark
 from lazarette.backup.repository.packs import (
     FOOT,
+    PAGED_BIT,
     PATCH_BIT,
     PackBuilder,
     PackRecord,
@@ -281,13 +282,13 @@ class _Prune:
             record = records[pack]
             ids = self._index.row_ids(live)
             keep = {ids[at : at + ID_SIZE] for at in range(0, len(ids), ID_SIZE)}
-            for chunk, payload, needs in self._payloads(record, keep):
+            for chunk, payload, needs, paged in self._payloads(record, keep):
                 builder = builders.get(record.kind)
                 if builder is None:
                     builder = builders[record.kind] = PackBuilder(
                         self._repo.crypt, record.kind, self._repo.clock.now_ns()
                     )
-                builder.add(chunk, payload, needs)
+                builder.add(chunk, payload, needs, paged)
                 if builder.size >= 16 << 20:
                     written.append(self._send(builders.pop(record.kind)))
         written += [self._send(builder) for builder in builders.values()]
@@ -295,7 +296,7 @@ class _Prune:
 
     def _payloads(
         self, record: PackRecord, keep: set[bytes]
-    ) -> list[tuple[bytes, bytes, tuple[bytes, ...]]]:
+    ) -> list[tuple[bytes, bytes, tuple[bytes, ...], bool]]:
         found = []
         for row in record.chunk_array():
             chunk = row["id"].tobytes()
@@ -305,12 +306,13 @@ class _Prune:
                 block = self._reader.block(location)
                 payload = block[location.start : location.start + location.length]
                 patch = int(row["length"]) & PATCH_BIT
-                if not patch and self._repo.crypt.chunk_id(payload) != chunk:
+                paged = bool(int(row["length"]) & PAGED_BIT)
+                if not patch and self._repo.crypt.id_of(payload, paged) != chunk:
                     raise RepositoryDamaged(
                         f"chunk {chunk.hex()} of pack {record.pack.hex()} is damaged",
                         hint="run laz repo repair",
                     )
-                found.append((chunk, payload, self._index.needs(chunk) if patch else ()))
+                found.append((chunk, payload, self._index.needs(chunk) if patch else (), paged))
         return found
 
     def _send(self, builder: PackBuilder) -> PackRecord:

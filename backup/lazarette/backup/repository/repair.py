@@ -18,6 +18,7 @@ from lazarette.backup.repository.format import ID_SIZE, INDEXES, PACKS, SNAPSHOT
 from lazarette.backup.repository.guard import Kind
 from lazarette.backup.repository.packs import (
     FOOT,
+    PAGED_BIT,
     PATCH_BIT,
     PackBuilder,
     PackRecord,
@@ -151,7 +152,7 @@ def _salvage(
         except DamagedData:
             continue
         assert bool(needs) == bool(length & PATCH_BIT)
-        builder.add(chunk, bytes(payload), needs)
+        builder.add(chunk, bytes(payload), needs, bool(length & PAGED_BIT))
         report.chunks_saved += 1
     if builder.empty:
         return []

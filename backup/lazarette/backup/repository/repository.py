@@ -14,7 +14,9 @@ from lazarette.backup.repository.chunks import ChunkReader
 from lazarette.backup.repository.format import (
     CONFIG,
     INDEXES,
+    OLDEST_VERSION,
     PACKS,
+    PAGED_VERSION,
     VERSION,
     Crypt,
     WrongRepository,
@@ -98,14 +100,25 @@ class Repository:
 
     @staticmethod
     def create(
-        store: BlobStore, keys: MasterKeys, clock: Clock, cache_dir: Path | None = None
+        store: BlobStore,
+        keys: MasterKeys,
+        clock: Clock,
+        cache_dir: Path | None = None,
+        version: int = VERSION,
     ) -> Repository:
         """Make a repository in an empty store.
+
+        Args:
+            store: where.
+            keys: from :func:`lazarette.backup.repository.keys.create`.
+            clock: time.
+            cache_dir: as in :meth:`open`.
+            version: of the format; an older one for hosts with an older program.
 
         Raises:
             NameTaken: there is one already.
         """
-        config = Config(keys.repository_id.hex(), clock.now_ns())
+        config = Config(keys.repository_id.hex(), clock.now_ns(), version)
         try:
             store.put(
                 CONFIG, seal(Crypt(keys), CONFIG, _encode(config), index=True), if_absent=True
@@ -141,13 +154,37 @@ class Repository:
             config = _decode_config(unseal(Crypt(keys), CONFIG, stored))
         except msgspec.MsgspecError as bad:
             raise WrongRepository(f"the config at {store.url} is malformed: {bad}") from bad
-        if config.version != VERSION:
+        if not OLDEST_VERSION <= config.version <= VERSION:
             raise WrongRepository(
                 f"the repository at {store.url} has version {config.version}, this program"
-                f" reads {VERSION}",
+                f" reads {OLDEST_VERSION} to {VERSION}",
                 hint="upgrade lazarette",
             )
         return Repository(store, keys, clock, config, cache_dir)
+
+    @property
+    def paged(self) -> bool:
+        """Whether it may hold chunks named by the hashes of their pages."""
+        return self.config.version >= PAGED_VERSION
+
+    def migrate(self) -> bool:
+        """Bring the format up to this program's version; False when it is already.
+
+        What is stored stays as it is and readable; programs that know only the older version
+        refuse the repository from then on.
+
+        Raises:
+            InUse: maintenance is at work.
+        """
+        if self.config.version == VERSION:
+            return False
+        with self.guard.hold(Kind.MAINTAIN, "migrate") as guard:
+            config = msgspec.structs.replace(self.config, version=VERSION)
+            sealed = seal(self.crypt, CONFIG, _encode(config), index=True)
+            guard.confirm()
+            self.store.put(CONFIG, sealed)
+            self.config = config
+        return True
 
     def refresh(self) -> None:
         """Bring the index up to date with the store.

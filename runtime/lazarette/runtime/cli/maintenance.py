@@ -6,7 +6,7 @@ import click
 import msgspec
 
 from lazarette.backup import copying
-from lazarette.backup.jobs.access import credentials
+from lazarette.backup.jobs.access import credentials, secret
 from lazarette.backup.repository import keys, repair, scrub, statistics
 from lazarette.backup.stores.open import open_store
 from lazarette.runtime.cli import local, output
@@ -216,4 +216,45 @@ def key_rm(url: str, identity: str, key_file: str | None, kit: str | None, as_js
     output.answer(as_json, {"removed": identity})
 
 
-COMMANDS = (stats, scrub_, repair_, copy, key)
+@key.command("rotate")
+@click.option(
+    "--new-key-file",
+    required=True,
+    type=click.Path(dir_okay=False),
+    help="The file to make; it must not exist.",
+)
+@click.option("--keep", "kept", is_flag=True, help="The key given goes on opening it as well.")
+@secret_options
+@json_option
+@click.argument("url")
+def key_rotate(
+    url: str, new_key_file: str, kept: bool, key_file: str | None, kit: str | None, as_json: bool
+) -> None:
+    """Encrypt what is written from now on with a new master key.
+
+    Every other key, recovery kits and those of hosts that only write among them, opens the
+    repository no more.
+    """
+    access = local.with_key(store_access(url, key_file, kit))
+    with local.opened(access) as opened:
+        made = keys.KeyFile.generate()
+        made.write(new_key_file)
+        secrets = [made, *([secret(access)] if kept else [])]
+        fresh = keys.rotate(opened.store, opened.keys, secrets, clock=SystemClock())
+    output.answer(as_json, {"epoch": fresh.epoch}, f"master key {fresh.epoch + 1} is in use")
+
+
+@click.command("migrate")
+@secret_options
+@json_option
+@click.argument("url")
+def migrate(url: str, key_file: str | None, kit: str | None, as_json: bool) -> None:
+    """Bring an older repository up to this program's format; older programs then refuse it."""
+    with local.opened(store_access(url, key_file, kit)) as opened:
+        changed = opened.migrate()
+        version = opened.config.version
+    text = f"the format is version {version}{'' if changed else ' already'}"
+    output.answer(as_json, {"version": version, "changed": changed}, text)
+
+
+COMMANDS = (stats, scrub_, repair_, copy, key, migrate)

@@ -11,7 +11,7 @@ from lazarette.runtime.cli.context import Session, json_option, pass_session
 from lazarette.runtime.cli.secrets import secret_options, store_access
 from lazarette.storage.errors import Unavailable
 
-_MAINTENANCE = ("copy", "key", "repair", "scrub", "stats")
+_MAINTENANCE = ("copy", "key", "migrate", "repair", "scrub", "stats")
 
 
 class _RepoGroup(click.Group):

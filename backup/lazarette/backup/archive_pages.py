@@ -1,0 +1,147 @@
+"""Blocks of which only some pages were written, by a record of changes: only those are read.
+
+The hashes of the other pages are known on this host, and prove themselves against the id of the
+block that was there (:mod:`lazarette.backup.pagemaps`).  Where they are not known, or most pages
+are new, the block is read whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from lazarette.backup.archive_content import Worker, fill_buffer
+from lazarette.backup.pagemaps import MOST_NEW, PageMap, delta
+from lazarette.backup.repository.entries import PART
+from lazarette.backup.repository.format import ID_SIZE, PAGE
+from lazarette.storage.changes import ByteRange
+
+
+@dataclass(frozen=True, slots=True)
+class Touched:
+    """A whole block of which some pages may differ.
+
+    Attributes:
+        offset: in the file.
+        length: bytes, whole pages.
+        base: the chunk that was there.
+        pages: numbers of the pages that may differ, ascending.
+    """
+
+    offset: int
+    length: int
+    base: bytes
+    pages: tuple[int, ...]
+
+
+def touched_pages(offset: int, length: int, ranges: tuple[ByteRange, ...], number: int) -> set[int]:
+    """Pages of a block that ranges overlap, from the range ``number`` on."""
+    found: set[int] = set()
+    end = offset + length
+    while number < len(ranges) and ranges[number].offset < end:
+        first = max(ranges[number].offset - offset, 0) // PAGE
+        last = -(-(min(ranges[number].end, end) - offset) // PAGE)
+        found.update(range(first, last))
+        number += 1
+    return found
+
+
+class _Short(Exception):
+    """The file ended before the block."""
+
+
+@dataclass
+class Pages:
+    """A run of a large file: parts kept as they were and blocks touched, in order.
+
+    Attributes:
+        file: the open file.
+        length: bytes the run covers.
+        items: packed ``PART`` rows of what is kept, and what is touched.
+        parts: result, packed ``PART`` rows.
+        read: ``length`` when all was there; 0 when the file shrank.
+    """
+
+    file: int
+    owner: object
+    length: int = 0
+    items: list[bytes | Touched] = field(default_factory=list)
+    blocks: int = 0
+    parts: bytes = b""
+    read: int = 0
+    error: BaseException | None = None
+    fault: OSError | None = None
+
+    def add(self, item: bytes | Touched, length: int) -> None:
+        """Append to the run."""
+        self.items.append(item)
+        self.length += length
+        self.blocks += isinstance(item, Touched)
+
+    def run(self, worker: Worker) -> None:
+        """Read and store what is touched."""
+        try:
+            self.parts = b"".join(
+                self._block(worker, item) if isinstance(item, Touched) else item
+                for item in self.items
+            )
+            self.read = self.length
+        except _Short:
+            self.read = 0
+        except OSError as failed:
+            self.fault = failed
+
+    def _block(self, worker: Worker, block: Touched) -> bytes:
+        known = worker.known_pages(block.base, block.length // PAGE, True)
+        row = None if known is None else self._patched(worker, block, known)
+        if row is not None:
+            return row
+        view = worker.view[: block.length]
+        self._fill(worker, view, block.offset)
+        bases = {block.offset: block.base}
+        return worker.store_blocks(view, [block.length], block.offset, bases, True)
+
+    def _patched(self, worker: Worker, block: Touched, known: PageMap) -> bytes | None:
+        """Store the block from its new pages alone; None when it has to be read whole."""
+        count = block.length // PAGE
+        if len(block.pages) > count * MOST_NEW:
+            return None
+        hashes = bytearray(known.hashes)
+        for first, last in _runs(block.pages):
+            view = worker.view[first * PAGE : last * PAGE]
+            self._fill(worker, view, block.offset + first * PAGE)
+            hashes[first * ID_SIZE : last * ID_SIZE] = worker.crypt.page_hashes(view)
+        chunk = worker.crypt.paged_id(bytes(hashes))
+        ingest = worker.ingest
+        if not ingest.has(chunk):
+            view = worker.view
+            found = delta(
+                chunk, lambda page: view[page * PAGE : (page + 1) * PAGE], bytes(hashes), known
+            )
+            if found is None or worker.maps is None or chunk in worker.lost:
+                return None
+            if not all(map(ingest.has, found.needs)):
+                return None
+            if ingest.claim(chunk):
+                worker.lane.add(chunk, found.payload, found.needs, True)
+                worker.maps.note(chunk, found.pages)
+        return PART.pack(chunk, block.length)
+
+    def _fill(self, worker: Worker, view: memoryview, offset: int) -> None:
+        got = fill_buffer(self.file, view, 0, len(view), offset)
+        worker.bytes_read += got
+        if got < len(view):
+            raise _Short
+
+
+def _runs(numbers: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Runs of consecutive numbers: first, and one past the last."""
+    start = end = -1
+    for number in numbers:
+        if number != end:
+            if end > start:
+                yield start, end
+            start = number
+        end = number + 1
+    if end > start:
+        yield start, end
