@@ -95,7 +95,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     folder = shared / "s3"
     folder.mkdir(exist_ok=True)
     with open(folder / "users", "w") as users:
-        yield _join(folder, users.fileno())
+        yield join(folder, users.fileno())
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def _session() -> boto3.session.Session:
     return boto3.session.Session()
 
 
-def _join(folder: Path, users: int) -> S3Server:
+def join(folder: Path, users: int) -> S3Server:
     """Become a user of the folder's server, starting it if there is none."""
     with open(folder / "start", "w") as start:
         fcntl.flock(start, fcntl.LOCK_EX)

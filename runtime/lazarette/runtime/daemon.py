@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,11 +32,15 @@ from lazarette.runtime.config import (
     Config,
 )
 from lazarette.runtime.engine import Engine
+from lazarette.runtime.protection.guardian import anything_held
+from lazarette.runtime.protection.guarding import Guarding
 from lazarette.storage.clock import SystemClock
 from lazarette.storage.errors import Conflict, InvalidArgument, LazaretteError, NotRoot
 
 log = logging.getLogger("lazarette")
 
+_LOCK_S, _RELEASE_S = 1.0, 120.0
+_RELEASING = b"releasing"
 _CONFIG_KEYS = ("volume_driver", "layer_driver", "runtime", "bridge", "advertise_address")
 _CONFIG_PATHS = ("policy_file",)
 _CONFIG_LISTS = ("etcd", "insecure_registries", "registry_mirrors", "labels")
@@ -79,6 +84,7 @@ class AlreadyRunning(Conflict):
 @click.option("--tlskey", default=None)
 @click.option("--stop-containers", is_flag=True, help="Stop the containers at the end.")
 @click.option("--debug", is_flag=True)
+@click.option("--release-holds", is_flag=True, hidden=True, help="Release what is held, and end.")
 def lazd(
     data_root: Path,
     exec_root: Path,
@@ -92,6 +98,7 @@ def lazd(
     tlskey: str | None,
     stop_containers: bool,
     debug: bool,
+    release_holds: bool,
 ) -> None:
     """The Lazarette daemon."""
     logging.basicConfig(
@@ -121,6 +128,11 @@ def lazd(
         if tlscacert and tlscert and tlskey
         else None
     )
+    if release_holds:
+        with _in_place_of_the_dead(config) as alone:
+            if alone:
+                asyncio.run(_release(config))
+        return
     with _only_one(config.data_root):
         asyncio.run(_run(config, tls, stop_containers))
 
@@ -152,18 +164,64 @@ def with_file(config: Config, path: Path) -> Config:
 
 @contextmanager
 def _only_one(data_root: Path) -> Iterator[None]:
-    data_root.mkdir(parents=True, exist_ok=True, mode=0o711)
-    lock = os.open(data_root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """Hold the data root's lock; one that releases a dead daemon's holds is waited for."""
+    lock = _lock_file(data_root)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as held:
-        raise AlreadyRunning(
-            f"another daemon uses {data_root}", hint="give this one its own --data-root"
-        ) from held
-    try:
+        now = time.monotonic()
+        impatient, patient = now + _LOCK_S, now + _RELEASE_S
+        while not _locked(lock):
+            now = time.monotonic()
+            if now > (patient if os.pread(lock, 16, 0) == _RELEASING else impatient):
+                raise AlreadyRunning(
+                    f"another daemon uses {data_root}", hint="give this one its own --data-root"
+                )
+            time.sleep(0.05)
+        os.ftruncate(lock, 0)
         yield
     finally:
         os.close(lock)
+
+
+@contextmanager
+def _in_place_of_the_dead(config: Config) -> Iterator[bool]:
+    """Hold the lock of a daemon that died; False when nothing is held (any more)."""
+    lock = _lock_file(config.data_root)
+    try:
+        while held := anything_held(str(config.state_file)):
+            if _locked(lock):
+                os.pwrite(lock, _RELEASING, 0)
+                break
+            time.sleep(0.3)
+        yield held
+        if held:
+            os.ftruncate(lock, 0)
+    finally:
+        os.close(lock)
+
+
+def _lock_file(data_root: Path) -> int:
+    data_root.mkdir(parents=True, exist_ok=True, mode=0o711)
+    return os.open(data_root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _locked(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _releasing_command() -> list[str]:
+    """This very daemon, as it was started, in the form that only releases."""
+    program = [sys.executable, "-c", "from lazarette.runtime.daemon import main; main()"]
+    return [*program, *sys.argv[1:], "--release-holds"]
+
+
+async def _release(config: Config) -> None:
+    engine = Engine(config, SystemClock())
+    await engine.release()
+    await engine.stop(shutdown=False)
 
 
 async def _run(config: Config, tls: TlsFiles | None, stop_containers: bool) -> None:
@@ -177,6 +235,8 @@ async def _run(config: Config, tls: TlsFiles | None, stop_containers: bool) -> N
         return empty(202)
 
     engine = Engine(config, SystemClock())
+    guarding = Guarding(config.state_file, _releasing_command(), config.data_root / "guardian.log")
+    guarding.start()
     await engine.start()
     routes = [*all_routes(engine), Route("POST", "/lazarette/v1/shutdown", end_all)]
     server = await serve(config.hosts, Api(routes), tls)
@@ -185,6 +245,7 @@ async def _run(config: Config, tls: TlsFiles | None, stop_containers: bool) -> N
         loop.add_signal_handler(number, ended.set)
     log.info("listening on %s", ", ".join(config.hosts))
     await ended.wait()
+    guarding.stop()
     await server.close()
     await engine.stop(shutdown)
 

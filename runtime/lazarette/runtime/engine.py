@@ -208,6 +208,15 @@ class Engine:
 
     async def start(self) -> None:
         """Repair what an earlier daemon left, find its containers, follow the policies."""
+        await self._recover()
+        await self.protection.start()
+
+    async def release(self) -> None:
+        """Repair what a dead daemon left and release what it held; nothing else is begun."""
+        await self._recover()
+        await self.protection.release()
+
+    async def _recover(self) -> None:
         await asyncio.to_thread(self.layers.recover)
         await asyncio.to_thread(self.volumes.recover)
         await asyncio.to_thread(self.builder.recover)
@@ -216,7 +225,6 @@ class Engine:
         running = recover.load(self.containers)
         await asyncio.to_thread(self.networks.recover, running)
         await recover.resume(self.containers)
-        await self.protection.start()
 
     async def stop(self, shutdown: bool) -> None:
         """Let go of everything; containers go on unless ``shutdown`` is asked for.

@@ -16,8 +16,10 @@ from aiohttp import web
 
 from lazarette.backup.jobs.model import CheckJob, Failure, Progress, StoreAccess
 from lazarette.backup.policy.metrics import CONTENT_TYPE
+from lazarette.backup.policy.outcome import Kind
 from lazarette.runtime.api.http import Call, Route, empty, json_response, stream
 from lazarette.runtime.protection.backups import encode_run
+from lazarette.runtime.protection.history import encode_history
 from lazarette.runtime.protection.restores import encode_point
 from lazarette.runtime.protection.service import Protection
 from lazarette.storage.errors import InternalError, InvalidArgument, LazaretteError
@@ -97,6 +99,7 @@ class ProtectionRoutes:
             Route("POST", _V1 + "/backups", self.back_up),
             Route("GET", _V1 + "/backups", self.points),
             Route("GET", _V1 + "/runs", self.runs),
+            Route("GET", _V1 + "/history", self.history),
             Route("POST", _V1 + "/restores", self.restore),
             Route("GET", _V1 + "/policies", self.policies),
             Route("GET", _V1 + "/policies/{volume}", self.policy),
@@ -178,8 +181,21 @@ class ProtectionRoutes:
     async def runs(self, call: Call) -> web.StreamResponse:
         """The newest runs, of one volume or all."""
         book, volume = self._protection.backups.runs, call.text("volume")
-        found = book.of_volume(volume) if volume else book.recent()
+        limit = max(call.number("limit") or 100, 1)
+        found = book.of_volume(volume, limit) if volume else book.recent(limit)
         return json_response([encode_run(run) for run in found])
+
+    async def history(self, call: Call) -> web.StreamResponse:
+        """The journal: what was run of every kind, the newest first."""
+        asked = call.text("kind")
+        kind = next((one for one in Kind if one.value == asked), None)
+        if asked and kind is None:
+            raise InvalidArgument(
+                f"no kind of run is called {asked}", hint=", ".join(one.value for one in Kind)
+            )
+        limit = max(call.number("limit") or 100, 1)
+        found = self._protection.history(call.text("volume"), kind, limit)
+        return json_response([encode_history(run) for run in found])
 
     async def restore(self, call: Call) -> web.StreamResponse:
         """Bring a volume back."""

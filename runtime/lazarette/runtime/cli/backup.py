@@ -84,6 +84,40 @@ def drill(session: Session, volume: str, as_json: bool) -> int:
     return EXIT_OK if good else EXIT_FAULT
 
 
+@backup.command("history")
+@click.option("--kind", default="", help="backup, copy, verify or drill; all by default.")
+@click.option("--limit", default=50, show_default=True, help="How many, the newest first.")
+@json_option
+@click.argument("volume", required=False)
+@pass_session
+def history(session: Session, volume: str | None, kind: str, limit: int, as_json: bool) -> None:
+    """Show what was run, failed runs included."""
+    found = session.daemon.ask_list("/history", volume=volume or "", kind=kind, limit=str(limit))
+    if as_json:
+        output.write_json(found)
+        return
+    rows = [
+        (
+            when(cast(int, one["started_ns"])),
+            str(one["volume"]),
+            str(one["kind"]),
+            str(one["outcome"]),
+            str(one["reason"]),
+            _told(one),
+        )
+        for one in found
+    ]
+    output.write_table(("BEGAN", "VOLUME", "KIND", "OUTCOME", "WHY", "SAID"), rows)
+
+
+def _told(run: Json) -> str:
+    """The error, else the first warning, else what was made."""
+    warnings = cast(list[str], run["warnings"])
+    more = f" (and {len(warnings) - 1} more)" if len(warnings) > 1 else ""
+    said = str(run["error"]) or (warnings[0] + more if warnings else str(run["snapshot"])[:12])
+    return output.printable(said)
+
+
 def follow(session: Session, path: str, body: object, title: str, as_json: bool) -> Json:
     """Run long work in the daemon behind a progress bar; its result."""
     with output.Bar(title, quiet=as_json) as bar:

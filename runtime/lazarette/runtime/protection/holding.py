@@ -15,14 +15,14 @@ from lazarette.backup.policy.hold import Held, Holder
 from lazarette.backup.policy.model import ConsistencyRule
 from lazarette.backup.policy.quiesce import Quiesced
 from lazarette.runtime.containers import pidfd
-from lazarette.runtime.containers.container import Container
+from lazarette.runtime.containers.container import Container, WaitFor
 from lazarette.runtime.containers.exec import ExecSession
 from lazarette.runtime.containers.manager import ContainerManager
 from lazarette.runtime.containers.model import ExecRequest
 from lazarette.runtime.containers.record import Status
 from lazarette.runtime.protection.policies import PolicyBook
-from lazarette.storage.clock import Clock
-from lazarette.storage.errors import Conflict, NotFound, NotModified
+from lazarette.storage.clock import NANOSECONDS, Clock
+from lazarette.storage.errors import Conflict, NotFound, NotModified, Unavailable
 from lazarette.storage.process import run as run_program
 from lazarette.storage.state import State
 from lazarette.storage.volumes.manager import VolumeManager
@@ -34,6 +34,14 @@ _STDERR = 2
 _LOOK_S = 5.0
 _CLOSE_S = 5.0
 _MOST_OUTPUT = 1 << 20
+_ENDING_S = 1.0
+_WAIT_S = 20.0
+
+
+class StillEnding(Unavailable):
+    """A container that was asked to stop has neither ended nor used up its time."""
+
+    number = 374
 
 
 class _Client:
@@ -129,6 +137,7 @@ class EngineAccess:
 
     def __init__(self, containers: ContainerManager) -> None:
         self._containers = containers
+        self._ending: dict[str, int] = {}
 
     async def users(self, volumes: Sequence[str]) -> Sequence[User]:
         """See ``ContainerAccess.users``."""
@@ -190,11 +199,36 @@ class EngineAccess:
         return one.state.exit_code
 
     async def start(self, container: str) -> None:
-        """See ``ContainerAccess.start``."""
+        """See ``ContainerAccess.start``.
+
+        Whoever asked it to stop may have died meanwhile: a container that still runs is
+        given its stop timeout to end before it counts as one that was never asked.
+
+        Raises:
+            StillEnding: it may yet end; ask again.
+        """
         try:
-            await self._containers.lifecycle.start(self._containers.get(container))
+            one = self._containers.get(container)
+            await self._wait_for_end(one)
+            await self._containers.lifecycle.start(one)
         except (NotFound, NotModified):
+            pass
+        self._ending.pop(container, None)
+
+    async def _wait_for_end(self, one: Container) -> None:
+        if not one.state.running:
             return
+        clock = self._containers.clock
+        patience = max(self._containers.lifecycle.stop_timeout(one), 0) + _ENDING_S
+        now = clock.monotonic_ns()
+        until = self._ending.setdefault(one.id, now + round(patience * NANOSECONDS))
+        left = (until - now) / NANOSECONDS
+        try:
+            async with asyncio.timeout(max(min(left, _WAIT_S), 0)):
+                await asyncio.shield(one.expect(WaitFor.NOT_RUNNING))
+        except TimeoutError:
+            if left > _WAIT_S:
+                raise StillEnding(f"container {one.name} is still ending") from None
 
 
 class Stillness:
@@ -226,7 +260,6 @@ class Stillness:
 
     async def start(self) -> None:
         """Release what a killed daemon left held, and go on looking after it."""
-        await self._release()
         self._watcher = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
@@ -269,10 +302,18 @@ class Stillness:
 
     async def _watch(self) -> None:
         while True:
+            await self.release()
             await asyncio.sleep(_LOOK_S)
-            await self._release()
 
-    async def _release(self) -> None:
+    async def release_everything(self) -> None:
+        """Release until nothing is held; for one that does nothing else."""
+        await self.release()
+        while self._quiesced.held_runs():
+            await asyncio.sleep(1.0)
+            await self.release()
+
+    async def release(self) -> None:
+        """End the holds of all runs that are not going on."""
         done = await self._quiesced.release_all(self._access, but=list(self._going_on))
         for run, problems in done.items():
             log.warning("released what run %d had left held", run)

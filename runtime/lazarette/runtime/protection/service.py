@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lazarette.backup.jobs.model import Job, Progress, Request, Result
-from lazarette.backup.policy.journal import Journal
+from lazarette.backup.policy.journal import Journal, Run
 from lazarette.backup.policy.journal import Protection as VolumeState
+from lazarette.backup.policy.outcome import Kind
 from lazarette.runtime.protection.backups import BackupService
 from lazarette.runtime.protection.drills import Drills
 from lazarette.runtime.protection.fills import FillService
@@ -72,6 +73,10 @@ class Protection:
         await self.policies.start()
         self.teller.start()
 
+    async def release(self) -> None:
+        """Release what a dead daemon held, in its place; for the guardian."""
+        await self._stillness.release_everything()
+
     async def stop(self) -> None:
         """Follow no policy any more; running jobs go on by themselves."""
         await self.policies.stop()
@@ -92,6 +97,10 @@ class Protection:
         """
         self._volumes.get(volume)
         return self._journal.approve(volume)
+
+    def history(self, volume: str = "", kind: Kind | None = None, limit: int = 100) -> list[Run]:
+        """What was run, the newest first: backups, copies, drills, verifications."""
+        return self._journal.runs(volume=volume, kind=kind, limit=limit)
 
     async def status(self) -> list[dict[str, object]]:
         """How safe each volume is, one object a volume."""

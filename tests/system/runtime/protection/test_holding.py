@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sqlite3
 import threading
-import time
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import cast
 
@@ -14,6 +17,8 @@ from tests.support.daemon import Daemon
 from tests.support.images import busybox_archive
 from tests.support.postgres import Postgres
 from tests.support.waiting import until
+
+from lazarette.runtime.protection.guardian import anything_held
 
 SLOW_STOP = (
     "trap 'sleep 2; echo flushed > /data/flushed; exit 0' TERM; touch /data/up; "
@@ -49,6 +54,22 @@ def inside(daemon: Daemon, *argv: str) -> str:
 def state(daemon: Daemon) -> dict[str, object]:
     found = json.loads(daemon.laz("inspect", "app").stdout)
     return cast(dict[str, object], found[0]["State"])
+
+
+def held(daemon: Daemon) -> bool:
+    return anything_held(str(daemon.root / "data" / "state.db"))
+
+
+def guardians(daemon: Daemon) -> list[int]:
+    """Guardians of this daemon."""
+    mark, found = str(daemon.root / "data" / "state.db").encode(), []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if mark in words and any(b"guardian.py" in word for word in words):
+                    found.append(int(entry.name))
+    return found
 
 
 def backup(daemon: Daemon, volume: str = "data") -> dict[str, object]:
@@ -97,14 +118,72 @@ def test_a_killed_daemon_leaves_nothing_stopped(daemon: Daemon) -> None:
         target=lambda: daemon.laz("backup", "run", "data", check=False), daemon=True
     )
     asking.start()
-    time.sleep(1.5)
+    until(lambda: held(daemon))
     daemon.kill()
     asking.join(30)
-    time.sleep(2.0)
     daemon.start()
-    assert until(lambda: state(daemon)["Running"]) < 30
-    time.sleep(1)
+    until(lambda: not held(daemon))
     assert state(daemon)["Running"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "ended"), [("stop", True), ("stop", False), ("hooks", False)])
+def test_the_guardian_releases_while_no_daemon_runs(
+    daemon: Daemon, tmp_path: Path, mode: str, ended: bool
+) -> None:
+    """A11: the daemon is gone and stays so; everything goes on within 30 s, hooks run once."""
+    after = tmp_path / "after"
+    labels = {
+        "stop": ["lazarette.mode=stop"],
+        "hooks": ["lazarette.consistency=hooks", "lazarette.pre=host: sleep 3"],
+    }
+    post = f"lazarette.post=host: sh -c 'echo ran >> {after}'"
+    start(daemon, SLOW_STOP, *labels[mode], post)
+    pid = cast(int, state(daemon)["Pid"])
+    asking = threading.Thread(
+        target=lambda: daemon.laz("backup", "run", "data", check=False), daemon=True
+    )
+    asking.start()
+    until(lambda: held(daemon))
+    if ended:
+        until(lambda: not Path(f"/proc/{pid}").exists())
+    daemon.kill()  # else while it flushes: it ends only after its daemon
+    assert until(lambda: not held(daemon)) < 30
+    assert after.read_text() == "ran\n"
+    daemon.start()
+    asking.join(30)
+    assert state(daemon)["Running"]
+    assert after.read_text() == "ran\n"
+    runs = cast(list[dict[str, object]], daemon.json("backup", "history", "data"))
+    assert [run["outcome"] for run in runs] == ["failed"]
+
+
+@pytest.mark.slow
+def test_the_guardian_lets_a_paused_container_go_on(daemon: Daemon) -> None:
+    start(daemon, "touch /data/up; while :; do date +%s%N > /data/now; sleep 0.1; done")
+    daemon.laz("pause", "app")
+    with closing(sqlite3.connect(daemon.root / "data" / "state.db", timeout=30)) as database:
+        database.execute(
+            "INSERT INTO policy_holds (run, kind, container, argv, state, since_ns)"
+            " VALUES (1, 'unpause', 'app', '[]', 'held', 0)"
+        )
+        database.commit()
+    daemon.kill()
+    until(lambda: not held(daemon))
+    daemon.start()
+    assert not state(daemon)["Paused"]
+    before = inside(daemon, "cat", "/data/now")
+    until(lambda: inside(daemon, "cat", "/data/now") != before)
+
+
+@pytest.mark.slow
+def test_a_killed_guardian_is_replaced(daemon: Daemon) -> None:
+    [first] = guardians(daemon)
+    os.kill(first, signal.SIGKILL)
+    until(lambda: guardians(daemon) not in ([], [first]))
+    daemon.kill()
+    until(lambda: not guardians(daemon))
+    daemon.start()
 
 
 @pytest.mark.slow
