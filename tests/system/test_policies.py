@@ -93,3 +93,55 @@ def test_label_protects_and_bad_words_are_refused(protected: Daemon) -> None:
         assert b"Traceback" not in refused.stderr
     unknown = daemon.laz("policy", "show", "v1", check=False)
     assert unknown.returncode not in (0, 1)
+
+
+def history(daemon: Daemon, volume: str) -> list[dict]:
+    return cast(list[dict], daemon.json("backup", "history", volume))
+
+
+def test_volumes_of_one_container_or_project_are_saved_at_one_instant(protected: Daemon) -> None:
+    daemon = protected
+    label = ("--label", "lazarette.backup=every 2s")
+    two = ("-v", "first:/1", "-v", "second:/2")
+    daemon.laz("run", "-d", "--name", "two", *label, *two, "busybox", "sleep", "1000")
+    for name in ("p1", "p2"):
+        daemon.laz("volume", "create", "--label", "com.docker.compose.project=shop", name)
+    file = daemon.root / "policies.toml"
+    config = daemon.root / "lazd.toml"
+    config.write_text(f'policy_file = "{file}"\n')
+    daemon.terminate()
+    daemon.arguments = ("--config", str(config))
+    daemon.start()
+    file.write_text('[policy.shop]\nproject = "shop"\nschedule = "every 2s"\n')
+    for pair, policy in ((("first", "second"), "first+second"), (("p1", "p2"), "shop")):
+        until(
+            lambda pair=pair: all(  # type: ignore[misc]
+                any(run["outcome"] == "ok" for run in history(daemon, name)) for name in pair
+            ),
+            f"{pair} are not saved",
+        )
+        moments = []
+        for name in pair:
+            assert {run["policy"] for run in history(daemon, name)} == {policy}
+            found = json.loads(daemon.laz("backup", "ls", "--json", name).stdout)
+            moments.append({one["time_ns"] for one in found})
+        assert moments[0] & moments[1], "no instant is common"
+    shown = daemon.laz("policy", "show", "p1").stdout.decode()
+    assert f"policy file: {file}" in shown
+    assert "saved as: shop" in shown
+    file.write_text("")
+    until(lambda: daemon.laz("policy", "show", "p1", check=False).returncode != 0, "still followed")
+
+
+def test_what_cannot_be_saved_is_shown_and_told(protected: Daemon) -> None:
+    """A scheduled run that cannot even begin is a failed one, not one that never was."""
+    daemon = protected
+    daemon.laz("policy", "set", "v1", "--every", "2s", "--rpo", "1s", "--repo", "nowhere")
+    until(lambda: history(daemon, "v1") != [], "nothing is written down")
+    assert history(daemon, "v1")[0]["outcome"] == "failed"
+    assert "nowhere" in history(daemon, "v1")[0]["error"]
+    [state] = cast(list[dict], daemon.json("status"))
+    assert (state["state"], state["level"], state["overdue"]) == ("failed", "bad", True)
+    shown = daemon.laz("status")
+    assert b"overdue" in shown.stdout
+    assert b"nowhere" in shown.stderr

@@ -138,7 +138,7 @@ class Engine:
         jobs = JobRunner(root / "jobs")
         repositories = RepositoryBook(root / "repositories", root / "cache", self.clock)
         journal = Journal(self.state, self.clock)
-        book = PolicyBook(self.state, self.volumes, self._labels_of_users, config.policy_file)
+        book = PolicyBook(self.state, self.volumes, self._users, config.policy_file)
         self.fills = FillService(self.volumes, repositories, self.state, config.exec_root / "fills")
         keep = ImageKeep(
             StoreArchives(self.images), repositories, jobs, config.exec_root / "images"
@@ -203,8 +203,11 @@ class Engine:
         )
         return Joined(namespace, hosts, resolv_conf)
 
-    def _labels_of_users(self, volume: str) -> list[dict[str, str]]:
-        return [one.definition.config.labels for one in self.containers.using_volume(volume)]
+    def _users(self, volume: str) -> list[tuple[str, dict[str, str]]]:
+        return [
+            (one.name.lstrip("/"), one.definition.config.labels)
+            for one in self.containers.using_volume(volume)
+        ]
 
     async def start(self) -> None:
         """Repair what an earlier daemon left, find its containers, follow the policies."""

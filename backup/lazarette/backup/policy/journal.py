@@ -37,6 +37,7 @@ _STEPS = (
         skipped INTEGER NOT NULL DEFAULT 0
     ) STRICT;
     """,
+    "ALTER TABLE policy_slots ADD COLUMN pending INTEGER NOT NULL DEFAULT 0",
 )
 _KEPT_RUNS = 20_000
 
@@ -70,7 +71,7 @@ class Protection:
     Attributes:
         last: its newest run of a backup.
         last_good: the newest that counts.
-        last_verified: the newest good verification of stored data.
+        last_verified: the newest good verification of all stored data, or good drill.
         last_drill: the newest restore drill.
         rpo_ns: age of the newest good backup; None when there is none.
         rpo_target_ns: the oldest it may be.
@@ -113,6 +114,7 @@ class Journal:
             number = cursor.lastrowid
             assert number is not None
             db.execute("DELETE FROM policy_runs WHERE id <= ?", (number - _KEPT_RUNS,))
+            db.execute("UPDATE policy_slots SET pending = 0 WHERE policy = ?", (policy,))
         return number
 
     def end(self, run: int, outcome: Outcome) -> None:
@@ -179,7 +181,11 @@ class Journal:
             volume=volume,
             last=self._newest("volume = ? AND kind = ?", (volume, Kind.BACKUP.value)),
             last_good=last_good,
-            last_verified=self._newest(good, (volume, Kind.VERIFY.value)),
+            last_verified=max(
+                filter(None, (self._newest(good, (volume, Kind.VERIFY.value)), proven)),
+                key=lambda run: run.started_ns,
+                default=None,
+            ),
             last_drill=self._newest("volume = ? AND kind = ?", (volume, Kind.DRILL.value)),
             rpo_ns=age,
             rpo_target_ns=rpo_target_ns,
@@ -202,14 +208,32 @@ class Journal:
                 (volume,),
             ).rowcount
 
-    def fired(self, policy: str, due_ns: int) -> None:
-        """Remember the last due instant that was acted on."""
+    def fired(self, policy: str, due_ns: int, *, pending: bool = False) -> None:
+        """Remember the last due instant that was acted on.
+
+        Args:
+            policy: whose.
+            due_ns: the instant.
+            pending: a run is to begin: until it is in the journal, or :meth:`taken`, a daemon
+                that dies has missed it.
+        """
         with self._state.write() as db:
             db.execute(
-                "INSERT INTO policy_slots (policy, last_ns) VALUES (?, ?)"
-                " ON CONFLICT (policy) DO UPDATE SET last_ns = excluded.last_ns",
-                (policy, due_ns),
+                "INSERT INTO policy_slots (policy, last_ns, pending) VALUES (?, ?, ?)"
+                " ON CONFLICT (policy) DO UPDATE SET last_ns = excluded.last_ns,"
+                " pending = max(pending, excluded.pending)",
+                (policy, due_ns, int(pending)),
             )
+
+    def taken(self, policy: str) -> None:
+        """What was due has been done, or there was nothing to do."""
+        with self._state.write() as db:
+            db.execute("UPDATE policy_slots SET pending = 0 WHERE policy = ?", (policy,))
+
+    def is_pending(self, policy: str) -> bool:
+        """Whether a run was due that never began."""
+        row = self._state.row("SELECT pending FROM policy_slots WHERE policy = ?", (policy,))
+        return row is not None and bool(row["pending"])
 
     def last_fired(self, policy: str) -> int | None:
         """The last due instant that was acted on."""

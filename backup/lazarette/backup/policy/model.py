@@ -45,6 +45,7 @@ from lazarette.storage.errors import InvalidArgument, LazaretteError
 LABEL_PREFIX = "lazarette."
 SCRATCH_PREFIX = "lazarette-drill-"
 """Names of what drills make; no policy means it, whatever labels it was restored with."""
+_PROJECT = "com.docker.compose.project"
 _OFF = {"off", "none", "no", "false", "never"}
 _DEFAULT_KEEP = "last=3,daily=7,weekly=4,monthly=6"
 
@@ -121,7 +122,7 @@ class Targets:
         """Whether a volume is one of them."""
         if any(fnmatchcase(volume.name, pattern) for pattern in self.volumes):
             return True
-        if self.project and volume.project == self.project:
+        if self.project and self.project in volume.projects:
             return True
         return bool(self.labels) and all(
             volume.labels.get(name) == value or (not value and name in volume.labels)
@@ -136,11 +137,20 @@ class Volume:
     name: str
     labels: Mapping[str, str] = field(default_factory=dict)
     container_labels: Sequence[Mapping[str, str]] = ()
+    containers: Sequence[str] = ()
+    """Names of the containers that use it, as ``container_labels``."""
 
     @property
-    def project(self) -> str:
-        """The compose project it belongs to, or nothing."""
-        return self.labels.get("com.docker.compose.project", "")
+    def projects(self) -> frozenset[str]:
+        """The compose projects it belongs to: its own, and those of containers using it."""
+        labels = (self.labels, *self.container_labels)
+        return frozenset(filter(None, (each.get(_PROJECT, "") for each in labels)))
+
+    @property
+    def bonds(self) -> frozenset[str]:
+        """What ties it to others: the containers using it, the projects it belongs to."""
+        projects = (f"project {name}" for name in self.projects)
+        return frozenset([*(f"container {name}" for name in self.containers), *projects])
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,10 +378,10 @@ def applying(
     )
     if own is not None:
         return own
-    for labels in volume.container_labels:
-        found = parse_labels(
-            volume.name, labels, Origin.CONTAINER_LABELS, "a container using it", default_zone
-        )
+    for number, labels in enumerate(volume.container_labels):
+        known = number < len(volume.containers)
+        source = f"container {volume.containers[number]}" if known else "a container using it"
+        found = parse_labels(volume.name, labels, Origin.CONTAINER_LABELS, source, default_zone)
         if found is not None:
             return found
     ordered = sorted(policies, key=lambda policy: (policy.origin.rank, policy.name))

@@ -152,7 +152,12 @@ MYSQL = SessionProfile(
     name="mysql",
     images=("mysql", "mariadb", "percona"),
     argv=_sh(_MYSQL),
-    begin=f"FLUSH TABLES WITH READ LOCK;\nSELECT '{_READY}';\n",
+    # a query that goes on makes the lock, and everybody behind it, wait; and a session whose
+    # client is lost unseen is ended by the server
+    begin=(
+        "SET SESSION lock_wait_timeout = 10, wait_timeout = 60;\n"
+        f"FLUSH TABLES WITH READ LOCK;\nSELECT '{_READY}';\n"
+    ),
     end=f"UNLOCK TABLES;\nSELECT '{_DONE}';\n",
     check=_patiently(_MYSQL + " -e 'SELECT 1'"),
     blocks=True,

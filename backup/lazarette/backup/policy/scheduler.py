@@ -196,6 +196,7 @@ class Scheduler:
             policy.name
             for policy in known
             if missed(policy.schedule, self._journal.last_fired(policy.name), now)
+            or self._journal.is_pending(policy.name)
         }
         self.replace(known)
         self._scheduler.resume()
@@ -255,14 +256,16 @@ class Scheduler:
         if policy is None:
             return
         now = self._clock.now_ns()
-        self._journal.fired(name, now)
+        in_time = (now, now - policy.jitter_ns)
+        allowed = any(is_open(policy.windows, moment, policy.zone) for moment in in_time)
+        begins = allowed and name not in self._running
+        self._journal.fired(name, now, pending=begins)
         if name in self._running:
             self._journal.skipped(name)
             return
         reason = Reason.MISSED if name in self._missed else Reason.SCHEDULE
         self._missed.discard(name)
-        in_time = (now, now - policy.jitter_ns)
-        if any(is_open(policy.windows, moment, policy.zone) for moment in in_time):
+        if begins:
             self._begin(name, reason)
 
     def _schedule(self, policy: Policy) -> None:
@@ -295,6 +298,7 @@ class Scheduler:
                 policy = self._policies.get(name)
                 if policy is not None:
                     await self._run(policy, reason)
+            self._journal.taken(name)
         finally:
             self._running.discard(name)
 

@@ -117,6 +117,10 @@ class RateRule:
     bytes_per_second: int | None
     window: Window | None = None
 
+    def __str__(self) -> str:
+        rate = "off" if self.bytes_per_second is None else str(self.bytes_per_second)
+        return rate if self.window is None else f"{rate}@{self.window}"
+
 
 @dataclass(frozen=True, slots=True)
 class RateLimit:
@@ -130,6 +134,9 @@ class RateLimit:
             if rule.window is None or rule.window.holds(ns, zone):
                 return rule.bytes_per_second
         return None
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.rules))
 
 
 NO_LIMIT = RateLimit()

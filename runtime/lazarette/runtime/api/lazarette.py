@@ -14,7 +14,7 @@ from typing import Literal
 import msgspec
 from aiohttp import web
 
-from lazarette.backup.jobs.model import CheckJob, Failure, Progress, StoreAccess
+from lazarette.backup.jobs.model import Failure, Progress, StoreAccess
 from lazarette.backup.policy.metrics import CONTENT_TYPE
 from lazarette.backup.policy.outcome import Kind
 from lazarette.runtime.api.http import Call, Route, empty, json_response, stream
@@ -147,9 +147,7 @@ class ProtectionRoutes:
         body = await call.json(CheckBody)
 
         async def work(tell: Tell) -> object:
-            return await self._protection.run_job(
-                call.path["name"], CheckJob(body.read_data), _teller(tell)
-            )
+            return await self._protection.check(call.path["name"], body.read_data, _teller(tell))
 
         return await _long(call, work)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 
+import click
 import msgspec
 from rich.console import Console
 from rich.progress import (
@@ -64,13 +66,22 @@ def answer(as_json: bool, value: object, *lines: str) -> None:
         sys.stdout.write(f"{printable(line)}\n")
 
 
-def write_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Columns padded to their widest cell, as docker prints them."""
+def write_table(
+    heads: Sequence[str], rows: Iterable[Sequence[str]], colours: Sequence[str] = ()
+) -> None:
+    """Columns padded to their widest cell, as docker prints them.
+
+    Args:
+        heads: names of the columns.
+        rows: cells.
+        colours: of each row, on a terminal only; empty for none.
+    """
     lines = [list(heads), *[[printable(cell) for cell in row] for row in rows]]
     widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
-    for line in lines:
+    for line, colour in zip_longest(lines, ["", *colours], fillvalue=""):
         cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        sys.stdout.write("   ".join(cells).rstrip() + "\n")
+        text = "   ".join(cells).rstrip()
+        click.echo(click.style(text, fg=colour) if colour else text)
 
 
 def write_error(message: str, hint: str) -> None:

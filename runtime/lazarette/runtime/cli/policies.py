@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import click
 
+from lazarette.backup.policy.durations import format_duration
 from lazarette.runtime.cli import output
 from lazarette.runtime.cli.client import Json
 from lazarette.runtime.cli.context import Session, json_option, pass_session
+from lazarette.storage.clock import rfc3339
 from lazarette.storage.errors import InvalidArgument
+
+_COLOURS = {"bad": "red", "warning": "yellow"}
 
 
 @click.group("policy")
@@ -87,6 +93,10 @@ def _show(one: Json) -> None:
         f"{one['volume']}: {one['schedule']}, keep {one['keep']}, "
         f"to {one['repository'] or 'the default repository'} ({one['origin']})"
     )
+    for name, value in cast(dict[str, object], one["details"]).items():
+        said = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        if said:
+            click.echo(f"  {name.replace('_', ' ')}: {output.printable(said)}")
     click.echo(f"  next run {one['next_run'] or 'never'}")
 
 
@@ -100,18 +110,39 @@ def status(session: Session, as_json: bool) -> None:
         output.write_json(found)
         return
     output.write_table(
-        ("VOLUME", "STATE", "LAST BACKUP", "NEXT", "LAST RUN"),
+        ("VOLUME", "STATE", "LAST BACKUP", "RPO/TARGET", "RTO/TARGET", "VERIFIED", "NEXT"),
         [
             (
                 str(one["volume"]),
-                str(one["state"]),
+                "overdue" if one["overdue"] else str(one["state"]),
                 str(one["last_backup"] or "never"),
+                _against(one.get("rpo_ns"), one.get("rpo_target_ns")),
+                _against(one.get("rto_ns"), one.get("rto_target_ns")),
+                _when(one.get("last_verified_ns")),
                 str(one["next_run"] or "-"),
-                str(one["last_outcome"] or "-"),
             )
             for one in found
         ],
+        [_COLOURS.get(str(one["level"]), "") for one in found],
     )
+    for one in found:
+        if one["error"]:
+            output.write_error(
+                f"{one['volume']}: {one['error']}", f"laz backup history {one['volume']}"
+            )
+
+
+def _against(now: object, target: object) -> str:
+    """A duration beside its target; what is not known or not set is a dash."""
+    said = [
+        format_duration(value) if isinstance(value, int) and value else "-"
+        for value in (now, target)
+    ]
+    return "/".join(said)
+
+
+def _when(ns: object) -> str:
+    return rfc3339(ns) if isinstance(ns, int) and ns else "never"
 
 
 COMMANDS = (policy, status)

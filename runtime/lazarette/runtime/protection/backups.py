@@ -15,7 +15,7 @@ import asyncio
 import logging
 import secrets
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from lazarette.backup.jobs.model import BackupJob, Failure, Progress, Request, R
 from lazarette.backup.policy.hold import Held
 from lazarette.backup.policy.journal import Journal, Reason
 from lazarette.backup.policy.model import ConsistencyRule
-from lazarette.backup.policy.outcome import Consistency, Kind, Outcome
+from lazarette.backup.policy.outcome import Consistency, Kind, Outcome, failed
 from lazarette.backup.policy.outcome import Result as JournalResult
 from lazarette.runtime.events import EventBus
 from lazarette.runtime.protection.definitions import Definitions
@@ -38,15 +38,17 @@ from lazarette.runtime.protection.repositories import RepositoryBook
 from lazarette.runtime.protection.runs import Run, RunBook
 from lazarette.storage.changes import ChangesUnknown
 from lazarette.storage.clock import Clock
-from lazarette.storage.errors import Conflict, LazaretteError
+from lazarette.storage.errors import Conflict, InternalError, LazaretteError
 from lazarette.storage.volumes.contract import SnapshotInfo, SnapshotKind, WriteGate
 from lazarette.storage.volumes.manager import VolumeManager
 
 log = logging.getLogger(__name__)
 
 LOCAL_PREFIX = "backup-"
+MANUAL = "manual"
 _DONE = ("ok", "warnings")
 Show = Callable[[str, Progress], None]
+FollowUp = Callable[[Run], Awaitable[None]]
 
 
 class BackupRunning(Conflict):
@@ -160,6 +162,7 @@ class BackupService:
         self._busy: set[str] = set()
         self._warnings: dict[str, list[str]] = {}
         self._adopted: set[asyncio.Task[None]] = set()
+        self._follow_up: FollowUp | None = None
         scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     async def run(
@@ -185,8 +188,7 @@ class BackupService:
             BackupRunning: one of them is being backed up.
         """
         known = self._repositories.get(repository)
-        for volume in volumes:
-            self._fills.content(volume, self._volumes.get(volume).mountpoint)
+        places = {volume: self._volumes.get(volume).mountpoint for volume in volumes}
         with self._claim(volumes):
             group = secrets.token_hex(8)
             local = LOCAL_PREFIX + group
@@ -196,15 +198,18 @@ class BackupService:
                 number = self._journal.begin(policy, volume, Kind.BACKUP, reason)
                 numbers.append(number)
                 self._teller.began(volume)
-                trigger = policy or "manual"
+                trigger = policy or MANUAL
                 self.runs.begin(run_id, volume, known.name, trigger, local, number)
             try:
+                for volume, place in places.items():
+                    self._fills.content(volume, place)
                 async with self._stillness.still(numbers[0], volumes, rule) as held:
                     taken = await asyncio.to_thread(self._snapshot, volumes, local)
-            except LazaretteError as error:
+            except Exception as error:
+                told = _told(error, f"the backup of {', '.join(volumes)}")
                 for run_id in ids.values():
-                    await self._finish(run_id, _failed(error))
-                raise
+                    await self._finish(run_id, _failed(told))
+                raise told from error
             for volume, info in taken.items():
                 self.runs.snapshot_taken(
                     ids[volume],
@@ -217,6 +222,20 @@ class BackupService:
                 *(self._ship(ids[volume], labels or {}, upload, show) for volume in volumes)
             )
         return [run for run_id in ids.values() if (run := self.runs.get(run_id)) is not None]
+
+    def refuse(
+        self, volumes: Sequence[str], policy: str, reason: Reason, why: LazaretteError
+    ) -> None:
+        """Write down, and tell of, runs that could not even begin."""
+        for volume in volumes:
+            number = self._journal.begin(policy, volume, Kind.BACKUP, reason)
+            outcome = failed(why.message)
+            self._journal.end(number, outcome)
+            self._teller.ended(volume, Kind.BACKUP, outcome)
+
+    def on_adopted(self, follow_up: FollowUp) -> None:
+        """What is to happen after a run of an earlier daemon that this one saw to its end."""
+        self._follow_up = follow_up
 
     async def recover(self) -> None:
         """Take up the runs an earlier daemon left: wait for living jobs, undo the rest."""
@@ -238,6 +257,9 @@ class BackupService:
             await self._finish(run.id, await self._jobs.watch(job, lambda progress: None))
         finally:
             self._busy.discard(run.volume)
+        ended = self.runs.get(run.id)
+        if ended is not None and self._follow_up is not None:
+            await self._follow_up(ended)
 
     def _claim(self, volumes: Sequence[str]) -> ExitStack:
         held = ExitStack()
@@ -266,8 +288,8 @@ class BackupService:
             request = msgspec.structs.replace(request, upload=upload)
             job = self._jobs.start(run.id, request)
             result = await self._jobs.watch(job, lambda progress: show(run.volume, progress))
-        except LazaretteError as error:
-            result = _failed(error)
+        except Exception as error:  # noqa: BLE001 - logged; a run always ends
+            result = _failed(_told(error, f"the backup of {run.volume}"))
         await self._finish(run.id, result)
 
     def _request(self, run: Run, labels: dict[str, str], definitions: Definitions) -> Request:
@@ -366,6 +388,14 @@ def outcome_of(run: Run) -> Outcome:
 
 def _failed(error: LazaretteError) -> Result:
     return Result("failed", failure=Failure.of(error))
+
+
+def _told(error: Exception, what: str) -> LazaretteError:
+    """An error as it may be shown: one that is not ours only says where to look."""
+    if isinstance(error, LazaretteError):
+        return error
+    log.error("%s failed", what, exc_info=error)
+    return InternalError(f"{what} failed by a fault of this program, see the daemon's log")
 
 
 def encode_run(run: Run) -> dict[str, object]:

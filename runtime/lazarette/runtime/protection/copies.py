@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from lazarette.backup.jobs.model import CopyJob, Request
 from lazarette.backup.policy.journal import Journal, Reason
@@ -29,13 +30,19 @@ class CopyService:
         self._journal = journal
 
     async def run(
-        self, volume: str, snapshot: str, source: str, target: str, policy: str, upload: int = 0
+        self,
+        volume: str,
+        snapshots: Sequence[str],
+        source: str,
+        target: str,
+        policy: str,
+        upload: int = 0,
     ) -> Outcome:
-        """Copy one snapshot; what failed is in the outcome and the journal.
+        """Copy snapshots; what failed is in the outcome and the journal.
 
         Args:
-            volume: whose it is.
-            snapshot: its id in the source.
+            volume: whose they are.
+            snapshots: their ids in the source, the oldest first.
             source: name of the repository that has it.
             target: name of the one that gets it.
             policy: that asks for it.
@@ -44,7 +51,7 @@ class CopyService:
         Raises:
             RepositoryUnknown: one of the two is not known here.
         """
-        job = CopyJob([snapshot], self._repositories.get(target).access)
+        job = CopyJob(list(snapshots), self._repositories.get(target).access)
         access = self._repositories.get(source).access
         number = self._journal.begin(policy, volume, Kind.COPY, Reason.SCHEDULE)
         result = await self._jobs.run(Request(job, access, str(self._repositories.cache), upload))

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lazarette.backup.copying import ORIGIN_TAG
 from lazarette.backup.jobs.model import ForgetJob, Request
+from lazarette.backup.policy.durations import format_duration
 from lazarette.backup.policy.journal import Journal, Reason
-from lazarette.backup.policy.model import Policy
+from lazarette.backup.policy.model import HoldMode, Hook, Policy
 from lazarette.backup.policy.retention import Decision, Keep, plan
 from lazarette.backup.policy.scheduler import Scheduler
 from lazarette.runtime.events import Event, EventBus
-from lazarette.runtime.protection.backups import BackupService
+from lazarette.runtime.protection.backups import MANUAL, BackupRunning, BackupService
 from lazarette.runtime.protection.copies import CopyService
 from lazarette.runtime.protection.drills import Drills
 from lazarette.runtime.protection.jobs import JobRunner
 from lazarette.runtime.protection.policies import PolicyBook
 from lazarette.runtime.protection.repositories import RepositoryBook, RepositoryUnknown
 from lazarette.runtime.protection.restores import RestoreService
+from lazarette.runtime.protection.runs import Run
 from lazarette.storage.clock import Clock
 from lazarette.storage.errors import LazaretteError, NotFound
 
@@ -29,7 +33,9 @@ log = logging.getLogger(__name__)
 
 _PRUNE_AFTER = 20
 _LOOK_S = 5.0
+_GROUPS_AT_ONCE = 4
 _DRILL = "drill of "
+_DONE = ("ok", "warnings")
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,10 @@ class PolicyFollower:
         self._scheduler = Scheduler(database, self._carry_out, clock, journal)
         self._members: dict[str, list[str]] = {}
         self._forgotten: dict[str, int] = {}
+        self._groups_at_once = asyncio.Semaphore(_GROUPS_AT_ONCE)
         self._changed = asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None
+        backups.on_adopted(self._after_adopted)
         events.on_event(self._notice)
 
     async def start(self) -> None:
@@ -183,24 +191,58 @@ class PolicyFollower:
         if not volumes:
             return
         try:
-            runs = await self._backups.run(
-                volumes,
-                repository=self._repository(policy),
-                policy=policy.name,
-                reason=reason,
-                rule=policy.consistency,
-                upload=self._upload(policy),
-            )
+            repository = self._repository(policy)
         except LazaretteError as error:
+            self._backups.refuse(volumes, policy.name, reason, error)
+            return
+        await asyncio.gather(
+            *(
+                self._save(group, policy, repository, reason)
+                for group in await asyncio.to_thread(self.book.groups, volumes)
+            )
+        )
+
+    async def _save(
+        self, volumes: Sequence[str], policy: Policy, repository: str, reason: Reason
+    ) -> None:
+        """Back up one group of volumes, at one instant, and what comes after it."""
+        try:
+            async with self._groups_at_once:
+                runs = await self._backups.run(
+                    volumes,
+                    repository=repository,
+                    policy=policy.name,
+                    reason=reason,
+                    rule=policy.consistency,
+                    upload=self._upload(policy),
+                )
+        except BackupRunning:
+            self._journal.skipped(policy.name)
+            return
+        except LazaretteError as error:  # in the journal, and told
             log.error("policy %s: %s", policy.name, error)
             return
         for run in runs:
-            if run.outcome in ("ok", "warnings"):
-                try:
-                    await self._apply_retention(run.volume, policy, run.repository, policy.keep)
-                    await self._copy(run.volume, run.snapshot, run.repository, policy)
-                except LazaretteError as error:
-                    log.error("after the backup of %s: %s", run.volume, error)
+            await self._after(run, policy)
+
+    async def _after(self, run: Run, policy: Policy) -> None:
+        """Copy what was backed up, then forget what the policy does not keep."""
+        if run.outcome not in _DONE:
+            return
+        try:
+            await self._copy(run.volume, run.snapshot, run.repository, policy)
+            await self._apply_retention(run.volume, policy, run.repository, policy.keep)
+        except LazaretteError as error:
+            log.error("after the backup of %s: %s", run.volume, error)
+
+    async def _after_adopted(self, run: Run) -> None:
+        """What the daemon that began a run did not live to do."""
+        try:
+            policy = self.book.of(run.volume)
+        except LazaretteError:
+            return
+        if policy is not None and run.trigger != MANUAL:
+            await self._after(run, policy)
 
     def _upload(self, policy: Policy) -> int:
         """The policy's limit at this moment, bytes a second; 0 for none."""
@@ -209,11 +251,28 @@ class PolicyFollower:
     async def _copy(self, volume: str, snapshot: str, source: str, policy: Policy) -> None:
         for wanted in policy.copies:
             target = self._known(wanted, policy)
+            missing = await self._missing(volume, snapshot, source, target)
             outcome = await self._copies.run(
-                volume, snapshot, source, target, policy.name, self._upload(policy)
+                volume, missing, source, target, policy.name, self._upload(policy)
             )
             if outcome.good and policy.copy_keep is not None:
                 await self._apply_retention(volume, policy, target, policy.copy_keep)
+
+    async def _missing(self, volume: str, newest: str, source: str, target: str) -> list[str]:
+        """What the other repository lacks: the newest, and what failed to get there before."""
+        try:
+            there = await self._restores.points(volume, target)
+        except LazaretteError:
+            return [newest]  # the copy will say what is wrong
+        copied = {one.tags.get(ORIGIN_TAG) for one in there}
+        last_ns = max((one.time_ns for one in there), default=None)
+        doubtful = self._journal.suspicious_snapshots(volume)
+        return [
+            one.id
+            for one in await self._restores.points(volume, source)
+            if one.id == newest
+            or (last_ns is not None and one.time_ns > last_ns and one.id not in copied | doubtful)
+        ]
 
     async def _drill(self, policy: Policy, reason: Reason) -> None:
         for volume in self._members.get(policy.name.removeprefix(_DRILL), []):
@@ -286,4 +345,40 @@ def _describe(volume: str, policy: Policy, next_run: str) -> dict[str, object]:
         "mode": policy.consistency.mode.value,
         "origin": f"{policy.origin.value}: {policy.source}",
         "next_run": next_run,
+        "details": _details(policy),
     }
+
+
+def _details(policy: Policy) -> dict[str, object]:
+    """The rest of a policy, of what it says at all; URLs that may hold secrets are counted."""
+    drill, tell, rule = policy.drill, policy.tell, policy.consistency
+    said: dict[str, object] = {
+        "saved_as": policy.name,
+        "consistency": rule.profile if rule.mode is HoldMode.SNAPSHOT else rule.mode.value,
+        "before": [_hook(hook) for hook in rule.before],
+        "after": [_hook(hook) for hook in rule.after],
+        "windows": [str(window) for window in policy.windows],
+        "upload": str(policy.upload),
+        "jitter": format_duration(policy.jitter_ns) if policy.jitter_ns else "",
+        "copies": list(policy.copies),
+        "copies_keep": str(policy.copy_keep) if policy.copy_keep else "",
+        "rpo_target": format_duration(policy.rpo_ns),
+        "rto_target": format_duration(policy.rto_ns) if policy.rto_ns else "",
+        "drill": str(drill.schedule) if drill else "",
+        "drill_command": shlex.join(drill.command) if drill else "",
+        "notifies": f"{len(tell.urls)} addresses" if tell.urls else "",
+        "pings": [
+            what
+            for what, url in (
+                ("start", tell.ping_start),
+                ("success", tell.ping_success),
+                ("failure", tell.ping_failure),
+            )
+            if url
+        ],
+    }
+    return {name: value for name, value in said.items() if value}
+
+
+def _hook(hook: Hook) -> str:
+    return f"{hook.container or 'host'}: {shlex.join(hook.argv)}"

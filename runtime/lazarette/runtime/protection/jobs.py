@@ -13,7 +13,7 @@ import secrets
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +135,21 @@ class JobRunner:
         if job.alive():
             with suppress(ProcessLookupError):
                 os.kill(job.pid, signal.SIGTERM)
+
+    def sweep(self, known: Collection[str]) -> list[Job]:
+        """Remove the folders of dead jobs that nobody will ask for; the living among them.
+
+        Args:
+            known: ids of jobs that somebody follows.
+        """
+        living = []
+        for folder in self._root.iterdir():
+            job = None if folder.name in known else self.find(folder.name)
+            if job is not None and job.alive():
+                living.append(job)
+            elif folder.name not in known:
+                self.discard(folder.name)
+        return living
 
     def discard(self, job_id: str) -> None:
         """Remove the folder of a job whose result has been recorded."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
+from lazarette.backup.policy.groups import groups, together
 from lazarette.backup.policy.model import Origin, Policy, Volume, applying, parse_file, parse_words
 from lazarette.storage.errors import LazaretteError, NotFound
 from lazarette.storage.state import State
@@ -44,7 +46,7 @@ class PolicyBook:
     Args:
         state: keeps those that were set.
         volumes: what there is to protect.
-        container_labels: labels of the containers that use a volume.
+        users: name and labels of the containers that use a volume.
         file: the policy file, which need not exist.
         zone: of policies that name none.
     """
@@ -53,13 +55,13 @@ class PolicyBook:
         self,
         state: State,
         volumes: VolumeManager,
-        container_labels: Callable[[str], Sequence[Labels]],
+        users: Callable[[str], Sequence[tuple[str, Labels]]],
         file: Path,
         zone: str = "UTC",
     ) -> None:
         self._state = state
         self._volumes = volumes
-        self._container_labels = container_labels
+        self._users = users
         self._file = file
         self._zone = zone
         self._file_seen = 0
@@ -106,24 +108,42 @@ class PolicyBook:
             VolumeNotFound: there is no such volume.
             WrongPolicy: a label cannot be understood.
         """
-        return applying(self._given(), self._volume(volume), self._zone)
+        policy = applying(self._given(), self._volume(volume), self._zone)
+        if policy is None or policy.origin in (Origin.SET, Origin.FILE):
+            return policy
+        return self.all().get(volume)
 
     def all(self) -> dict[str, Policy]:
         """Every protected volume with its policy; one that cannot be understood is logged."""
-        given, found = self._given(), {}
+        given, found, known = self._given(), {}, {}
         for volume in self._volumes.list():
             try:
-                policy = applying(given, self._volume(volume.name), self._zone)
+                known[volume.name] = self._volume(volume.name)
+                policy = applying(given, known[volume.name], self._zone)
             except LazaretteError as bad:
                 log.error("volume %s is not protected: %s", volume.name, bad)
                 continue
             if policy is not None:
                 found[volume.name] = policy
-        return found
+        return together(found, known)
+
+    def groups(self, volumes: Sequence[str]) -> list[list[str]]:
+        """Those of the volumes that are saved at one instant, together; gone ones left out."""
+        known = []
+        for name in volumes:
+            with suppress(NotFound):
+                known.append(self._volume(name))
+        return groups(known)
 
     def _volume(self, name: str) -> Volume:
         known = self._volumes.get(name)
-        return Volume(name, known.labels, self._container_labels(name))
+        users = self._users(name)
+        return Volume(
+            name,
+            known.labels,
+            [labels for _, labels in users],
+            [container for container, _ in users],
+        )
 
     def _given(self) -> list[Policy]:
         kept = [

@@ -126,6 +126,10 @@ class RestoreService:
         self._adopted: set[asyncio.Task[None]] = set()
         state.migrate("restores", _MIGRATIONS)
 
+    def unfinished(self) -> set[str]:
+        """Jobs of restores that have not been settled."""
+        return {str(row["job"]) for row in self._state.rows("SELECT job FROM restores")}
+
     async def recover(self) -> None:
         """Take up the restores an earlier daemon left: wait for living jobs, undo the rest."""
         for row in self._state.rows("SELECT * FROM restores"):

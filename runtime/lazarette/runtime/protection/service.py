@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
-from lazarette.backup.jobs.model import Job, Progress, Request, Result
-from lazarette.backup.policy.journal import Journal, Run
+from lazarette.backup.jobs.model import CheckJob, Job, Progress, Request, Result
+from lazarette.backup.policy.journal import Journal, Reason, Run
 from lazarette.backup.policy.journal import Protection as VolumeState
-from lazarette.backup.policy.outcome import Kind
+from lazarette.backup.policy.outcome import Kind, Outcome
+from lazarette.backup.policy.outcome import Result as JournalResult
+from lazarette.backup.policy.status import Level, status_line, unprotected
 from lazarette.runtime.protection.backups import BackupService
 from lazarette.runtime.protection.drills import Drills
 from lazarette.runtime.protection.fills import FillService
 from lazarette.runtime.protection.follower import PolicyFollower
 from lazarette.runtime.protection.holding import Stillness
+from lazarette.runtime.protection.jobs import Job as Process
 from lazarette.runtime.protection.jobs import JobRunner
 from lazarette.runtime.protection.recovery import HostRecovery
 from lazarette.runtime.protection.repositories import RepositoryBook
 from lazarette.runtime.protection.restores import RestoreService
 from lazarette.runtime.protection.telling import Teller
 from lazarette.storage.clock import rfc3339
+from lazarette.storage.errors import LazaretteError
 from lazarette.storage.volumes.manager import VolumeManager
 
 
@@ -63,15 +68,37 @@ class Protection:
         self._stillness = stillness
         self.teller = teller
         self.drills = drills
+        self._outliving: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Take up what an earlier daemon left, then follow the policies."""
         await self._stillness.start()
+        self._sweep()
         await self.restores.recover()
         await self.backups.recover()
+        self._close_abandoned()
         await self.drills.recover()
         await self.policies.start()
         self.teller.start()
+
+    def _sweep(self) -> None:
+        """Remove what jobs of an earlier daemon left that nobody takes up: copies, prunes."""
+        known = {run.id for run in self.backups.runs.unfinished()} | self.restores.unfinished()
+        for job in self._jobs.sweep(known):
+            task = asyncio.create_task(self._outlive(job))
+            self._outliving.add(task)
+            task.add_done_callback(self._outliving.discard)
+
+    async def _outlive(self, job: Process) -> None:
+        await self._jobs.watch(job, lambda progress: None)
+        self._jobs.discard(job.id)
+
+    def _close_abandoned(self) -> None:
+        """Fail what an earlier daemon began and nobody goes on with, and tell of it."""
+        going_on = {run.journal for run in self.backups.runs.unfinished()}
+        for run in self._journal.close_abandoned(going_on.__contains__):
+            assert run.outcome is not None
+            self.teller.ended(run.volume, run.kind, run.outcome)
 
     async def release(self) -> None:
         """Release what a dead daemon held, in its place; for the guardian."""
@@ -82,12 +109,36 @@ class Protection:
         await self.policies.stop()
         await self._stillness.stop()
         await self.teller.stop()
+        for task in self._outliving:
+            task.cancel()
+        await asyncio.gather(*self._outliving, return_exceptions=True)
         self.repositories.close()
 
     async def run_job(self, repository: str, job: Job, show: Callable[[Progress], None]) -> Result:
         """Run a job on a repository and wait for it."""
         access = self.repositories.get(repository).access
         return await self._jobs.run(Request(job, access, str(self.repositories.cache)), show)
+
+    async def check(
+        self, repository: str, read_data: float, show: Callable[[Progress], None]
+    ) -> Result:
+        """Verify a repository; when all data were read, its volumes are verified by that.
+
+        Args:
+            repository: its name.
+            read_data: the share of stored data to read, 0 to 1.
+            show: told how far it is.
+        """
+        began = {
+            record.volume: self._journal.begin("", record.volume, Kind.VERIFY, Reason.ASKED)
+            for record in (await self.restores.points(None, repository) if read_data >= 1 else ())
+        }
+        result = await self.run_job(repository, CheckJob(read_data), show)
+        wrong = result.failure.message if result.failure else ""
+        kind = JournalResult.FAILED if wrong else JournalResult.OK
+        for number in began.values():
+            self._journal.end(number, Outcome(kind, error=wrong, bytes_read=result.bytes_read))
+        return result
 
     def approve(self, volume: str) -> int:
         """Count a volume's suspicious backups as good from now on; how many there were.
@@ -107,30 +158,61 @@ class Protection:
         return [self._volume_status(volume.name) for volume in self._volumes.list()]
 
     def _volume_status(self, volume: str) -> dict[str, object]:
-        policy = self.policies.book.of(volume)
+        try:
+            policy = self.policies.book.of(volume)
+        except LazaretteError as bad:  # a label that cannot be understood protects nothing
+            return self._unprotected(volume, bad.message)
         seen = self._journal.protection(
             volume, policy.rpo_ns if policy else 0, policy.rto_ns if policy else 0
         )
         good = seen.last_good.started_ns if seen.last_good else 0
         outcome = seen.last.outcome.result.value if seen.last and seen.last.outcome else ""
+        next_run = self.policies.next_run(policy) if policy else ""
+        line = status_line(seen, next_run) if policy else unprotected(volume)
+        drill = seen.last_drill.outcome if seen.last_drill else None
         return {
             "volume": volume,
             "state": _state(seen, policy is not None),
             "last_backup": rfc3339(good) if good else "",
             "last_backup_ns": good,
             "last_outcome": outcome,
-            "next_run": self.policies.next_run(policy) if policy else "",
+            "next_run": next_run,
+            "policy": policy.name if policy else "",
+            "level": line.level.value,
+            "text": line.text,
+            "overdue": policy is not None and seen.overdue,
+            "error": seen.last.outcome.error if seen.last and seen.last.outcome else "",
+            "suspicious": bool(seen.last and seen.last.outcome and seen.last.outcome.suspicious),
             "rpo_ns": seen.rpo_ns,
             "rpo_target_ns": seen.rpo_target_ns,
             "rto_ns": seen.rto_ns,
+            "rto_target_ns": seen.rto_target_ns,
+            "last_verified_ns": seen.last_verified.started_ns if seen.last_verified else 0,
             "last_drill_ns": seen.last_drill.started_ns if seen.last_drill else 0,
+            "last_drill_outcome": drill.result.value if drill else "",
+            "skipped": self._journal.skipped(policy.name, 0) if policy else 0,
+        }
+
+    def _unprotected(self, volume: str, why: str) -> dict[str, object]:
+        seen = self._journal.protection(volume, 0, 0)
+        return {
+            "volume": volume,
+            "state": "wrong policy",
+            "level": Level.BAD.value,
+            "text": f"not protected: {why}",
+            "last_backup": rfc3339(seen.last_good.started_ns) if seen.last_good else "",
+            "last_outcome": "",
+            "next_run": "",
+            "error": why,
+            "overdue": True,
         }
 
 
 def _state(seen: VolumeState, has_policy: bool) -> str:
     """One word for a volume: the worst that is true of it."""
-    if seen.last and seen.last.outcome and not seen.last.outcome.good:
-        return "failed"
+    last = seen.last.outcome if seen.last else None
+    if last is not None and not last.good:
+        return "suspicious" if last.suspicious else "failed"
     if not has_policy:
         return "manual" if seen.last_good else "unprotected"
     return "overdue" if seen.overdue else "protected"

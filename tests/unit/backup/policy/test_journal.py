@@ -119,3 +119,27 @@ def test_a_sudden_drop_is_suspicious() -> None:
     assert len(suspicions(odd, Extent(400, 1 << 30))) == 1
     assert suspicions([Extent(10**6, 1 << 40), *before], Extent(900, 1 << 30)) == []
     assert suspicions([Extent(5, 100)], Extent(2, 10)) == []
+
+
+def test_a_run_that_was_due_is_pending_until_it_is_in_the_journal(journal: Journal) -> None:
+    journal.fired("p", 5, pending=True)
+    assert journal.is_pending("p")
+    journal.fired("p", 6)  # the next one is skipped: the first still waits
+    assert journal.is_pending("p")
+    journal.begin("p", "db", Kind.BACKUP)
+    assert not journal.is_pending("p")
+    journal.fired("q", 5, pending=True)
+    journal.taken("q")
+    assert not journal.is_pending("q")
+    assert not journal.is_pending("never heard of")
+
+
+def test_a_good_drill_verifies(journal: Journal) -> None:
+    assert journal.protection("db", HOUR).last_verified is None
+    first = journal.begin("", "db", Kind.VERIFY)
+    journal.end(first, Outcome(Result.OK))
+    drill = journal.begin("p", "db", Kind.DRILL)
+    journal.end(drill, failed("no answer"))
+    seen = journal.protection("db", HOUR).last_verified
+    assert seen is not None
+    assert seen.id == first

@@ -169,3 +169,14 @@ async def test_a_clock_that_was_set_is_noticed(
     await until(lambda: instant(scheduler.next_run("p")) == due + by)
     assert len(bench.runs) == (1 if hours > 0 else 0)
     await scheduler.stop()
+
+
+async def test_a_run_that_waited_for_its_turn_when_the_daemon_died_is_not_lost(
+    bench: Bench,
+) -> None:
+    bench.journal.fired("p", bench.clock.now_ns(), pending=True)
+    scheduler = bench.scheduler()
+    scheduler.start([policy("p", "@yearly")])
+    await until(lambda: bench.runs == [("p", Reason.MISSED)])
+    await until(lambda: not bench.journal.is_pending("p"))
+    await scheduler.stop()
