@@ -32,7 +32,7 @@ import boto3
 import pytest
 from botocore.config import Config
 
-from lazarette.backup.stores.s3 import Credentials
+from lazarette.backup.stores.s3place import Credentials
 
 ACCESS_KEY = os.environ.get("LAZ_TEST_S3_ACCESS_KEY", "testaccess")
 SECRET_KEY = os.environ.get("LAZ_TEST_S3_SECRET_KEY", "testsecretkey0123456789")

@@ -12,6 +12,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/fs.h>
+#include <malloc.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -371,6 +372,7 @@ static PyObject *cuts(PyObject *self, PyObject *args)
 #define PAGES_AT_ONCE 16
 enum { CHUNK_START = 1, CHUNK_END = 2, PARENT = 4, ROOT = 8, KEYED = 16 };
 typedef uint32_t lanes __attribute__((vector_size(4 * LANES), aligned(64)));
+typedef uint32_t quad __attribute__((vector_size(16)));
 
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define EVERY_CPU __attribute__((target_clones("default", "avx2", "avx512f")))
@@ -409,11 +411,38 @@ static inline __attribute__((always_inline)) void compress(lanes *cv, const lane
     cv[4] = s4 ^ sc; cv[5] = s5 ^ sd; cv[6] = s6 ^ se; cv[7] = s7 ^ sf;
 }
 
+/* Word w of the 64 bytes at from[l] into m[w], lane l: 4 by 4 words at a time. */
+static inline __attribute__((always_inline)) void gather(uint32_t (*m)[LANES],
+                                                         const uint8_t *const *from)
+{
+    for (int l = 0; l < LANES; l += 4) {
+        for (int w = 0; w < 16; w += 4) {
+            quad a, b, c, d;
+            memcpy(&a, from[l] + 4 * w, 16);
+            memcpy(&b, from[l + 1] + 4 * w, 16);
+            memcpy(&c, from[l + 2] + 4 * w, 16);
+            memcpy(&d, from[l + 3] + 4 * w, 16);
+            quad ab0 = __builtin_shuffle(a, b, (quad){0, 4, 1, 5});
+            quad ab1 = __builtin_shuffle(a, b, (quad){2, 6, 3, 7});
+            quad cd0 = __builtin_shuffle(c, d, (quad){0, 4, 1, 5});
+            quad cd1 = __builtin_shuffle(c, d, (quad){2, 6, 3, 7});
+            quad rows[4] = {__builtin_shuffle(ab0, cd0, (quad){0, 1, 4, 5}),
+                            __builtin_shuffle(ab0, cd0, (quad){2, 3, 6, 7}),
+                            __builtin_shuffle(ab1, cd1, (quad){0, 1, 4, 5}),
+                            __builtin_shuffle(ab1, cd1, (quad){2, 3, 6, 7})};
+            for (int i = 0; i < 4; i++)
+                memcpy(&m[w + i][l], &rows[i], 16);
+        }
+    }
+}
+
 /* Up to PAGES_AT_ONCE pages; `cvs` has room for their chunks' values. */
 EVERY_CPU static void hash_pages(const uint8_t *data, size_t pages, const uint32_t *key,
                                  uint32_t (*cvs)[8], uint8_t *out)
 {
-    lanes cv[8], m[16], counter;
+    lanes cv[8], counter;
+    uint32_t m[16][LANES] __attribute__((aligned(64)));
+    const uint8_t *from[LANES];
     const lanes zero = {0};
     size_t count = pages * PAGE_CHUNKS;
     for (size_t first = 0; first < count; first += LANES) {
@@ -421,16 +450,13 @@ EVERY_CPU static void hash_pages(const uint8_t *data, size_t pages, const uint32
             cv[i] = zero + key[i];
         for (int l = 0; l < LANES; l++)
             counter[l] = (uint32_t)l % PAGE_CHUNKS;
+        for (int l = 0; l < LANES; l++) /* the last lanes may have no chunk: any bytes do */
+            from[l] = data + (first + (size_t)l < count ? first + (size_t)l : first) * 1024;
         for (int block = 0; block < 16; block++) {
-            for (int l = 0; l < LANES; l++) {
-                /* The last lanes may have no chunk: any bytes do. */
-                size_t chunk = first + (size_t)l < count ? first + (size_t)l : first;
-                uint32_t words[16];
-                memcpy(words, data + chunk * 1024 + block * 64, 64);
-                for (int w = 0; w < 16; w++)
-                    m[w][l] = words[w];
-            }
-            compress(cv, m, &counter,
+            gather(m, from);
+            for (int l = 0; l < LANES; l++)
+                from[l] += 64;
+            compress(cv, (const lanes *)m, &counter,
                      KEYED | (block == 0 ? CHUNK_START : 0) | (block == 15 ? CHUNK_END : 0));
         }
         for (int l = 0; l < LANES; l++)
@@ -442,12 +468,10 @@ EVERY_CPU static void hash_pages(const uint8_t *data, size_t pages, const uint32
         for (size_t first = 0; first < count; first += LANES) {
             for (int i = 0; i < 8; i++)
                 cv[i] = zero + key[i];
-            for (int l = 0; l < LANES; l++) {
-                size_t parent = first + (size_t)l < count ? first + (size_t)l : first;
-                for (int w = 0; w < 16; w++)
-                    m[w][l] = cvs[2 * parent + (w >= 8)][w % 8];
-            }
-            compress(cv, m, &zero, KEYED | PARENT | (count == pages ? ROOT : 0));
+            for (int l = 0; l < LANES; l++) /* two values of 32 bytes lie together */
+                from[l] = (const uint8_t *)cvs[2 * (first + (size_t)l < count ? first + (size_t)l : first)];
+            gather(m, from);
+            compress(cv, (const lanes *)m, &zero, KEYED | PARENT | (count == pages ? ROOT : 0));
             for (int l = 0; l < LANES && first + (size_t)l < count; l++)
                 for (int i = 0; i < 8; i++)
                     cvs[first + (size_t)l][i] = cv[i][l];
@@ -485,10 +509,22 @@ static PyObject *page_hashes(PyObject *self, PyObject *args)
     return out;
 }
 
+/* A block is a mebibyte, comes and goes thousands of times, and by default its memory is given
+ * back each time and faulted in anew, which costs as much as hashing it. */
+static PyObject *keep_memory(PyObject *self, PyObject *args)
+{
+#ifdef __GLIBC__
+    mallopt(M_MMAP_THRESHOLD, 32 << 20);
+    mallopt(M_TRIM_THRESHOLD, 64 << 20);
+#endif
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"scan", scan, METH_VARARGS, "Entries of a directory with their inodes, sorted."},
     {"read_files", read_files, METH_VARARGS, "Read small files whole."},
     {"write_files", write_files, METH_VARARGS, "Make, fill and dress small files."},
+    {"keep_memory", keep_memory, METH_NOARGS, "Let free memory stay with the process."},
     {"cuts", cuts, METH_VARARGS, "Lengths of content-defined chunks."},
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
     {"page_hashes", page_hashes, METH_VARARGS, "Keyed BLAKE3 of pages of 8 KiB."},

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import os
 import resource
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from lazarette.backup import scan
+from lazarette.backup import native, scan
 from lazarette.backup.archive_changes import ChangedWalk, plan
 from lazarette.backup.archive_run import Notice, Progress, Run, default_threads
 from lazarette.backup.archive_walk import Walk
@@ -154,6 +153,7 @@ def run(
     """
     options = options or ArchiveOptions()
     _allow_many_files()
+    native.keep_memory()
     with repo.guard.hold(Kind.ADD, f"backup of {source.volume}") as guard:
         return _Backup(repo, source, options, guard, progress, cancelled).run()
 
@@ -239,7 +239,7 @@ class _Backup:
             id=new_snapshot_id(),
             time_ns=source.instant_ns or self._started,
             started_ns=self._started,
-            host=options.host or socket.gethostname(),
+            host=options.host or os.uname().nodename,
             volume=source.volume,
             root=entry,
             tags=dict(options.tags),

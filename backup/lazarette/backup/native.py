@@ -197,6 +197,10 @@ def page_hashes_plain(pages: Buffer, key: bytes) -> bytes:
     return b"".join([blake3(view[at : at + _PAGE], key=key).digest(16) for at in starts])
 
 
+def _nothing() -> None:
+    """Without the C module memory is kept as the allocator likes."""
+
+
 cuts: Cuts | None = None
 """The C module's cutting, see :mod:`lazarette.backup.chunker`; None without it."""
 
@@ -205,9 +209,11 @@ if _native is None:
     read_files = read_files_plain
     write_files = write_files_plain
     page_hashes = page_hashes_plain
+    keep_memory = _nothing
 else:
     scan = _native.scan
     read_files = _native.read_files
     write_files = _native.write_files
     cuts = _native.cuts
+    keep_memory = _native.keep_memory
     page_hashes = getattr(_native, "page_hashes", page_hashes_plain)

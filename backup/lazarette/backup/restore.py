@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
+from lazarette.backup import native
 from lazarette.backup.archive import Outcome
 from lazarette.backup.archive_run import Notice, default_threads
 from lazarette.backup.repository.entries import Kind as InodeKind
@@ -158,6 +159,7 @@ def run(
         Cancelled: as asked.
         StoreUnavailable: the store does not answer.
     """
+    native.keep_memory()
     with repo.guard.hold(Kind.READ, f"restore of {snapshot.id[:12]}"):
         # It may have been forgotten, and pruned, before the lease was there.
         repo.snapshot(snapshot.id, fresh=True)

@@ -11,6 +11,7 @@ import pytest
 from tests.support.proxy import FaultProxy, Rule
 from tests.support.s3 import S3Server, s3_bucket, s3_server  # noqa: F401
 
+from lazarette.backup.stores._s3dialect import Integrity
 from lazarette.backup.stores.contract import (
     AlreadyThere,
     BlobNotFound,
@@ -23,7 +24,8 @@ from lazarette.backup.stores.contract import (
 from lazarette.backup.stores.limit import LimitedStore
 from lazarette.backup.stores.open import create_place, open_store, parse_url
 from lazarette.backup.stores.retry import RetryPolicy, RetryStore
-from lazarette.backup.stores.s3 import Credentials, Integrity, S3Place, S3Store
+from lazarette.backup.stores.s3 import S3Store
+from lazarette.backup.stores.s3place import Credentials, S3Place
 from lazarette.storage.clock import SystemClock
 from lazarette.storage.errors import Forbidden, LazaretteError, NoSpace, Unauthenticated
 

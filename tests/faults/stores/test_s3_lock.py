@@ -12,8 +12,9 @@ from botocore.exceptions import ClientError
 from tests.support.s3 import S3Server, s3_bucket, s3_server  # noqa: F401
 
 from lazarette.backup.stores.contract import BlobNotFound, ReadOnlyStore, ShortBlob
-from lazarette.backup.stores.s3 import S3Place, S3Store
+from lazarette.backup.stores.s3 import S3Store
 from lazarette.backup.stores.s3lock import LockedS3Store, has_object_lock
+from lazarette.backup.stores.s3place import S3Place
 from lazarette.storage.clock import NANOSECONDS
 
 

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lazarette.backup.jobs.model import StoreAccess
 from lazarette.backup.repository import keys, kit
 from lazarette.backup.repository.repository import Repository
 from lazarette.backup.stores.open import create_place, open_store
+from lazarette.backup.stores.s3place import Credentials
 from lazarette.storage.clock import Clock
 from lazarette.storage.errors import InvalidArgument
-
-if TYPE_CHECKING:
-    from lazarette.backup.stores.s3 import Credentials
 
 
 def credentials(access: StoreAccess) -> Credentials | None:
     """The store's credentials; None takes them from the environment."""
     if not access.access_key:
         return None
-    # Imported on use: a daemon without a repository in S3 needs no 20 MiB of libraries for it.
-    from lazarette.backup.stores.s3 import Credentials
-
     return Credentials(access.access_key, access.secret_key, access.session_token or None)
 
 

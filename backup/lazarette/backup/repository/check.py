@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from lazarette.backup import native
 from lazarette.backup.repository import indexes, snapshots
 from lazarette.backup.repository.chunks import ChunkReader
 from lazarette.backup.repository.entries import Kind
@@ -131,6 +132,7 @@ def run(
         Cancelled: as asked.
         StoreUnavailable: the store does not answer.
     """
+    native.keep_memory()
     report = CheckReport()
     loaded = _load_index(store, crypt, report)
     present = _check_packs(store, loaded, report)

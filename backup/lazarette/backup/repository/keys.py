@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -35,25 +35,52 @@ from blake3 import blake3
 from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
-from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
+from lazarette.backup.repository.secret import (
+    KEY_BYTES,
+    KIND_NAMES,
+    DamagedKey,
+    KeyFile,
+    KitSecret,
+    Passphrase,
+    PassphraseCost,
+    Secret,
+    derive,
+    wrap_key,
+)
 from lazarette.backup.stores.contract import BlobNotFound, BlobStore
 from lazarette.storage.clock import Clock, SystemClock
 from lazarette.storage.errors import (
     Conflict,
-    DamagedData,
     InvalidArgument,
     NotFound,
     Unauthenticated,
     Unsupported,
 )
 
-KEY_BYTES = 32
+__all__ = [
+    "CannotRead",
+    "DamagedKey",
+    "KeyFile",
+    "KeyInfo",
+    "KitSecret",
+    "LastKey",
+    "MasterKeys",
+    "NoKeys",
+    "Passphrase",
+    "PassphraseCost",
+    "Secret",
+    "WrongKey",
+    "add",
+    "create",
+    "listing",
+    "remove",
+    "rotate",
+    "unlock",
+]
+
 PREFIX = "keys/"
-_KEY_FILE_HEAD = b"lazarette-key-file-1 "
 _LARGEST_OBJECT = 64 << 10
-_CONTEXT = "lazarette 2026 repository v1 "
 
 
 class WrongKey(Unauthenticated):
@@ -76,105 +103,11 @@ class LastKey(Conflict):
     number = 214
 
 
-class DamagedKey(DamagedData):
-    """A key object is not what was written."""
-
-    number = 215
-
-
 class CannotRead(Unauthenticated):
     """The operation needs a reading key and this host has a writer's."""
 
     number = 216
     exit_code = 43
-
-
-@dataclass(frozen=True, slots=True)
-class Passphrase:
-    """A secret a person remembers."""
-
-    text: str = field(repr=False)
-    kind: Literal["passphrase"] = "passphrase"
-
-
-@dataclass(frozen=True, slots=True)
-class KeyFile:
-    """A secret in a file: 32 random bytes."""
-
-    secret: bytes = field(repr=False)
-    kind: Literal["file"] = "file"
-
-    @classmethod
-    def generate(cls) -> KeyFile:
-        """A new one."""
-        return cls(os.urandom(KEY_BYTES))
-
-    @classmethod
-    def read(cls, path: str) -> KeyFile:
-        """Read what :meth:`write` wrote.
-
-        Raises:
-            NotFound: no such file.
-            InvalidArgument: the file is not a key file.
-        """
-        try:
-            with open(path, "rb") as file:
-                head, _, text = file.read(4096).partition(b" ")
-        except FileNotFoundError as gone:
-            raise NotFound(f"key file {path} does not exist") from gone
-        try:
-            secret = bytes.fromhex(text.decode("ascii"))
-        except (UnicodeDecodeError, ValueError):
-            secret = b""
-        if head + b" " != _KEY_FILE_HEAD or len(secret) != KEY_BYTES:
-            raise InvalidArgument(f"{path} is not a lazarette key file")
-        return cls(secret)
-
-    def write(self, path: str) -> None:
-        """Write a new file that only its owner may read; never over an existing one.
-
-        Raises:
-            Conflict: the file exists.
-        """
-        try:
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        except FileExistsError as there:
-            raise Conflict(f"key file {path} exists") from there
-        with os.fdopen(file, "wb") as out:
-            out.write(_KEY_FILE_HEAD + self.secret.hex().encode() + b"\n")
-            out.flush()
-            os.fsync(out.fileno())
-
-
-@dataclass(frozen=True, slots=True)
-class KitSecret:
-    """The secret of a recovery kit: 20 random bytes (see :mod:`.kit`)."""
-
-    secret: bytes = field(repr=False)
-    kind: Literal["kit"] = "kit"
-
-
-Secret = Passphrase | KeyFile | KitSecret
-
-
-class PassphraseCost(msgspec.Struct, frozen=True):
-    """What guessing one passphrase costs.
-
-    Attributes:
-        name: ``argon2id`` (RFC 9106) or ``scrypt`` (RFC 7914), where the former is missing.
-        memory_kib: memory of one guess, KiB.
-        passes: Argon2id's iterations, or scrypt's p.
-        lanes: Argon2id's lanes; 1 for scrypt.
-    """
-
-    name: Literal["argon2id", "scrypt"] = "argon2id"
-    memory_kib: int = 64 << 10
-    passes: int = 3
-    lanes: int = 4
-
-
-_MOST_MEMORY_KIB = 2 << 20
-_MOST_PASSES = 64
 
 
 class _Sealed(msgspec.Struct, frozen=True):
@@ -235,14 +168,14 @@ class MasterKeys:
         """Key of the keyed BLAKE3 hash that names chunks; the same in every epoch."""
         if not self.can_read:
             return self._opened.chunk_ids
-        return _derive("chunk ids", self._opened.masters[0])
+        return derive("chunk ids", self._opened.masters[0])
 
     @property
     def index_key(self) -> bytes:
         """AES-256-GCM key of indexes (ids and places, no content); the same in every epoch."""
         if not self.can_read:
             return self._opened.index
-        return _derive("index", self._opened.masters[0])
+        return derive("index", self._opened.masters[0])
 
     def data_key(self, epoch: int | None = None) -> bytes:
         """AES-256-GCM key of chunk data written in an epoch (None: the newest).
@@ -250,7 +183,7 @@ class MasterKeys:
         Raises:
             CannotRead: on a writer's host, which seals a key for each pack instead.
         """
-        return _derive("chunk data", self._master(epoch))
+        return derive("chunk data", self._master(epoch))
 
     def metadata_key(self, epoch: int | None = None) -> bytes:
         """AES-256-GCM key of trees, snapshots and other metadata of an epoch.
@@ -258,7 +191,7 @@ class MasterKeys:
         Raises:
             CannotRead: on a writer's host.
         """
-        return _derive("metadata", self._master(epoch))
+        return derive("metadata", self._master(epoch))
 
     @property
     def public_key(self) -> bytes:
@@ -278,7 +211,7 @@ class MasterKeys:
         ephemeral = X25519PrivateKey.generate()
         sender = ephemeral.public_key().public_bytes_raw()
         shared = ephemeral.exchange(X25519PublicKey.from_public_bytes(self.public_key))
-        wrap = _derive("envelope", shared + sender + self.public_key)
+        wrap = derive("envelope", shared + sender + self.public_key)
         return key, sender + AESGCM(wrap).encrypt(bytes(12), key, None)
 
     def open_pack_key(self, envelope: bytes) -> bytes:
@@ -292,7 +225,7 @@ class MasterKeys:
         try:
             sender, box = envelope[:KEY_BYTES], envelope[KEY_BYTES:]
             shared = private.exchange(X25519PublicKey.from_public_bytes(sender))
-            wrap = _derive("envelope", shared + sender + self.public_key)
+            wrap = derive("envelope", shared + sender + self.public_key)
             return AESGCM(wrap).decrypt(bytes(12), box, None)
         except (InvalidTag, ValueError) as bad:
             raise DamagedKey("a pack's key envelope cannot be opened") from bad
@@ -309,7 +242,7 @@ class MasterKeys:
         )
 
     def _private(self) -> X25519PrivateKey:
-        return X25519PrivateKey.from_private_bytes(_derive("envelope private", self._master(0)))
+        return X25519PrivateKey.from_private_bytes(derive("envelope private", self._master(0)))
 
     def _master(self, epoch: int | None) -> bytes:
         if not self.can_read:
@@ -375,7 +308,7 @@ def unlock(store: BlobStore, secret: Secret) -> MasterKeys:
     if damaged:
         raise DamagedKey(damaged, hint="try another secret: any one opens the repository")
     raise WrongKey(
-        f"the {_KIND_NAMES[secret.kind]} opens no key of {store.url}",
+        f"the {KIND_NAMES[secret.kind]} opens no key of {store.url}",
         hint="try another secret; laz repo key list shows which kinds there are",
     )
 
@@ -397,10 +330,10 @@ def add(
     spent = (cost or PassphraseCost()) if isinstance(secret, Passphrase) else None
     salt = os.urandom(16)
     try:
-        wrap = _wrap_key(secret, salt, spent)
+        wrap = wrap_key(secret, salt, spent)
     except UnsupportedAlgorithm:  # an OpenSSL older than 3.2 has no Argon2
         spent = PassphraseCost("scrypt", passes=1, lanes=1)
-        wrap = _wrap_key(secret, salt, spent)
+        wrap = wrap_key(secret, salt, spent)
     nonce = os.urandom(12)
     box = AESGCM(wrap).encrypt(nonce, msgspec.msgpack.encode(keys._opened), b"lazarette key 1")
     sealed = _Sealed(
@@ -485,13 +418,6 @@ def rotate(
     return fresh
 
 
-_KIND_NAMES = {"passphrase": "passphrase", "file": "key file", "kit": "recovery kit"}
-
-
-def _derive(purpose: str, material: bytes) -> bytes:
-    return blake3(material, derive_key_context=_CONTEXT + purpose).digest(KEY_BYTES)
-
-
 def _identity(data: bytes) -> str:
     return blake3(data).hexdigest(16)
 
@@ -521,7 +447,7 @@ def _load(store: BlobStore, name: str) -> _Sealed:
 def _open(sealed: _Sealed, secret: Secret) -> _Opened | None:
     """What is in the box, None when the secret does not fit."""
     try:
-        wrap = _wrap_key(secret, sealed.salt, sealed.cost)
+        wrap = wrap_key(secret, sealed.salt, sealed.cost)
         plain = AESGCM(wrap).decrypt(sealed.nonce, sealed.box, b"lazarette key 1")
         opened = msgspec.msgpack.decode(plain, type=_Opened)
     except InvalidTag:
@@ -534,34 +460,3 @@ def _open(sealed: _Sealed, secret: Secret) -> _Opened | None:
     except (ValueError, msgspec.MsgspecError) as bad:
         raise DamagedKey(f"a key object cannot be read: {bad}") from bad
     return opened
-
-
-def _wrap_key(secret: Secret, salt: bytes, cost: PassphraseCost | None) -> bytes:
-    """The key that encrypts a box."""
-    if not isinstance(secret, Passphrase):
-        if len(secret.secret) < 16:
-            raise InvalidArgument(f"the {_KIND_NAMES[secret.kind]} is too short")
-        return _derive("box " + secret.kind, salt + secret.secret)
-    if not secret.text:
-        raise InvalidArgument("the passphrase is empty")
-    if cost is None:
-        raise DamagedKey("a passphrase's key object says nothing about its derivation")
-    if not (
-        8 <= cost.memory_kib <= _MOST_MEMORY_KIB
-        and 1 <= cost.passes <= _MOST_PASSES
-        and 1 <= cost.lanes <= _MOST_PASSES
-    ):
-        raise DamagedKey("a passphrase's key object asks for an absurd derivation")
-    text = secret.text.encode()
-    if cost.name == "argon2id":
-        memory = max(cost.memory_kib, 8 * cost.lanes)
-        argon = Argon2id(
-            salt=salt,
-            length=KEY_BYTES,
-            iterations=cost.passes,
-            lanes=cost.lanes,
-            memory_cost=memory,
-        )
-        return argon.derive(text)
-    blocks = 1 << max(cost.memory_kib.bit_length() - 1, 1)
-    return Scrypt(salt=salt, length=KEY_BYTES, n=blocks, r=8, p=cost.passes).derive(text)

@@ -57,7 +57,6 @@ from lazarette.backup.repository._leaseplaces import (
     TableEntries,
 )
 from lazarette.backup.stores.contract import BlobNotFound, BlobStore, StoreUnavailable
-from lazarette.backup.stores.verify import probe_conditional
 from lazarette.storage.clock import NANOSECONDS, Clock
 from lazarette.storage.errors import Conflict, Forbidden, LazaretteError
 
@@ -171,6 +170,9 @@ class Leases:
     @staticmethod
     def create(store: BlobStore) -> PlaceOfEntries:
         """Decide, for a new repository, where entries live: call it once, at its creation."""
+        # On use: only the maker of a repository needs the suite that stores are verified by.
+        from lazarette.backup.stores.verify import probe_conditional
+
         exact = store.capabilities.conditional and probe_conditional(store)
         place = PlaceOfEntries.TABLE if exact else PlaceOfEntries.LISTED
         store.put(_PROTOCOL, msgspec.json.encode(_Protocol(1, place)))

@@ -16,18 +16,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from lazarette.backup.stores.contract import BlobStore, is_name
 from lazarette.backup.stores.limit import LimitedStore, Rate, unlimited
 from lazarette.backup.stores.local import LocalStore
 from lazarette.backup.stores.retry import RetryPolicy, RetryStore
+from lazarette.backup.stores.s3place import Credentials, S3Place
 from lazarette.storage.clock import Clock, SystemClock
 from lazarette.storage.errors import Forbidden, InvalidArgument
-
-if TYPE_CHECKING:  # boto3 takes a third of a second to import: only for those who use it
-    from lazarette.backup.stores.s3 import Credentials, S3Place
 
 _OPTIONS = {"endpoint", "region", "style"}
 
@@ -66,6 +63,7 @@ def open_store(
         if upload is unlimited and download is unlimited:
             return local
         return LimitedStore(local, time, upload=upload, download=download)
+    # On use: boto3 takes a third of a second to import.
     from lazarette.backup.stores.s3 import S3Store
 
     bare = S3Store(place, credentials or credentials_from(os.environ), conditional=conditional)
@@ -148,8 +146,6 @@ def _s3_place(bucket: str, path: str, options: Mapping[str, str]) -> S3Place:
     style = options.get("style", "path" if endpoint else "virtual")
     if style not in ("path", "virtual"):
         raise InvalidArgument(f"style is path or virtual, not {style}")
-    from lazarette.backup.stores.s3 import S3Place
-
     return S3Place(
         bucket,
         prefix + "/" if prefix else "",
@@ -165,6 +161,4 @@ def credentials_from(environment: Mapping[str, str]) -> Credentials | None:
     secret = environment.get("AWS_SECRET_ACCESS_KEY")
     if not access or not secret:
         return None
-    from lazarette.backup.stores.s3 import Credentials
-
     return Credentials(access, secret, environment.get("AWS_SESSION_TOKEN") or None)

@@ -24,22 +24,24 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import io
 import secrets
 import threading
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from enum import Enum
 from typing import TYPE_CHECKING, TypedDict
 
 import boto3
-from botocore.awsrequest import AWSRequest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
 
+from lazarette.backup.stores._s3dialect import (
+    Integrity,
+    moment_ns,
+    quote,
+    send_small_bodies_at_once,
+    unquote,
+)
 from lazarette.backup.stores._s3errors import DIALECT_CODES, Answer, translate
 from lazarette.backup.stores.contract import (
     AlreadyThere,
@@ -56,7 +58,7 @@ from lazarette.backup.stores.contract import (
     check_name,
     is_name,
 )
-from lazarette.storage.clock import NANOSECONDS
+from lazarette.backup.stores.s3place import Credentials, S3Place
 from lazarette.storage.errors import LazaretteError
 
 if TYPE_CHECKING:
@@ -70,9 +72,7 @@ if TYPE_CHECKING:
     )
 
 _CRC = "lazarette-crc32"
-_AT_ONCE = 256 << 10
 _OWNER = "lazarette-owner"
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 FAILURES = (ClientError, BotoCoreError, HTTPError, OSError)
 
 
@@ -81,62 +81,6 @@ class _Condition(TypedDict, total=False):
 
     IfNoneMatch: str
     IfMatch: str
-
-
-class Integrity(Enum):
-    """How an upload is guarded on its way, the cheapest first."""
-
-    CRC32 = "x-amz-checksum-crc32"
-    MD5 = "content-md5"
-    SIGNED = "signed payload"
-
-    @property
-    def and_dearer(self) -> tuple[Integrity, ...]:
-        """This one, and what to try in turn with a server that refuses it."""
-        order = tuple(Integrity)
-        return order[order.index(self) :]
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class Credentials:
-    """An access key; its printed form shows no secret."""
-
-    access_key: str
-    secret_key: str
-    session_token: str | None = None
-
-    def __repr__(self) -> str:
-        return f"Credentials({self.access_key!r}, …)"
-
-
-@dataclass(frozen=True, slots=True)
-class S3Place:
-    """Which bucket of which server.
-
-    Attributes:
-        bucket: its name.
-        prefix: what every object's key begins with: empty, or ending in ``/``.
-        endpoint: the server's URL; None for AWS.
-        region: e.g. ``us-east-1``.
-        virtual: whether the bucket's name goes into the host name, not into the path.
-    """
-
-    bucket: str
-    prefix: str = ""
-    endpoint: str | None = None
-    region: str = "us-east-1"
-    virtual: bool = False
-
-    @property
-    def url(self) -> str:
-        """The URL :func:`open_store` reads, without secrets."""
-        options = [f"endpoint={self.endpoint}"] if self.endpoint else []
-        if self.region != "us-east-1":
-            options.append(f"region={self.region}")
-        if self.virtual and self.endpoint:
-            options.append("style=virtual")
-        question = "?" + "&".join(options) if options else ""
-        return f"s3://{self.bucket}/{self.prefix.rstrip('/')}".rstrip("/") + question
 
 
 class S3Store:
@@ -214,7 +158,7 @@ class S3Store:
             return self._replace_looking_first(name, data, tag)
         quoted = self._quoted
         try:
-            return self._put(name, data, {"IfMatch": _quote(tag, quoted)}, owner)
+            return self._put(name, data, {"IfMatch": quote(tag, quoted)}, owner)
         except StoreUnavailable as doubt:
             return self._settle(name, owner, doubt)
         except BlobNotFound as gone:
@@ -230,7 +174,7 @@ class S3Store:
                 return unquote(found["ETag"])
             if found is None or unquote(found["ETag"]) != tag:
                 raise TagMismatch(f"object {name} in {self.url} changed meanwhile") from doubt
-        other = self._put(name, data, {"IfMatch": _quote(tag, not quoted)}, owner)
+        other = self._put(name, data, {"IfMatch": quote(tag, not quoted)}, owner)
         self._quoted = not quoted
         return other
 
@@ -398,7 +342,7 @@ class S3Store:
             )
         except (BotoCoreError, ValueError) as failed:
             raise StoreRefused(f"cannot use {place.url}: {failed}") from failed
-        client.meta.events.register("before-sign.s3.PutObject", _send_small_bodies_at_once)
+        client.meta.events.register("before-sign.s3.PutObject", send_small_bodies_at_once)
         return client
 
     def key(self, name: str) -> str:
@@ -530,28 +474,3 @@ _session_lock = threading.Lock()
 def _session() -> boto3.session.Session:
     """One session for all clients with a key of their own: making another costs 0.1 s."""
     return boto3.session.Session()
-
-
-def _send_small_bodies_at_once(request: AWSRequest, **_: object) -> None:
-    """Ask permission (``Expect: 100-continue``) only where it may save sending a pack.
-
-    boto3 always asks, and loses a second when a refusal comes instead of the permission.
-    """
-    body = request.data
-    if isinstance(body, io.BytesIO) and body.getbuffer().nbytes <= _AT_ONCE:
-        del request.headers["Expect"]
-
-
-def _quote(tag: str, quoted: bool) -> str:
-    return f'"{tag}"' if quoted else tag
-
-
-def unquote(tag: str) -> str:
-    """An ETag without its quotes."""
-    return tag.strip('"')
-
-
-def moment_ns(moment: datetime) -> int:
-    """An aware datetime as nanoseconds since the epoch."""
-    since = moment - _EPOCH
-    return (since.days * 86_400 + since.seconds) * NANOSECONDS + since.microseconds * 1000

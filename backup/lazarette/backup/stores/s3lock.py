@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from botocore.exceptions import ClientError
 
+from lazarette.backup.stores._s3dialect import moment_ns, unquote
 from lazarette.backup.stores._s3errors import Answer, translate
 from lazarette.backup.stores.contract import (
     BlobInfo,
@@ -28,12 +29,9 @@ from lazarette.backup.stores.contract import (
 )
 from lazarette.backup.stores.s3 import (
     FAILURES,
-    Credentials,
-    S3Place,
     S3Store,
-    moment_ns,
-    unquote,
 )
+from lazarette.backup.stores.s3place import Credentials, S3Place
 from lazarette.storage.clock import NANOSECONDS
 from lazarette.storage.errors import LazaretteError
 

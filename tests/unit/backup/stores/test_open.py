@@ -6,7 +6,7 @@ import pytest
 
 from lazarette.backup.stores.contract import WrongStore
 from lazarette.backup.stores.open import create_place, credentials_from, open_store, parse_url
-from lazarette.backup.stores.s3 import Credentials, S3Place
+from lazarette.backup.stores.s3place import Credentials, S3Place
 from lazarette.storage.clock import NANOSECONDS, FakeClock
 from lazarette.storage.errors import InvalidArgument
 
