@@ -36,18 +36,20 @@ WORDS = """
 
 - **atomic**: a snapshot is one instant by itself; writers wait only for its commit.
 - **gated**: writers are held (containers frozen) while the snapshot is finished, and the pause
-  is measured and reported with it.
+  is measured and reported with it. A volume with a `size` on `overlay` or `fuse` needs no gate:
+  its own filesystem is frozen, whoever writes, and its snapshots are atomic.
 - **unsafe**: as gated, but programs outside containers may write meanwhile; the snapshot is
   labelled so and a backup of it as well.
 - **changed extents**: changed byte ranges come from the filesystem's own trees, nothing is read.
-- **changed files**: both snapshots are compared; files in the same extents are not read.
+- **changed files**: both snapshots are compared; of files that are in both only the extents are
+  read that they do not share.
 - A change record that is lost or doubtful leads to a full comparison, never to a block left out.
 
 ## Options
 
 | option | drivers | meaning |
 |---|---|---|
-| `size` | btrfs, tmpfs | limit, as `512m` or `10g`; can be changed while mounted |
+| `size` | overlay, btrfs, fuse, tmpfs | limit, as `512m` or `10g`; can be changed while mounted |
 | `nodatacow` | btrfs | write in place: no checksums, no compression, faster random writes |
 | `compression` | btrfs | `none`, `zlib`, `lzo` or `zstd` |
 | `device` | bind | the host's folder |
@@ -59,7 +61,10 @@ refused with the list of valid options.
 
 On btrfs a limit counts what the volume itself wrote and snapshots still hold; so that a
 snapshot never forbids overwriting, the limit in force grows by what was charged at the last
-one (see [decisions/0102-size-limits.md](decisions/0102-size-limits.md)).
+one. On overlay and fuse a volume with a size lies in a filesystem of its own, kept in a file:
+at least 16 MiB, writes cost more than in a volume without size, it can grow but not shrink, and
+snapshots do not count against it. See
+[decisions/0102-size-limits.md](decisions/0102-size-limits.md).
 """
 
 

@@ -11,6 +11,7 @@ from lazarette.storage.state import State
 from lazarette.storage.volumes.bind import BindVolumeDriver
 from lazarette.storage.volumes.btrfs import BtrfsVolumeDriver
 from lazarette.storage.volumes.contract import VolumeDriver
+from lazarette.storage.volumes.fuse import FuseVolumeDriver
 from lazarette.storage.volumes.manager import VolumeManager
 from lazarette.storage.volumes.overlay import OverlayVolumeDriver
 from lazarette.storage.volumes.tmpfs import TmpfsVolumeDriver
@@ -38,6 +39,7 @@ class Host:
         makers = {
             "btrfs": lambda: BtrfsVolumeDriver(self.root / "btrfs", clock, pool_size=POOL),
             "overlay": lambda: OverlayVolumeDriver(self.root / "overlay", clock, pool_size=POOL),
+            "fuse": lambda: FuseVolumeDriver(self.root / "fuse", clock, pool_size=POOL),
             "tmpfs": lambda: TmpfsVolumeDriver(self.root / "tmpfs", clock),
             "bind": lambda: BindVolumeDriver(self.root / "bind", clock),
         }

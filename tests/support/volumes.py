@@ -52,7 +52,17 @@ KINDS = (
         {"size": "1g"},
     ),
     Kind("overlay", lambda root: OverlayVolumeDriver(root, SystemClock(), pool_size=POOL)),
+    Kind(
+        "overlay-size",
+        lambda root: OverlayVolumeDriver(root, SystemClock(), pool_size=POOL),
+        {"size": "256m"},
+    ),
     Kind("fuse", lambda root: FuseVolumeDriver(root, SystemClock(), pool_size=POOL)),
+    Kind(
+        "fuse-size",
+        lambda root: FuseVolumeDriver(root, SystemClock(), pool_size=POOL),
+        {"size": "256m"},
+    ),
     Kind("tmpfs", lambda root: TmpfsVolumeDriver(root, SystemClock())),
     Kind("tmpfs-size", lambda root: TmpfsVolumeDriver(root, SystemClock()), {"size": "64m"}),
     Kind("bind", lambda root: BindVolumeDriver(root, SystemClock())),

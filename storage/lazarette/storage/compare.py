@@ -9,28 +9,33 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
 
+from lazarette.fuse.differences import changed_ranges
 from lazarette.storage import beneath, copying, extents
 from lazarette.storage.changes import ByteRange, Change, ChangeKind
-from lazarette.storage.extents import Extent
 
 _BLOCK = 1 << 16
 
+Suspects = Callable[[int, int, int, int], Iterable[tuple[int, int]]]
+"""Given an older and a newer file and their sizes: the ranges of the newer one in which they
+may differ, ascending and disjoint."""
 
-def tree_changes(base: int, target: int, *, shared: bool) -> Iterator[Change]:
+
+def tree_changes(base: int, target: int, suspects: Suspects) -> Iterator[Change]:
     """What differs between two folders, sorted by path within each folder.
 
     Args:
         base, target: descriptors of their roots.
-        shared: both are on a disk with reflinks, so that equal extents mean equal bytes.
+        suspects: where files that are in both may differ.
     """
     if not _same_metadata(base, target, b"."):
         yield Change(ChangeKind.MODIFIED, b"", ranges=())
-    yield from _folder(base, target, b"", shared)
+    yield from _folder(base, target, b"", suspects)
 
 
-def _folder(base: int, target: int, path: bytes, shared: bool) -> Iterator[Change]:
+def _folder(base: int, target: int, path: bytes, suspects: Suspects) -> Iterator[Change]:
     was, now = set(beneath.names(base)), set(beneath.names(target))
     for name in sorted(was | now):
         own = path + b"/" + name if path else name
@@ -46,13 +51,13 @@ def _folder(base: int, target: int, path: bytes, shared: bool) -> Iterator[Chang
         if before is None:
             yield from _all(ChangeKind.ADDED, target, name, own, after)
         elif stat.S_ISDIR(after.st_mode):
-            yield from _both_folders(base, target, name, own, shared)
+            yield from _both_folders(base, target, name, own, suspects)
         else:
-            yield from _entry(base, target, name, own, before, after, shared)
+            yield from _entry(base, target, name, own, before, after, suspects)
 
 
 def _both_folders(
-    base: int, target: int, name: bytes, path: bytes, shared: bool
+    base: int, target: int, name: bytes, path: bytes, suspects: Suspects
 ) -> Iterator[Change]:
     if not _same_metadata(base, target, name):
         yield Change(ChangeKind.MODIFIED, path, ranges=())
@@ -60,7 +65,7 @@ def _both_folders(
     try:
         newer = beneath.open_folder(target, name)
         try:
-            yield from _folder(older, newer, path, shared)
+            yield from _folder(older, newer, path, suspects)
         finally:
             os.close(newer)
     finally:
@@ -112,63 +117,114 @@ def _entry(
     path: bytes,
     before: os.stat_result,
     after: os.stat_result,
-    shared: bool,
+    suspects: Suspects,
 ) -> Iterator[Change]:
     ranges: tuple[ByteRange, ...] | None = ()
     if stat.S_ISREG(after.st_mode):
-        ranges = _file_ranges(base, target, name, before.st_size, after.st_size, shared)
+        ranges = _file_ranges(base, target, name, before.st_size, after.st_size, suspects)
     if ranges != () or not _same_metadata(base, target, name):
         yield Change(ChangeKind.MODIFIED, path, ranges=ranges)
 
 
 def _file_ranges(
-    base: int, target: int, name: bytes, before: int, after: int, shared: bool
+    base: int, target: int, name: bytes, before: int, after: int, suspects: Suspects
 ) -> tuple[ByteRange, ...] | None:
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
     older = os.open(name, flags, dir_fd=base)
     try:
         newer = os.open(name, flags, dir_fd=target)
         try:
-            if shared and before == after and _same_extents(older, newer):
-                return ()
-            return _differing(older, newer, before, after)
+            where = suspects(older, newer, before, after)
+            return _differing(older, newer, before, after, where)
         finally:
             os.close(newer)
     finally:
         os.close(older)
 
 
-def _same_extents(older: int, newer: int) -> bool:
-    was, now = list(extents.extents(older)), list(extents.extents(newer))
-    return len(was) == len(now) and all(_same_place(a, b) for a, b in zip(was, now, strict=True))
-
-
-def _same_place(older: Extent, newer: Extent) -> bool:
-    return (
-        older.located
-        and newer.located
-        and (
-            (older.logical, older.physical, older.length)
-            == (newer.logical, newer.physical, newer.length)
-        )
-    )
-
-
-def _differing(older: int, newer: int, before: int, after: int) -> tuple[ByteRange, ...] | None:
+def _differing(
+    older: int, newer: int, before: int, after: int, where: Iterable[tuple[int, int]]
+) -> tuple[ByteRange, ...] | None:
     """Ranges of differing blocks; None where that has no words (cut to nothing)."""
     found: list[ByteRange] = []
-    position = 0
-    while position < after:
-        block = os.pread(newer, _BLOCK, position)
-        if not block:
-            break
-        if block != os.pread(older, len(block), position):
+    for start, length in where:
+        for position, block in _blocks(newer, start, start + length):
+            if block == os.pread(older, len(block), position):
+                continue
             if found and found[-1].end == position:
                 found[-1] = ByteRange(found[-1].offset, found[-1].length + len(block))
             else:
                 found.append(ByteRange(position, len(block)))
-        position += len(block)
     if not found and after < before:
         start = max(0, after - 1) // _BLOCK * _BLOCK
         return (ByteRange(start, after - start),) if after else None
     return tuple(found)
+
+
+def _blocks(file: int, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+    while start < end:
+        block = os.pread(file, min(_BLOCK, end - start), start)
+        if not block:
+            return
+        yield start, block
+        start += len(block)
+
+
+# ---- where two files may differ
+
+
+def everything(older: int, newer: int, before: int, after: int) -> list[tuple[int, int]]:
+    """Anywhere: the disk says nothing."""
+    return [(0, after)]
+
+
+def by_extents(older: int, newer: int, before: int, after: int) -> list[tuple[int, int]]:
+    """Where they lie in different places of one disk with reflinks; both are immutable."""
+    ranges = changed_ranges(older, newer, before, after)
+    return [(0, after)] if ranges is None else list(ranges)
+
+
+def by_disk(older_disk: int, newer_disk: int) -> Suspects:
+    """For files in two states of one disk: where they, or the disk below them, differ.
+
+    Args:
+        older_disk, newer_disk: both states, as files that share extents.
+    """
+    sizes = os.fstat(older_disk).st_size, os.fstat(newer_disk).st_size
+    changed = by_extents(older_disk, newer_disk, *sizes)
+    starts = [start for start, _ in changed]
+
+    def below(physical: int, length: int) -> Iterator[tuple[int, int]]:
+        index = max(0, bisect_right(starts, physical) - 1)
+        while index < len(changed) and starts[index] < physical + length:
+            start, size = changed[index]
+            first, last = max(start, physical), min(start + size, physical + length)
+            if first < last:
+                yield first, last - first
+            index += 1
+
+    def suspects(older: int, newer: int, before: int, after: int) -> list[tuple[int, int]]:
+        moved = by_extents(older, newer, before, after)
+        for extent in extents.extents(newer):
+            if not extent.located:
+                return [(0, after)]
+            for start, length in below(extent.physical, extent.length):
+                offset = extent.logical + start - extent.physical
+                moved.append((offset, min(length, after - offset)))
+        return _merged(moved)
+
+    return suspects
+
+
+def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ascending and disjoint."""
+    merged: list[tuple[int, int]] = []
+    for start, length in sorted(ranges):
+        if length <= 0:
+            continue
+        if merged and start <= sum(merged[-1]):
+            end = max(sum(merged[-1]), start + length)
+            merged[-1] = (merged[-1][0], end - merged[-1][0])
+        else:
+            merged.append((start, length))
+    return merged

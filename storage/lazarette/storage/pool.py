@@ -15,7 +15,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from lazarette.storage import btrfs, loop, mounts, process
+from lazarette.storage import btrfs, loop, mounts, process, xfs
 from lazarette.storage.errors import NoSpace
 
 MIB = 1 << 20
@@ -37,8 +36,6 @@ RESERVE_SHARE = 50
 RESERVE_FLOOR = GIB
 STEP = 256 * MIB
 WATCH_SECONDS = 1.0
-
-_XFS_IOC_FSGROWFSDATA = (1 << 30) | (16 << 16) | (ord("X") << 8) | 110
 
 _log = logging.getLogger(__name__)
 
@@ -241,9 +238,7 @@ class Pool:
             if self.format is PoolFormat.BTRFS:
                 btrfs.resize(folder, size)
                 return
-            block = os.fstatvfs(folder).f_frsize
-            blocks = os.stat(self.file).st_size // block
-            fcntl.ioctl(folder, _XFS_IOC_FSGROWFSDATA, struct.pack("=QIxxxx", blocks, 25))
+            xfs.grow(folder, os.stat(self.file).st_size)
         finally:
             os.close(folder)
 

@@ -33,6 +33,10 @@ class CommandFailed(InternalError):
         self.finished = finished
 
 
+Running = subprocess.Popen[bytes]
+"""What :func:`spawn` gives."""
+
+
 def run(
     argv: Sequence[str],
     *,

@@ -152,7 +152,8 @@ def probe_volumes(root: Path) -> tuple[Finding, ...]:
     Args:
         root: an existing folder where volumes would be kept.
     """
-    if _native_btrfs(root):
+    native = _native_btrfs(root)
+    if native:
         subvolumes = Finding("btrfs", True, "the folder is on btrfs: atomic snapshots")
     else:
         subvolumes = _probe_pool("btrfs", "mkfs.btrfs", "btrfs")
@@ -165,9 +166,10 @@ def probe_volumes(root: Path) -> tuple[Finding, ...]:
         server = Finding("fuse", False, f"needs reflinks: {reflinks.reason}")
     elif server.usable:
         server = Finding("fuse", True, f"a server process over {reflinks.reason}")
+    # on one filesystem both write alike, so the better snapshots count; else the faster one
+    best = (subvolumes, reflinks) if native else (reflinks, subvolumes)
     return (
-        subvolumes,
-        reflinks,
+        *best,
         server,
         Finding("bind", True, "plain folders: snapshots are copies"),
         Finding("tmpfs", True, "in memory"),
@@ -185,8 +187,8 @@ LAYERS: Mapping[str, Callable[[Path, Clock], LayerDriver]] = {
 }
 
 VOLUMES: Mapping[str, Callable[[Path, Clock], VolumeDriver]] = {
-    "btrfs": BtrfsVolumeDriver,
     "overlay": OverlayVolumeDriver,
+    "btrfs": BtrfsVolumeDriver,
     "fuse": FuseVolumeDriver,
     "tmpfs": TmpfsVolumeDriver,
     "bind": BindVolumeDriver,

@@ -69,12 +69,44 @@ def test_v9_a_size_limit_is_met_as_an_error_of_the_write(volumes: Bench) -> None
     assert (root / "fits").stat().st_size == 12 * MIB
 
 
+def test_v9_a_volume_without_size_says_that_it_has_none(volumes: Bench) -> None:
+    if volumes.driver.capabilities.resize_shrink or "size" in volumes.options():
+        return
+    name, _ = volumes.volume()
+    with pytest.raises(Unsupported):
+        volumes.driver.resize(name, 64 * MIB)
+    assert volumes.driver.usage(name).limit is None
+
+
+def test_v9_a_limit_can_be_raised_while_nobody_uses_the_volume(volumes: Bench) -> None:
+    made = limited(volumes, 16)
+    if made is None:
+        return
+    name, _ = made
+    volumes.driver.unmount(name)
+    volumes.driver.resize(name, 48 * MIB)
+    assert write(volumes.driver.mount(name) / "f", 40)
+
+
+def test_v9_a_limit_that_was_raised_stays_over_a_rollback(volumes: Bench) -> None:
+    made = limited(volumes, 16)
+    if made is None:
+        return
+    name, root = made
+    (root / "f").write_text("x")
+    volumes.driver.snapshot(name, "s1", OpenGate())
+    volumes.driver.resize(name, 48 * MIB)
+    volumes.driver.unmount(name)
+    volumes.driver.rollback(name, "s1")
+    root = volumes.driver.mount(name)
+    assert (root / "f").read_text() == "x"
+    assert volumes.driver.usage(name).limit == 48 * MIB
+    assert write(root / "g", 40)
+
+
 def test_v9_growing_needs_no_unmount(volumes: Bench) -> None:
     made = limited(volumes, 16)
     if made is None:
-        name, _ = volumes.volume()
-        with pytest.raises(Unsupported):
-            volumes.driver.resize(name, 64 * MIB)
         return
     name, root = made
     with open(root / "held", "wb") as held:
@@ -92,6 +124,11 @@ def test_v9_shrinking_holds_for_later_writes(volumes: Bench) -> None:
         return
     name, root = made
     assert write(root / "f", 8)
+    if not volumes.driver.capabilities.resize_shrink:
+        with pytest.raises(Unsupported, match="cannot shrink"):
+            volumes.driver.resize(name, 16 * MIB)
+        assert volumes.driver.usage(name).limit == 64 * MIB
+        return
     volumes.driver.resize(name, 16 * MIB)
     assert not write(root / "g", 24)
 
@@ -104,7 +141,7 @@ def test_v9_shrinking_below_the_content_loses_nothing(volumes: Bench) -> None:
     assert write(root / "f", 16)
     try:
         volumes.driver.resize(name, 8 * MIB)
-    except NoSpace:
+    except (NoSpace, Unsupported):
         pass
     assert (root / "f").stat().st_size == 16 * MIB
 

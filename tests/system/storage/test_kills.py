@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,28 +15,69 @@ from tests.support.volumes import snapshot_of
 from lazarette.storage.errors import InUse
 from lazarette.storage.volumes.contract import OpenGate
 
+KINDS: dict[str, tuple[str, dict[str, str]]] = {
+    "btrfs": ("btrfs", {}),
+    "overlay": ("overlay", {}),
+    "overlay-size": ("overlay", {"size": "64m"}),
+    "fuse": ("fuse", {}),
+    "fuse-size": ("fuse", {"size": "64m"}),
+    "tmpfs": ("tmpfs", {}),
+    "bind": ("bind", {}),
+}
 
-def _setup(host: Host, driver: str) -> None:
-    volume = host.manager.create("data", driver)
-    (volume.mountpoint / "f").write_text("one")
-    host.manager.snapshot(["data"], OpenGate(), "s1")
-    (volume.mountpoint / "f").write_text("two")
+
+@contextmanager
+def _root(host: Host, name: str) -> Iterator[Path]:
+    """A volume's root while a user has it mounted."""
+    try:
+        yield host.manager.mount(name, "test")
+    finally:
+        host.manager.unmount(name, "test")
+
+
+def _setup(host: Host, driver: str, options: dict[str, str]) -> None:
+    host.manager.create("data", driver, options)
+    with _root(host, "data") as root:
+        (root / "f").write_text("one")
+        host.manager.snapshot(["data"], OpenGate(), "s1")
+        (root / "f").write_text("two")
     folder = host.root / "image"
     folder.mkdir(exist_ok=True)
     for number in range(5):
         (folder / f"file{number}").write_text("x" * 1000)
 
 
+def _create(host: Host) -> None:
+    data = host.manager.get("data")
+    host.manager.create("new", data.driver, data.options)
+
+
+def _snapshot_mounted(host: Host) -> None:
+    host.manager.mount("data", "user")
+    try:
+        host.manager.snapshot(["data"], OpenGate(), "s2")
+    finally:
+        host.manager.unmount("data", "user")
+
+
+def _resize(host: Host) -> None:
+    if host.manager.get("data").options:
+        host.manager.resize("data", 96 << 20)
+
+
 def _populate(host: Host) -> None:
-    host.manager.create("empty", host.manager.get("data").driver)
+    data = host.manager.get("data")
+    host.manager.create("empty", data.driver, data.options)
     host.manager.populate("empty", host.root / "image")
 
 
 VERBS: dict[str, Callable[[Host], object]] = {
-    "create": lambda host: host.manager.create("new", host.manager.get("data").driver),
+    "create": _create,
     "remove": lambda host: host.manager.remove("data"),
     "rename": lambda host: host.manager.rename("data", "renamed"),
     "snapshot": lambda host: host.manager.snapshot(["data"], OpenGate(), "s2"),
+    "snapshot of a mounted volume": _snapshot_mounted,
+    "resize": _resize,
     "delete snapshot": lambda host: host.manager.delete_snapshot("data", "s1"),
     "clone": lambda host: host.manager.clone("data", "s1", "copy"),
     "rollback": lambda host: host.manager.rollback("data", "s1"),
@@ -52,8 +94,11 @@ def _check(host: Host, verb: str) -> None:
         return
     data = "renamed" if "renamed" in names else "data"
     assert data in names
-    content = (host.manager.get(data).mountpoint / "f").read_text()
+    with _root(host, data) as root:
+        content = (root / "f").read_text()
     snapshots = {info.id for info in host.manager.snapshots(data)}
+    if verb == "resize":
+        assert host.manager.usage(data).limit in (64 << 20, 96 << 20)
     if verb == "rollback" and any(s.startswith("before-rollback-") for s in snapshots):
         assert content in ("one", "two")
     else:
@@ -64,32 +109,36 @@ def _check(host: Host, verb: str) -> None:
         assert (view / "f").read_text() in ("one", "two")
         host.manager.release_view(data, snapshot)
     if "copy" in names:
-        assert (host.manager.get("copy").mountpoint / "f").read_text() == "one"
+        with _root(host, "copy") as root:
+            assert (root / "f").read_text() == "one"
     if "empty" in names:
-        seen = snapshot_of(host.manager.get("empty").mountpoint)
-        assert len(seen) in (1, 6)
+        with _root(host, "empty") as root:
+            assert len(snapshot_of(root)) in (1, 6)
         host.manager.populate("empty", host.root / "image")
-        assert len(snapshot_of(host.manager.get("empty").mountpoint)) == 6
+        with _root(host, "empty") as root:
+            assert len(snapshot_of(root)) == 6
     for base in host.drivers:
         root = host.root / base
         inside = root / "pool" if (root / "pool").exists() else root
         assert os.listdir(inside / "staging") == os.listdir(inside / "trash") == []
 
 
-@pytest.mark.parametrize("driver", ["btrfs", "overlay", "tmpfs", "bind"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_kill_at_any_step_is_recovered(tmp_path: Path, driver: str, verb: str) -> None:
-    if driver == "bind" and verb in ("rollback",):
+def test_a_kill_at_any_step_is_recovered(tmp_path: Path, kind: str, verb: str) -> None:
+    driver, options = KINDS[kind]
+    if (driver == "bind" and verb == "rollback") or (verb == "resize" and not options):
         return
     host = Host(tmp_path, (driver,))
     try:
-        _setup(host, driver)
+        _setup(host, driver, options)
         names = steps_of(lambda: VERBS[verb](host))
         assert names
         for step in names:
+            host.manager.unmount("data", "user")
             for name in [volume.name for volume in host.manager.list()]:
                 host.manager.remove(name)
-            _setup(host, driver)
+            _setup(host, driver, options)
             host.state.close()
 
             def work() -> None:

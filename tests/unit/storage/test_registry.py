@@ -6,6 +6,7 @@ import pytest
 
 from lazarette.storage.clock import SystemClock
 from lazarette.storage.errors import InvalidArgument
+from lazarette.storage.pool import Pool, PoolFormat
 from lazarette.storage.registry import (
     VolumeDrivers,
     open_layers,
@@ -47,3 +48,14 @@ def test_volume_drivers_are_opened_when_asked_for(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "volumes").iterdir()] == ["tmpfs"]
     assert drivers.choice.name in drivers
     drivers.close()
+
+
+def test_the_default_of_volumes_follows_what_the_folder_is_on(tmp_path: Path) -> None:
+    assert [found.name for found in probe_volumes(tmp_path)][:2] == ["overlay", "btrfs"]
+    folder = tmp_path / "native"
+    pool = Pool(tmp_path / "disk", folder, PoolFormat.BTRFS, 256 << 20)
+    pool.open()
+    try:
+        assert [found.name for found in probe_volumes(folder)][:2] == ["btrfs", "overlay"]
+    finally:
+        pool.close()

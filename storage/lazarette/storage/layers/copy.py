@@ -12,7 +12,7 @@ from pathlib import Path
 from lazarette.storage import beneath, copying, extents, space
 from lazarette.storage.changes import Change
 from lazarette.storage.clock import Clock
-from lazarette.storage.compare import tree_changes
+from lazarette.storage.compare import by_extents, everything, tree_changes
 from lazarette.storage.layers.contract import LayerCapabilities, LayerUsage
 from lazarette.storage.layers.full import FullLayerDriver
 
@@ -47,7 +47,8 @@ class CopyLayerDriver(FullLayerDriver):
 
     def _compare(self, parent: Path, own: Path) -> Iterator[Change]:
         with beneath.opened(parent) as base, beneath.opened(own) as target:
-            yield from tree_changes(base, target, shared=self._reflinks)
+            suspects = by_extents if self._reflinks else everything
+            yield from tree_changes(base, target, suspects)
 
     def usage(self, key: str) -> LayerUsage:
         """See :meth:`LayerDriver.usage`: the whole tree, less what it shares."""

@@ -11,10 +11,10 @@ labelled ``UNSAFE``: good files, not one instant.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from lazarette.storage import copying, extents
+from lazarette.storage import extents
 from lazarette.storage.clock import Clock
 from lazarette.storage.errors import InvalidArgument, SourceMissing, Unsupported
 from lazarette.storage.volumes.contract import (
@@ -22,6 +22,7 @@ from lazarette.storage.volumes.contract import (
     SnapshotKind,
     VolumeCapabilities,
 )
+from lazarette.storage.volumes.making import CopyMaking, SnapshotMaking
 from lazarette.storage.volumes.options import check_options
 from lazarette.storage.volumes.record import VolumeRecord
 from lazarette.storage.volumes.tree import TreeVolumeDriver
@@ -86,9 +87,9 @@ class BindVolumeDriver(TreeVolumeDriver):
         device = self._shelf.record(name).options.get("device", "")
         return Path(device) if device else own
 
-    def _begin_copy(self, source: int, target: int) -> Callable[[], object]:
+    def _making(self, name: str, staged: Path) -> SnapshotMaking:
         # the folder may be on any filesystem: nothing can be said of its change times
-        return lambda: copying.copy_tree(source, target)
+        return CopyMaking(self._content(name), staged)
 
     def _content(self, name: str) -> Path:
         return self.location(name)

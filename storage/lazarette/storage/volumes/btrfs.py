@@ -286,7 +286,7 @@ class BtrfsVolumeDriver:
         limit = self._shelf.record(name).limit
         with beneath.opened(self._shelf.location(name)) as data:
             btrfs.sync(data)
-            referenced, shared = space.tree_space(data, shared=True)
+            referenced, shared = space.tree_space(data, space.flagged)
         return VolumeUsage(referenced, referenced - shared, limit)
 
     def resize(self, name: str, size: int) -> None:

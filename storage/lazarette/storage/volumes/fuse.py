@@ -4,6 +4,10 @@ The server hands reads and writes of file content to the kernel (passthrough), s
 runs at nearly the speed of the disk; everything else goes through it.  It outlives this
 process; a dead one is replaced when its volume is mounted again.
 
+A snapshot of a volume in use is made by the server: it knows which files may have changed
+since the copy was begun, so that only those are looked at while writers are held.  It cannot
+hold writers by itself, because what the kernel writes for it never reaches it.
+
 Layout: as :mod:`lazarette.storage.volumes.shelf` says, and in a volume's folder ``work``
 (the server's own), ``merged`` (where it is mounted) and ``fuse.sock`` (its control socket):
 all move along when the volume is renamed.
@@ -25,9 +29,47 @@ from lazarette.storage.volumes.contract import (
     SnapshotKind,
     VolumeCapabilities,
 )
+from lazarette.storage.volumes.making import SnapshotMaking
 from lazarette.storage.volumes.overlay import OverlayVolumeDriver
 
 _STOP_SECONDS = 30.0
+
+
+class ServedMaking(SnapshotMaking):
+    """A snapshot that the server of a mounted volume makes.
+
+    Args:
+        union: the server's mount.
+        upper: where it keeps the content.
+        staged: an empty folder on the same filesystem.
+    """
+
+    def __init__(self, union: UnionMount, upper: Path, staged: Path) -> None:
+        self._union = union
+        self._upper = upper
+        self._target = str(staged / "made")
+        super().__init__(staged / "made" / "upper")
+
+    def prepare(self) -> None:
+        """Write back what is dirty, and let the server clone everything."""
+        self._write_back()
+        with beneath.opened(self._upper) as upper:
+            syncfs(upper)
+        self._union.prepare(self._target)
+
+    def take(self) -> None:
+        """Let the server clone what changed since."""
+        self._write_back()
+        self._union.take(self._target)
+
+    def settle(self) -> None:
+        """Let the server make the snapshot durable."""
+        self._union.settle(self._target)
+
+    def _write_back(self) -> None:
+        # what was stored through a mapping may be with the kernel's side of the server still
+        with beneath.opened(self._union.spec.mountpoint) as root:
+            syncfs(root)
 
 
 class FuseVolumeDriver(OverlayVolumeDriver):
@@ -46,21 +88,22 @@ class FuseVolumeDriver(OverlayVolumeDriver):
             name="fuse",
             snapshot=SnapshotKind.GATED,
             clone_constant_time=False,
-            resize_grow=False,
+            resize_grow=True,
             resize_shrink=False,
             rollback=True,
             changes=ChangeSource.FILES,
+            options=super().capabilities.options,
             needs=("fuse", "xfs with reflinks", "loop devices (on a host without reflinks)"),
         )
 
     def _union(self, name: str) -> UnionMount:
-        folder = self._shelf.folder(name)
+        folder, upper = self._shelf.folder(name), self._content(name)
         return UnionMount(
             UnionSpec(
                 mountpoint=str(folder / "merged"),
                 control=str(folder / "fuse.sock"),
-                upper=str(folder / "data"),
-                work=str(folder / "work"),
+                upper=str(upper),
+                work=str(upper.parent / "work"),
                 allow_other=True,
             )
         )
@@ -70,11 +113,11 @@ class FuseVolumeDriver(OverlayVolumeDriver):
         (staged / "work").mkdir(mode=0o700)
         (staged / "merged").mkdir(mode=0o755)
 
-    def _settle(self, name: str) -> None:
-        # what was stored through a mapping is with the kernel's side of the server still
-        if mounts.is_mount_point(self.location(name)):
-            with beneath.opened(self.location(name)) as root:
-                syncfs(root)
+    def _making(self, name: str, staged: Path) -> SnapshotMaking:
+        mounted = mounts.is_mount_point(self.location(name))
+        if self._sized(name) or not mounted or not self._union(name).alive():
+            return super()._making(name, staged)
+        return ServedMaking(self._union(name), self._content(name), staged)
 
     def close(self) -> None:
         """See :meth:`VolumeDriver.close`; ends the servers of volumes that nobody uses."""
@@ -92,6 +135,8 @@ class FuseVolumeDriver(OverlayVolumeDriver):
         Raises:
             MountFailed: the server does not start.
         """
+        self._shelf.folder(name)
+        self._attach(name)
         union = self._union(name)
         if not mounts.is_mount_point(self.location(name)) or not union.alive():
             try:
@@ -141,7 +186,7 @@ class FuseVolumeDriver(OverlayVolumeDriver):
         self._shelf.snapshot(name, snapshot)
         self._shelf.refuse_if_mounted(name, "rolling back")
         self._stop(name)
-        work = self._shelf.folder(name) / "work"
         super().rollback(name, snapshot)
+        work = self._shelf.folder(name) / "work"
         beneath.remove_path(work)
         work.mkdir(mode=0o700)

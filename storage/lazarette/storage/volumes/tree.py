@@ -6,34 +6,32 @@ reflinks, nearly all of it is made before, and only what changed since is made t
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from lazarette.storage import beneath, copying, mounts, space, steps
 from lazarette.storage.changes import Change
 from lazarette.storage.clock import Clock
-from lazarette.storage.compare import tree_changes
+from lazarette.storage.compare import by_extents, everything, tree_changes
 from lazarette.storage.errors import NoSpace, Unsupported
-from lazarette.storage.refresh import RefreshedCopy
 from lazarette.storage.syscalls import syncfs
 from lazarette.storage.volumes.contract import (
     SnapshotInfo,
+    SnapshotKind,
     VolumeCapabilities,
     VolumeUsage,
     WriteGate,
 )
+from lazarette.storage.volumes.making import CopyMaking, ReflinkMaking, SnapshotMaking
 from lazarette.storage.volumes.record import SnapshotRecord, VolumeRecord
 from lazarette.storage.volumes.shelf import VolumeShelf, check_snapshot_id, exchange
-
-# what a pass leaves to the next one is what is written while it runs, so passes get shorter
-_PASS_GOAL_NS = 20_000_000
-_MOST_PASSES = 6
 
 
 class TreeVolumeDriver(ABC):
@@ -132,60 +130,50 @@ class TreeVolumeDriver(ABC):
             self._check_source(name)
         staged = {name: self._stage_snapshot(name, snapshot) for name in names}
         try:
-            created, pause = self._copy_held(staged, gate)
-            steps.reached("tree.snapshot.copied")
-            made = SnapshotRecord(created, pause, self.capabilities.snapshot)
-            for name in names:
-                self._place_snapshot(staged[name], self._shelf.snapshots_folder(name) / snapshot)
-                self._shelf.keep_snapshot(name, snapshot, made)
-        except BaseException:
+            with ExitStack() as opened:
+                making = {name: self._making(name, path) for name, path in staged.items()}
+                for one in making.values():
+                    opened.callback(one.close)
+                created, pause = self._take(making, gate)
+                steps.reached("tree.snapshot.copied")
+                for name, one in making.items():
+                    one.settle()
+                    kind = SnapshotKind.ATOMIC if one.holds_writers else self.capabilities.snapshot
+                    self._place_snapshot(one.staged, self._shelf.snapshots_folder(name) / snapshot)
+                    if one.staged != staged[name]:
+                        self._shelf.destroy(staged[name])
+                    self._shelf.keep_snapshot(name, snapshot, SnapshotRecord(created, pause, kind))
+        except BaseException as failed:
             for path in staged.values():
                 self._shelf.destroy(path)
+            if isinstance(failed, OSError) and failed.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NoSpace(f"the snapshot {snapshot}: the disk is full") from failed
             raise
 
-    def _copy_held(self, staged: Mapping[str, Path], gate: WriteGate) -> tuple[int, int]:
-        """Copy volumes as they are at one instant: that instant, and for how long it took."""
-        with ExitStack() as opened:
-            finish: list[Callable[[], object]] = []
-            for name, folder in staged.items():
-                source = opened.enter_context(beneath.opened(self._content(name)))
-                target = opened.enter_context(beneath.opened(folder))
-                finish.append(self._begin_copy(source, target))
-            started = self._clock.monotonic_ns()
-            gate.close()
-            try:
+    def _take(self, making: Mapping[str, SnapshotMaking], gate: WriteGate) -> tuple[int, int]:
+        """Take volumes as they are at one instant: that instant, and for how long it took."""
+        for one in making.values():
+            one.prepare()
+        started = self._clock.monotonic_ns()
+        gate.close()
+        try:
+            with ExitStack() as held:
+                for one in making.values():
+                    held.callback(one.release)
+                    one.hold()
                 created = self._clock.now_ns()
-                for name in staged:
-                    self._settle(name)
-                for step in finish:
-                    step()
-            finally:
-                gate.open()
-            return created, self._clock.monotonic_ns() - started
+                for name, one in making.items():
+                    self._shelf.folder(name)
+                    one.take()
+        finally:
+            gate.open()
+        return created, self._clock.monotonic_ns() - started
 
-    def _begin_copy(self, source: int, target: int) -> Callable[[], object]:
-        """Do what can be done while writers run; what is left to do while they are held."""
-        syncfs(source)
-        if not self._reflinks:
-            return lambda: copying.copy_tree(source, target)
-        copy = RefreshedCopy(source, target)
-        previous: int | None = None
-        for _ in range(_MOST_PASSES):
-            started = self._clock.monotonic_ns()
-            copy.refresh()
-            took = self._clock.monotonic_ns() - started
-            if took <= _PASS_GOAL_NS or (previous is not None and took > previous * 3 // 4):
-                break  # short enough, or as short as it gets under this load
-            previous = took
-        return copy.refresh
-
-    def _settle(self, name: str) -> None:
-        """Bring what is written to the content's own filesystem, writers being held.
-
-        Raises:
-            VolumeNotFound: it was removed meanwhile.
-        """
-        self._shelf.folder(name)
+    def _making(self, name: str, staged: Path) -> SnapshotMaking:
+        """How a volume's snapshot is made."""
+        if self._reflinks:
+            return ReflinkMaking(self._content(name), staged, self._clock)
+        return CopyMaking(self._content(name), staged)
 
     def _check_source(self, name: str) -> None:
         """Raise :class:`SourceMissing` where the content is not there (case A36)."""
@@ -218,12 +206,21 @@ class TreeVolumeDriver(ABC):
 
     def view(self, name: str, snapshot: str) -> Path:
         """See :meth:`VolumeDriver.view`: a read-only bind, counted."""
-        content = self._shelf.snapshot(name, snapshot)
+        self._shelf.snapshot(name, snapshot)
         target = self._views / f"{name}@{snapshot}"
         if not self._viewers[name, snapshot]:
             target.mkdir(exist_ok=True)
-            mounts.bind(content, target, recursive=False, read_only=True)
+            self._show(name, snapshot, target)
         self._viewers[name, snapshot] += 1
+        return self._shown(name, target)
+
+    def _show(self, name: str, snapshot: str, target: Path) -> None:
+        """Mount a snapshot read-only."""
+        content = self._shelf.snapshot(name, snapshot)
+        mounts.bind(content, target, recursive=False, read_only=True)
+
+    def _shown(self, name: str, target: Path) -> Path:
+        """The root of a snapshot that :meth:`_show` mounted."""
         return target
 
     def release_view(self, name: str, snapshot: str) -> None:
@@ -283,13 +280,15 @@ class TreeVolumeDriver(ABC):
 
     def changes(self, name: str, base: str, target: str) -> Iterator[Change]:
         """See :meth:`VolumeDriver.changes`: both trees are compared."""
+        for snapshot in (base, target):
+            self._shelf.snapshot(name, snapshot)
+        return self._compare(name, base, target)
+
+    def _compare(self, name: str, base: str, target: str) -> Iterator[Change]:
         older, newer = self._shelf.snapshot(name, base), self._shelf.snapshot(name, target)
-
-        def compared() -> Iterator[Change]:
-            with beneath.opened(older) as was, beneath.opened(newer) as now:
-                yield from tree_changes(was, now, shared=self._reflinks)
-
-        return compared()
+        with beneath.opened(older) as was, beneath.opened(newer) as now:
+            suspects = by_extents if self._reflinks else everything
+            yield from tree_changes(was, now, suspects)
 
     # ---- space
 
@@ -299,7 +298,7 @@ class TreeVolumeDriver(ABC):
         self._check_source(name)
         with beneath.opened(self._content(name)) as data:
             syncfs(data)
-            total, shared = space.tree_space(data, shared=self._reflinks)
+            total, shared = space.tree_space(data, space.flagged if self._reflinks else None)
         return VolumeUsage(total, total - shared, limit)
 
     def resize(self, name: str, size: int) -> None:
