@@ -14,7 +14,13 @@ from lazarette.runtime.api.http import Call, Route, empty, json_response, stream
 from lazarette.runtime.events import EventBus
 from lazarette.runtime.protection.backups import Writers
 from lazarette.storage.clock import rfc3339
-from lazarette.storage.errors import InUse, InvalidArgument, Unavailable, VolumeNotFound
+from lazarette.storage.errors import (
+    InUse,
+    InvalidArgument,
+    SnapshotNotFound,
+    Unavailable,
+    VolumeNotFound,
+)
 from lazarette.storage.volumes.contract import SnapshotInfo
 from lazarette.storage.volumes.manager import Volume, VolumeManager
 
@@ -47,6 +53,13 @@ class CloneBody(msgspec.Struct):
     name: str
     snapshot: str = ""
     labels: dict[str, str] = {}
+    driver: str = ""
+
+
+class LabelsBody(msgspec.Struct):
+    """``PUT /volumes/{name}/labels``: all of them."""
+
+    labels: dict[str, str]
 
 
 class RollbackBody(msgspec.Struct):
@@ -109,6 +122,7 @@ class VolumeRoutes:
             Route("POST", one + "/rollback", self.rollback),
             Route("POST", one + "/resize", self.resize),
             Route("POST", one + "/rename", self.rename),
+            Route("PUT", one + "/labels", self.label),
             Route("GET", one + "/usage", self.usage),
             Route("GET", one + "/diff", self.diff),
             Route("GET", one + "/export", self.export),
@@ -221,7 +235,12 @@ class VolumeRoutes:
         self._require_ordinary(call.path["name"])
         body = await call.json(CloneBody)
         made = await asyncio.to_thread(
-            self._volumes.clone, call.path["name"], body.snapshot or None, body.name, body.labels
+            self._volumes.clone,
+            call.path["name"],
+            body.snapshot or None,
+            body.name,
+            body.labels,
+            body.driver,
         )
         self._events.publish("volume", "create", made.name, {"driver": "local"})
         return json_response(self._render(made), 201)
@@ -244,6 +263,12 @@ class VolumeRoutes:
         self._require_ordinary(call.path["name"])
         body = await call.json(RenameBody)
         await asyncio.to_thread(self._volumes.rename, call.path["name"], body.name)
+        return empty()
+
+    async def label(self, call: Call) -> web.StreamResponse:
+        """Replace a volume's labels."""
+        body = await call.json(LabelsBody)
+        await asyncio.to_thread(self._volumes.set_labels, call.path["name"], body.labels)
         return empty()
 
     async def usage(self, call: Call) -> web.StreamResponse:
@@ -274,11 +299,14 @@ class VolumeRoutes:
         return answer
 
     async def export(self, call: Call) -> web.StreamResponse:
-        """A volume's content as a tar."""
-        self._require_ordinary(call.path["name"])
-        await asyncio.to_thread(self._volumes.get, call.path["name"])
+        """A volume's content as a tar, or a snapshot's."""
+        name, snapshot = call.path["name"], call.text("snapshot") or None
+        self._require_ordinary(name)
+        known = await asyncio.to_thread(self._volumes.snapshots, name)
+        if snapshot is not None and snapshot not in {info.id for info in known}:
+            raise SnapshotNotFound(f"the volume {name} has no snapshot {snapshot}")
         answer = await stream(call, "application/x-tar")
-        async for chunk in _produced(lambda out: self._volumes.export(call.path["name"], out)):
+        async for chunk in _produced(lambda out: self._volumes.export(name, out, snapshot)):
             await answer.write(chunk)
         await answer.write_eof()
         return answer

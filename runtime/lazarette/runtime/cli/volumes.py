@@ -7,6 +7,7 @@ from typing import cast
 from urllib.parse import quote
 
 import click
+import msgspec
 from docker.utils import parse_bytes
 
 from lazarette.runtime.cli import output
@@ -163,12 +164,17 @@ def snapshot_rm(session: Session, name: str, snapshot: str, as_json: bool) -> No
 @volume.command("clone")
 @click.argument("source")
 @click.argument("name")
+@click.option("-d", "--driver", default="", help="Of the new volume; the same where it can be.")
+@click.option("--label", "labels", multiple=True, help="KEY=VALUE")
 @json_option
 @pass_session
-def clone(session: Session, source: str, name: str, as_json: bool) -> None:
+def clone(
+    session: Session, source: str, name: str, driver: str, labels: tuple[str, ...], as_json: bool
+) -> None:
     """Make a writable volume NAME of SOURCE or SOURCE@SNAPSHOT."""
     origin, _, point = source.partition("@")
-    made = session.daemon.ask("POST", _path(origin, "clone"), {"name": name, "snapshot": point})
+    wanted = {"name": name, "snapshot": point, "driver": driver, "labels": _pairs(labels)}
+    made = session.daemon.ask("POST", _path(origin, "clone"), wanted)
     if as_json:
         output.write_json(made)
     else:
@@ -209,6 +215,17 @@ def rename(session: Session, name: str, new_name: str, as_json: bool) -> None:
     """Give a volume another name."""
     session.daemon.call("POST", _path(name, "rename"), {"name": new_name})
     output.answer(as_json, {"volume": new_name})
+
+
+@volume.command("label")
+@click.argument("name")
+@click.argument("labels", nargs=-1)
+@json_option
+@pass_session
+def label(session: Session, name: str, labels: tuple[str, ...], as_json: bool) -> None:
+    """Set the labels of a volume: those given as KEY=VALUE, and no others."""
+    session.daemon.call("PUT", _path(name, "labels"), {"labels": _pairs(labels)})
+    output.answer(as_json, {"volume": name, "labels": _pairs(labels)})
 
 
 @volume.command("usage")
@@ -263,10 +280,10 @@ def fill(session: Session, name: str | None, as_json: bool) -> None:
 @json_option
 @pass_session
 def diff(session: Session, name: str, base: str, target: str, as_json: bool) -> None:
-    """Show what differs between two snapshots of a volume."""
+    """Show what differs between two snapshots of a volume; with --json, one object a line."""
     for one in session.daemon.follow("GET", _path(name, "diff"), None, base=base, target=target):
         if as_json:
-            output.write_json(one)
+            click.echo(msgspec.json.encode(one))
         else:
             size = cast(int | None, one.get("bytes"))
             text = "" if size is None else f"  {output.size_text(size)}"
@@ -278,9 +295,11 @@ def diff(session: Session, name: str, base: str, target: str, as_json: bool) -> 
 @click.option("-o", "--output", "path", default="-", help="File; - for standard output.")
 @pass_session
 def export(session: Session, name: str, path: str) -> None:
-    """Write a volume's content as a tar."""
+    """Write the content of NAME or NAME@SNAPSHOT as a tar."""
     daemon = session.daemon
-    with daemon.get(f"{daemon.base_url}/lazarette/v1{_path(name, 'export')}", stream=True) as got:
+    volume, _, point = name.partition("@")
+    address = f"{daemon.base_url}/lazarette/v1{_path(volume, 'export')}"
+    with daemon.get(address, params={"snapshot": point} if point else None, stream=True) as got:
         if got.status_code >= 400:
             from lazarette.runtime.cli.client import failure
 

@@ -247,15 +247,24 @@ class VolumeManager(VolumeStore):
                 raise
             steps.reached("volume.fill.filled")
 
-    def export(self, name: str, out: BinaryIO) -> None:
-        """Write a volume as a tar, as it is at one instant."""
-        passing = f"export-{secrets.token_hex(4)}"
-        self.snapshot([name], OpenGate(), passing)
+    def export(self, name: str, out: BinaryIO, snapshot: str | None = None) -> None:
+        """Write a volume as a tar, as it is at one instant, or was at a snapshot.
+
+        Raises:
+            SnapshotNotFound: no such snapshot.
+        """
+        passing = snapshot or f"export-{secrets.token_hex(4)}"
+        if snapshot is None:
+            self.snapshot([name], OpenGate(), passing)
         try:
-            content.write_tar(self.view(name, passing), out)
+            view = self.view(name, passing)
+            try:
+                content.write_tar(view, out)
+            finally:
+                self.release_view(name, passing)
         finally:
-            self.release_view(name, passing)
-            self.delete_snapshot(name, passing)
+            if snapshot is None:
+                self.delete_snapshot(name, passing)
 
     def import_(self, name: str, stream: BinaryIO) -> int:
         """Fill an empty volume from a tar, wholly or not at all; the unpacked bytes.
