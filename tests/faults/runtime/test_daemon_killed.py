@@ -12,9 +12,11 @@ from typing import cast
 import pytest
 from tests.support.daemon import LAZ, Daemon
 from tests.support.images import busybox_archive
+from tests.support.waiting import until
 
 ROUNDS = int(os.environ.get("LAZ_KILL_ROUNDS", "20"))
-COUNTER = 'i=0; while :; do i=$((i+1)); echo "line $i"; echo $i > /data/n; sleep 0.05; done'
+COUNTER = """i=0
+while :; do i=$((i+1)); echo "line $i"; echo $i > /data/m; mv /data/m /data/n; sleep 0.05; done"""
 
 
 @pytest.fixture
@@ -30,6 +32,11 @@ def lines(daemon: Daemon) -> list[int]:
     return [int(line.removeprefix("line ")) for line in told]
 
 
+def counted(daemon: Daemon) -> int:
+    """How far the container got."""
+    return int(daemon.laz("exec", "cc", "cat", "/data/n").stdout)
+
+
 def _followed(daemon: Daemon, count: int) -> list[int]:
     """The next lines that ``logs -f`` shows as they are written."""
     with subprocess.Popen(
@@ -42,17 +49,16 @@ def _followed(daemon: Daemon, count: int) -> list[int]:
 
 
 def test_container_and_log_go_on(counting: Daemon) -> None:
-    time.sleep(0.3)
+    until(lambda: len(lines(counting)) > 3, "the container does not count")
     before = lines(counting)[-1]
     counting.kill()
-    time.sleep(0.5)
+    time.sleep(1)
     counting.start()
     after = lines(counting)
     assert after == list(range(1, after[-1] + 1)), "a line is lost or doubled"
     assert after[-1] > before + 4, "the container stood still"
     assert [one["State"] for one in cast(list[dict], counting.json("ps"))] == ["running"]
-    time.sleep(0.2)
-    assert lines(counting)[-1] > after[-1], "the log does not go on"
+    until(lambda: lines(counting)[-1] > after[-1], "the log does not go on")
     first, *rest = _followed(counting, 4)
     assert first > after[-1]
     assert rest == [first + 1, first + 2, first + 3]
@@ -95,9 +101,8 @@ def test_backups_killed_at_random(counting: Daemon, tmp_path: Path) -> None:
         if turn % 2:
             counting.start()
         _settled(counting)
-        number = int(counting.laz("exec", "cc", "cat", "/data/n").stdout)
-        time.sleep(0.2)
-        assert int(counting.laz("exec", "cc", "cat", "/data/n").stdout) > number, "left frozen"
+        number = counted(counting)
+        until(lambda: counted(counting) > number, "left frozen", seconds=30)  # noqa: B023
     counting.laz("backup", "run", "v1")
     runs = cast(list[dict], counting.json("volume", "snapshots", "v1"))
     assert len(runs) == 1, "stray snapshots"
