@@ -6,8 +6,6 @@ mirror.  Each has a port and a folder of its own; :func:`registry` stops it.
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import json
 import os
 import socket
@@ -22,10 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+from tests.support.certificates import Authority
 
 PROGRAM = "docker-registry"
 USER = "keeper"
@@ -68,7 +63,8 @@ def registry(root: Path, *, login: bool = False, tls: bool = False) -> Iterator[
     }
     authority = None
     if tls:
-        authority, certificate, key = _certificates(root)
+        issuer = Authority(root)
+        authority, (certificate, key) = issuer.certificate, issuer.issue("server")
         http["tls"] = {"certificate": str(certificate), "key": str(key)}
     if login:
         (root / "htpasswd").write_text(_HTPASSWD)
@@ -118,48 +114,3 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def _certificates(root: Path) -> tuple[Path, Path, Path]:
-    """An authority and a server certificate for loopback: (authority, certificate, key)."""
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "lazarette tests")])
-    server = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
-    authority_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    now = datetime.datetime.now(datetime.UTC)
-
-    def builder(subject: x509.Name, public: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-        return (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(name)
-            .public_key(public)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
-        )
-
-    authority = (
-        builder(name, authority_key.public_key())
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(authority_key, hashes.SHA256())
-    )
-    names: list[x509.GeneralName] = [
-        x509.DNSName("localhost"),
-        x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
-    ]
-    certificate = (
-        builder(server, key.public_key())
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .sign(authority_key, hashes.SHA256())
-    )
-    paths = root / "ca.crt", root / "server.crt", root / "server.key"
-    paths[0].write_bytes(authority.public_bytes(serialization.Encoding.PEM))
-    paths[1].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    paths[2].write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    return paths

@@ -123,11 +123,7 @@ def lazd(
         config = replace(config, etcd=etcd)
     if advertise_address is not None:
         config = replace(config, advertise_address=advertise_address)
-    tls = (
-        TlsFiles(Path(tlscert), Path(tlskey), Path(tlscacert))
-        if tlscacert and tlscert and tlskey
-        else None
-    )
+    tls = tls_files(tlscacert, tlscert, tlskey)
     if release_holds:
         with _in_place_of_the_dead(config) as alone:
             if alone:
@@ -135,6 +131,22 @@ def lazd(
         return
     with _only_one(config.data_root):
         asyncio.run(_run(config, tls, stop_containers))
+
+
+def tls_files(authority: str | None, certificate: str | None, key: str | None) -> TlsFiles | None:
+    """The files of the TLS options; None when none is given.
+
+    Raises:
+        InvalidArgument: some are given and some are not: who asks for TLS gets no plain TCP.
+    """
+    if authority and certificate and key:
+        return TlsFiles(Path(certificate), Path(key), Path(authority))
+    if authority or certificate or key:
+        raise InvalidArgument(
+            "TLS needs --tlscacert, --tlscert and --tlskey",
+            hint="clients must have a certificate of the authority in --tlscacert",
+        )
+    return None
 
 
 def with_file(config: Config, path: Path) -> Config:

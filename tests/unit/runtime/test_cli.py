@@ -26,6 +26,7 @@ STREAMS = {
     "network inspect",
     "network connect",
     "network disconnect",
+    "system dial-stdio",
 }
 """Commands that answer with bytes or JSON anyway, or with nothing."""
 

@@ -164,7 +164,7 @@ def _tcp(rest: str, tls: TlsFiles | None) -> tuple[str, int]:
     if tls is None and not _is_loopback(name):
         raise InvalidArgument(
             f"listen on tcp://{rest}: beyond loopback only with TLS and client certificates",
-            hint="give --tls-cert, --tls-key and --tls-client-ca",
+            hint="give --tlscert, --tlskey and --tlscacert",
         )
     return name, int(port)
 

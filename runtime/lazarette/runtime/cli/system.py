@@ -10,6 +10,7 @@ import msgspec
 from lazarette.runtime.cli import output
 from lazarette.runtime.cli.client import Json
 from lazarette.runtime.cli.context import Session, json_option, pass_session
+from lazarette.runtime.cli.dialing import dial_stdio
 
 
 @click.command("info")
@@ -98,6 +99,13 @@ def df(session: Session, as_json: bool) -> None:
         )
         rows.append((title, str(len(items)), output.size_text(max(total, 0))))
     output.write_table(("TYPE", "TOTAL", "SIZE"), rows)
+
+
+@system.command("dial-stdio")
+@pass_session
+def dial(session: Session) -> None:
+    """Pass standard input and output to the daemon's socket, for docker -H ssh://."""
+    dial_stdio(session.host)
 
 
 @click.command("shutdown")
