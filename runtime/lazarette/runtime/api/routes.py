@@ -15,6 +15,7 @@ from lazarette.runtime.api.builds import BuildRoutes
 from lazarette.runtime.api.http import Route
 from lazarette.runtime.api.lazarette import ProtectionRoutes
 from lazarette.runtime.api.networks import NetworkRoutes
+from lazarette.runtime.api.openapi import described
 from lazarette.runtime.api.volumes import VolumeRoutes
 from lazarette.runtime.engine import Engine
 
@@ -33,7 +34,7 @@ def all_routes(engine: Engine) -> list[Route]:
         engine.events,
     )
     builds = BuildRoutes(engine.builder, engine.clock)
-    return [
+    routes = [
         *system.routes(
             engine.containers,
             engine.images,
@@ -59,3 +60,4 @@ def all_routes(engine: Engine) -> list[Route]:
         *ProtectionRoutes(engine.protection).routes(),
         *absent.routes(),
     ]
+    return [described(routes), *routes]
