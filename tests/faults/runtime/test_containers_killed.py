@@ -1,7 +1,8 @@
-"""SIGKILL of the daemon at random moments of create, start, exec, stop and rm.
+"""SIGKILL of the daemon at random moments of create, start, exec, stop, rm, pull and commit.
 
 Afterwards every container is in a true state and, once all are removed, nothing is left:
-no mount, control group, network namespace, layer, folder or monitor.
+no mount, control group, network namespace, layer, blob, folder or monitor.
+``LAZ_KILL_ROUNDS=50`` is the whole of it.
 """
 
 from __future__ import annotations
@@ -12,21 +13,25 @@ import random
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.support.daemon import Daemon
 from tests.support.images import busybox_archive
+from tests.support.registry import Registry, registry
 from tests.support.waiting import until
 
 ROUNDS = int(os.environ.get("LAZ_KILL_ROUNDS", "6"))
 
 
 class Churn:
-    """Makes, starts, stops and removes containers until told to end; faults are fine."""
+    """Makes, starts, stops and removes containers and images until told to end; faults are
+    fine."""
 
-    def __init__(self, daemon: Daemon, seed: int) -> None:
+    def __init__(self, daemon: Daemon, pulled: str, seed: int) -> None:
         self._daemon = daemon
+        self._pulled = pulled
         self._random = random.Random(seed)
         self._over = threading.Event()
         self._threads = [threading.Thread(target=self._work, args=(n,)) for n in range(2)]
@@ -54,17 +59,24 @@ class Churn:
                 "run", "-d", "--name", name, "--network", network, "-v", "/anon",
                 "busybox", "sleep", "1000",
             )  # fmt: skip
-            for step in self._random.sample(("exec", "stop", "pause"), 2):
+            for step in self._random.sample(("exec", "stop", "pause", "commit", "pull"), 3):
                 if self._over.is_set():
                     return
                 if step == "exec":
-                    self._docker("exec", name, "true")
+                    self._docker("exec", name, "touch", f"/{name}")
+                elif step == "commit":
+                    self._docker("commit", name, name)
+                elif step == "pull":
+                    self._docker("rmi", "-f", self._pulled)
+                    self._docker("pull", "-q", self._pulled)
                 elif step == "stop":
                     self._docker("stop", "-t", "0", name)
                 else:
                     self._docker("pause", name)
             if count % 3:
                 self._docker("rm", "-fv", name)
+            if count % 2:
+                self._docker("rmi", "-f", name)
 
 
 def monitors(daemon: Daemon) -> list[str]:
@@ -118,13 +130,45 @@ def left_behind(daemon: Daemon) -> list[str]:
 _made: set[str] = set()
 
 
-def test_killed_at_random_moments(daemon: Daemon) -> None:
+def images_left(daemon: Daemon) -> list[str]:
+    """Layers and blobs that are there though no image is."""
+    data = daemon.root / "data"
+    found = [path.name for path in (data / "images/sha256").iterdir()]
+    for driver in (data / "layers").iterdir():
+        found += [path.name for path in driver.glob("layers/*")]
+    return found
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Iterator[Registry]:
+    """A registry on loopback."""
+    with registry(tmp_path / "registry") as one:
+        yield one
+
+
+def publish(daemon: Daemon, source: Registry, folder: Path) -> str:
+    """An image of three layers in the registry, and not on the daemon; its name."""
+    name = f"{source.host}/pulled"
+    folder.mkdir()
+    (folder / "Dockerfile").write_text("FROM busybox\nCOPY one /one\nCOPY two /two\n")
+    for file in ("one", "two"):
+        (folder / file).write_bytes(os.urandom(2_000_000))
+    daemon.docker("build", "-q", "-t", name, str(folder), env={"DOCKER_BUILDKIT": "0"})
+    daemon.docker("push", "-q", name)
+    daemon.docker("rmi", "-f", name)
+    daemon.docker("builder", "prune", "-af", env={"DOCKER_BUILDKIT": "0"})
+    return name
+
+
+@pytest.mark.timeout(1800)
+def test_killed_at_random_moments(daemon: Daemon, source: Registry, tmp_path: Path) -> None:
     daemon.docker("load", "-q", "-i", str(busybox_archive()))
+    pulled = publish(daemon, source, tmp_path / "context")
     seed = int(os.environ.get("LAZ_SEED", str(random.randrange(1 << 30))))
     print(f"LAZ_SEED={seed}")
     chance = random.Random(seed)
     for turn in range(ROUNDS):
-        churn = Churn(daemon, seed + turn)
+        churn = Churn(daemon, pulled, seed + turn)
         time.sleep(chance.uniform(0.2, 1.5))
         daemon.kill()
         churn.end()
@@ -136,6 +180,9 @@ def test_killed_at_random_moments(daemon: Daemon) -> None:
         daemon.docker("rm", "-fv", *ids)
     until(lambda: not left_behind(daemon) + monitors(daemon), "something is left behind")
     assert left_behind(daemon) + monitors(daemon) == []
+    images = daemon.docker("images", "-aq", "--no-trunc").stdout.decode().split()
+    daemon.docker("rmi", "-f", *set(images))
+    assert images_left(daemon) == []
     volumes = daemon.docker("volume", "ls", "-q").stdout.decode().split()
     daemon.docker("volume", "prune", "-f")
     assert len(volumes) <= 2 * ROUNDS, "volumes of containers that never were are piling up"
