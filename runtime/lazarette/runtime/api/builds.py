@@ -96,7 +96,7 @@ class BuildRoutes:
                 await working
             raise
         except LazaretteError as failed:
-            if talk.response is None and not isinstance(failed, StepFailed | Cancelled):
+            if not talk.told and not isinstance(failed, StepFailed | Cancelled):
                 raise
             return await talk.fail(failed)
         except Exception:
@@ -163,9 +163,11 @@ class _Talk:
         self._quiet = quiet
         self._queue: asyncio.Queue[Mapping[str, object] | None] = asyncio.Queue()
         self.response: web.StreamResponse | None = None
+        self.told = False
 
     def tell(self, message: Mapping[str, object]) -> None:
         """A message of the build."""
+        self.told = True
         if not self._quiet:
             self._queue.put_nowait(message)
 

@@ -17,6 +17,7 @@ from lazarette.runtime.api.hijack import (
     while_connected,
 )
 from lazarette.runtime.api.http import Call, Route, empty, json_response, stream
+from lazarette.runtime.api.images import platform_of
 from lazarette.runtime.containers import attaching, listing
 from lazarette.runtime.containers import monitor as conmon
 from lazarette.runtime.containers.container import Container, WaitFor
@@ -92,7 +93,9 @@ class ContainerRoutes:
         if not body:
             raise InvalidArgument("config cannot be empty in order to create a container")
         request = parse(CreateRequest, body)
-        container, warnings = await self._manager.create(request, call.text("name"), call.version)
+        container, warnings = await self._manager.create(
+            request, call.text("name"), call.version, platform_of(call)
+        )
         return json_response({"Id": container.id, "Warnings": warnings}, 201)
 
     async def list(self, call: Call) -> web.StreamResponse:

@@ -13,7 +13,7 @@ from aiohttp import web
 from lazarette.runtime.api.http import Call, Route, empty, json_response, stream
 from lazarette.runtime.api.transfer import BodyReader, BodyWriter
 from lazarette.runtime.images import archive, commit, listing, reference, save
-from lazarette.runtime.images.errors import BadArchive, NoSuchPlatform
+from lazarette.runtime.images.errors import BadArchive
 from lazarette.runtime.images.model import Platform, RunConfig, parse_platform
 from lazarette.runtime.images.progress import Message, Sink, failure
 from lazarette.runtime.images.reference import Reference
@@ -182,6 +182,10 @@ class ImageRoutes:
 
     async def remove(self, call: Call) -> web.StreamResponse:
         """``DELETE /images/{name}``."""
+        if call.version >= (1, 50):
+            image = await asyncio.to_thread(self._store.get, call.path["name"])
+            for wanted in call.texts("platforms"):
+                listing.require_platform(call.path["name"], image.config, read_platform(wanted))
         done = await asyncio.to_thread(
             self._remover.remove,
             call.path["name"],
@@ -201,7 +205,7 @@ class ImageRoutes:
 
     async def load(self, call: Call) -> web.StreamResponse:
         """``POST /images/load``."""
-        platform = _platform(call)
+        platform = platform_of(call)
         body = BodyReader(call.request.content)
 
         async def work(sink: Sink) -> None:
@@ -239,7 +243,7 @@ class ImageRoutes:
         if source:
             return await self._import(call, source)
         name = pull_target(call.text("fromImage"), call.text("tag"))
-        registry, platform = self._registry_or_error(), _platform(call)
+        registry, platform = self._registry_or_error(), platform_of(call)
         auth = call.request.headers.get("X-Registry-Auth", "")
 
         async def work(sink: Sink) -> None:
@@ -249,7 +253,7 @@ class ImageRoutes:
 
     async def _import(self, call: Call, source: str) -> web.StreamResponse:
         name = target(call.text("repo"), call.text("tag"))
-        changes, platform = call.texts("changes"), _platform(call)
+        changes, platform = call.texts("changes"), platform_of(call)
         message = call.text("message") or f"Imported from {source}"
 
         def blocking(tar: BinaryIO) -> str:
@@ -279,7 +283,7 @@ class ImageRoutes:
         name = reference.parse(call.path["name"])
         if tag := call.text("tag"):
             name = name.with_tag(tag)
-        registry, platform = self._registry_or_error(), _platform(call)
+        registry, platform = self._registry_or_error(), platform_of(call)
         auth = call.request.headers.get("X-Registry-Auth", "")
 
         async def work(sink: Sink) -> None:
@@ -375,9 +379,17 @@ def pull_target(image: str, tag: str) -> Reference:
     return name.with_digest(tag) if reference.is_digest(tag) else name.with_tag(tag)
 
 
-def _platform(call: Call) -> Platform | None:
+def platform_of(call: Call) -> Platform | None:
     """The ``platform`` query: ``os/arch``, or JSON since 1.48."""
-    text = call.text("platform")
+    return read_platform(call.text("platform"))
+
+
+def read_platform(text: str) -> Platform | None:
+    """A platform as ``os/arch`` or as a JSON object; None for an empty text.
+
+    Raises:
+        InvalidArgument: neither.
+    """
     try:
         if text.startswith("{"):
             return msgspec.json.decode(text, type=Platform).normalised()
@@ -387,14 +399,10 @@ def _platform(call: Call) -> Platform | None:
 
 
 def _check_platform(call: Call, found: listing.Inspect) -> None:
-    wanted = _platform(call) if call.version >= (1, 49) else None
-    has = Platform(os=found.os, architecture=found.architecture, variant=found.variant)
-    if wanted is not None and not wanted.accepts(has):
+    wanted = platform_of(call) if call.version >= (1, 49) else None
+    if wanted is not None:
         name = reference.parse(call.path["name"]).with_default_tag().familiar
-        raise NoSuchPlatform(
-            f"image with reference {name} was found but does not match the specified platform: "
-            f"wanted {wanted}, actual: {has}"
-        )
+        listing.require_platform(name, found, wanted)
 
 
 def _summary(one: listing.Summary, version: tuple[int, int]) -> Mapping[str, object]:

@@ -281,7 +281,8 @@ class SystemRoutes:
         event: Event,
         filters: Mapping[str, Sequence[str]],
     ) -> None:
-        if self._passes(event, filters):
+        made = event.type == "image" and event.action == "create"
+        if self._passes(event, filters) and (call.version >= (1, 46) or not made):
             line = msgspec.json.encode(rendered_event(event, call.version)) + b"\n"
             await response.write(line)
 
@@ -323,9 +324,9 @@ class SystemRoutes:
         for wanted in types:
             if wanted not in _DF_TYPES:
                 raise InvalidArgument(f"unknown object type: {wanted}")
-        return json_response(await asyncio.to_thread(self._usage, types))
+        return json_response(await asyncio.to_thread(self._usage, types, call.version))
 
-    def _usage(self, types: Sequence[str]) -> dict[str, object]:
+    def _usage(self, types: Sequence[str], version: tuple[int, int]) -> dict[str, object]:
         made: dict[str, object] = {}
         containers = self._manager.all()
         if "image" in types:
@@ -342,6 +343,7 @@ class SystemRoutes:
                     "RepoDigests": list(image.digests),
                     "Created": image.created_ns // NANOSECONDS,
                     "Size": image.size,
+                    **({"VirtualSize": image.size} if version < (1, 44) else {}),
                     "SharedSize": 0,
                     "Labels": image.labels or None,
                     "Containers": uses.get(image.id, 0),
@@ -389,9 +391,17 @@ def _names_object(event: Event, key: str, values: Sequence[str]) -> bool:
         return False
     name = event.attributes.get("name", "")
     return any(
-        value in (event.id, name) or (key == "image" and name.split(":")[0] == value.split(":")[0])
+        value in (event.id, name) or (key == "image" and _untagged(name) == _untagged(value))
         for value in values
     )
+
+
+def _untagged(name: str) -> str:
+    """An image's name without its tag; an id is no name with a tag."""
+    path, slash, last = name.rpartition("/")
+    if last.startswith("sha256:"):
+        return name
+    return path + slash + last.partition(":")[0]
 
 
 def rendered_event(event: Event, version: tuple[int, int]) -> dict[str, object]:

@@ -135,7 +135,7 @@ class VolumeRoutes:
         found = [
             volume
             for volume in await asyncio.to_thread(self._volumes.list)
-            if _matches(volume, filters)
+            if _matches(volume, filters, bool(self._referrers(volume.name)))
         ]
         return json_response(
             {"Volumes": [self._render(volume) for volume in found], "Warnings": None}
@@ -373,9 +373,9 @@ def _snapshot(info: SnapshotInfo) -> dict[str, object]:
     }
 
 
-def _matches(volume: Volume, filters: Mapping[str, list[str]]) -> bool:
+def _matches(volume: Volume, filters: Mapping[str, list[str]], used: bool) -> bool:
     for value in filters.get("dangling", []):
-        if (value.lower() in ("1", "true")) == bool(volume.users):
+        if (value.lower() in ("1", "true")) == used:
             return False
     if "driver" in filters and not {volume.driver, "local"} & set(filters["driver"]):
         return False

@@ -241,6 +241,7 @@ class Build:
             )
         self._emit({"stream": f"Successfully built {image.short_id}\n"})
         images = self._work.services.images
+        images.announce("create", image.id, image.id)
         for name in names:
             named = images.find(str(name))
             if named is None or named.id != image.id:

@@ -36,15 +36,19 @@ def bounding_set() -> frozenset[str]:
     return frozenset(NAMES)
 
 
-def normalise(name: str) -> str:
+def normalise(name: str, asked: str = "CapAdd") -> str:
     """``cap_net_admin`` as ``NET_ADMIN``; ``ALL`` stays.
+
+    Args:
+        name: as given.
+        asked: the field that has it, for the error.
 
     Raises:
         InvalidArgument: no such capability.
     """
     plain = name.strip().upper().removeprefix("CAP_")
     if plain != "ALL" and plain not in NAMES:
-        raise InvalidArgument(f'invalid capability: "{name}"')
+        raise InvalidArgument(f'invalid {asked}: unknown capability: "CAP_{plain}"')
     return plain
 
 
@@ -58,7 +62,7 @@ def choose(
     is left out silently: asking the runtime for it would make every create fail.
     """
     wanted = {normalise(name) for name in add}
-    unwanted = {normalise(name) for name in drop}
+    unwanted = {normalise(name, "CapDrop") for name in drop}
     if privileged:
         chosen = set(NAMES)
     elif "ALL" in wanted:

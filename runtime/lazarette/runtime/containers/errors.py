@@ -38,15 +38,20 @@ class StartFailed(InvalidArgument):
     """The container's first process could not be started.
 
     ``code`` is what the container's exit code becomes: 127 when the program is not
-    there, 126 when it cannot be executed, 128 for anything else.
+    there, 126 when it cannot be executed, 128 for anything else; ``reason`` is the
+    runtime's word without what Docker puts around it.
     """
 
     number = 303
     exit_code = 125
 
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
+    def __init__(self, reason: str, code: int, runtime: str) -> None:
+        super().__init__(
+            "failed to create task for container: failed to create shim task: OCI runtime "
+            f"create failed: {runtime} create failed: unable to start container process: {reason}"
+        )
         self.code = code
+        self.reason = reason
 
 
 class RuntimeMissing(Unavailable):
@@ -99,6 +104,24 @@ class LogsUnreadable(InvalidArgument):
 
     def __init__(self) -> None:
         super().__init__("configured logging driver does not support reading")
+
+
+class TopFailed(InternalError):
+    """``ps`` cannot show what was asked for."""
+
+    number = 311
+
+
+class DriverMissing(InternalError):
+    """No driver gives the devices that ``--gpus`` or another device request asks for."""
+
+    number = 312
+
+    def __init__(self, driver: str, capabilities: str) -> None:
+        super().__init__(
+            f'could not select device driver "{driver}" with capabilities: {capabilities}',
+            hint="name the devices themselves with --device",
+        )
 
 
 class HostFault(InternalError):

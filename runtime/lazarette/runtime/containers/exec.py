@@ -207,7 +207,7 @@ class ExecSessions:
             except LazaretteError as failed:
                 monitor.close()
                 self._failed(session, failed)
-                text = f"OCI runtime exec failed: exec failed: {failed.message}\r\n".encode()
+                text = f"OCI runtime exec failed: exec failed: {_reason(failed)}\r\n".encode()
                 await client.write(text if raw else frame(1, text))
                 return
         finally:
@@ -262,6 +262,7 @@ class ExecSessions:
             tty=tty,
             stdin=request.attach_stdin,
             exec_spec=file,
+            command=session.command[0],
         )
 
     def _runs(self, session: ExecSession, started: conmon.Started) -> None:
@@ -293,3 +294,9 @@ class ExecSessions:
             conmon.resize(session.folder, height, width)
         except OSError as gone:
             raise WrongState(f"cannot resize exec {session.id}: {gone.strerror}") from gone
+
+
+def _reason(failed: LazaretteError) -> str:
+    if isinstance(failed, StartFailed):
+        return f"unable to start container process: {failed.reason}"
+    return failed.message

@@ -154,6 +154,7 @@ class Lifecycle:
                 tty=config.tty,
                 stdin=config.open_stdin,
                 leave_stdin_open=config.open_stdin and not config.stdin_once,
+                command=definition.command[0],
             )
         )
         self._connect_waiting(container)
@@ -175,7 +176,9 @@ class Lifecycle:
     def _run(self, container: Container) -> None:
         done = process.run(self._runtime.command("start", container.id), check=False)
         if done.code != 0:
-            raise conmon.start_failure(done.stderr.decode(errors="replace"))
+            said = done.stderr.decode(errors="replace")
+            command = container.definition.command[0]
+            raise conmon.start_failure(said, self._runtime.name, command)
 
     @staticmethod
     def _connect_waiting(container: Container) -> None:
@@ -399,7 +402,7 @@ class Lifecycle:
         async with container.lock:
             self.require_running(container)
             if container.state.status is Status.PAUSED:
-                raise WrongState(f"container {container.id} is already paused")
+                raise WrongState(f"Container {container.id} is already paused")
             group = self._preparer.group(container)
             await asyncio.to_thread(group.set_frozen, True, self._clock)
             container.state.status = Status.PAUSED
@@ -414,7 +417,7 @@ class Lifecycle:
         """
         async with container.lock:
             if container.state.status is not Status.PAUSED:
-                raise WrongState(f"container {container.id} is not paused")
+                raise WrongState(f"Container {container.id} is not paused")
             group = self._preparer.group(container)
             await asyncio.to_thread(group.set_frozen, False, self._clock)
             container.state.status = Status.RUNNING

@@ -85,7 +85,7 @@ def parse_options(driver: str, options: dict[str, str]) -> Rotation:
     """
     if driver not in DRIVERS:
         raise InvalidArgument(
-            f"logger: no log driver named '{driver}' is registered",
+            f'error looking up logging plugin {driver}: plugin "{driver}" not found',
             hint=f"known are {', '.join(DRIVERS)}",
         )
     if driver == "none":

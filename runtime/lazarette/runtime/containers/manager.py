@@ -47,6 +47,8 @@ from lazarette.runtime.containers.store import ContainerStore
 from lazarette.runtime.containers.supervise import Supervisor
 from lazarette.runtime.containers.watch import FolderWatch
 from lazarette.runtime.events import EventBus
+from lazarette.runtime.images.listing import require_platform
+from lazarette.runtime.images.model import Platform
 from lazarette.runtime.networks.model import EndpointRequest, Network
 from lazarette.storage.clock import Clock
 from lazarette.storage.errors import Conflict, InUse, InvalidArgument, LazaretteError, NotFound
@@ -209,7 +211,11 @@ class ContainerManager:
     # ---- making
 
     async def create(
-        self, request: CreateRequest, name: str = "", version: tuple[int, int] = (1, 50)
+        self,
+        request: CreateRequest,
+        name: str = "",
+        version: tuple[int, int] = (1, 50),
+        platform: Platform | None = None,
     ) -> tuple[Container, list[str]]:
         """Make a container.
 
@@ -218,12 +224,14 @@ class ContainerManager:
 
         Raises:
             ImageNotFound: no such image.
+            NoSuchPlatform: it is for another platform.
             ContainerNameTaken: the name is used.
             InvalidArgument: something in the request cannot be.
         """
         if not request.image:
             raise InvalidArgument("image reference is required")
         image = await asyncio.to_thread(self.images.get, request.image)
+        require_platform(request.image, image.config, platform)
         container_id = secrets.token_hex(32)
         name = names.check_name(name) if name else names.make_name(self._names)
         self._claim(name, container_id)

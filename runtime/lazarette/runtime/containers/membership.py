@@ -57,7 +57,7 @@ class Membership:
             )
         async with container.lock:
             known = container.definition.endpoints
-            if network.name in known:
+            if network.name in known and container.state.running:
                 raise EndpointExists(
                     f"endpoint with name {container.name} already exists in network {network.name}"
                 )

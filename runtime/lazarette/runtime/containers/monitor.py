@@ -56,6 +56,7 @@ class Launch:
         stdin: the process gets a stdin.
         leave_stdin_open: a client that leaves does not end stdin.
         exec_spec: process file of an exec session.
+        command: the program it starts, for errors.
     """
 
     container: str
@@ -66,6 +67,7 @@ class Launch:
     stdin: bool = False
     leave_stdin_open: bool = False
     exec_spec: Path | None = None
+    command: str = ""
 
 
 class Monitor:
@@ -148,7 +150,8 @@ class Monitor:
         }
         if attach:
             env["_OCI_ATTACHPIPE"] = str(attach_write)
-        session = Session(sync_read, start_write, attach_read)
+        pipes = sync_read, start_write, attach_read
+        session = Session(pipes, self._runtime.name, launch.command)
         try:
             child = process.spawn(
                 argv, env=env, cwd=str(folder), pass_fds=(sync_write, start_read, attach_write)
@@ -170,8 +173,9 @@ class Monitor:
 class Session:
     """The daemon's ends of a monitor's pipes while it starts."""
 
-    def __init__(self, sync: int, start: int, attach: int) -> None:
-        self._sync, self._start, self._attach = sync, start, attach
+    def __init__(self, pipes: tuple[int, int, int], runtime: str, command: str) -> None:
+        self._sync, self._start, self._attach = pipes
+        self._runtime, self._command = runtime, command
 
     async def wait_attachable(self) -> None:
         """Wait until clients can connect to the exec session's socket."""
@@ -195,7 +199,7 @@ class Session:
             raise MonitorFailed("conmon ended without a word")
         sync = msgspec.json.decode(said.splitlines()[0], type=_Sync)
         if sync.data < 0:
-            raise start_failure(sync.message)
+            raise start_failure(sync.message, self._runtime, self._command)
         monitor = int((folder / "conmon.pid").read_text())
         return Started(sync.data, monitor)
 
@@ -232,8 +236,14 @@ async def _read_line(fd: int) -> bytes:
     return collected.strip()
 
 
-def start_failure(message: str) -> StartFailed:
-    """The runtime's words as the error clients know (exit codes 125 to 128)."""
+def start_failure(message: str, runtime: str, command: str = "") -> StartFailed:
+    """The runtime's words as the error clients know (exit codes 125 to 128).
+
+    Args:
+        message: what it said.
+        runtime: its name.
+        command: the program that was to be started.
+    """
     text = re.sub(r"\s+", " ", message).strip()
     low = text.lower()
     program = re.search(
@@ -241,23 +251,22 @@ def start_failure(message: str) -> StartFailed:
     )
     name = program[1] if program else ""
     if "executable file" in low and "not found" in low:
-        tail = f'exec: "{name}": executable file not found in $PATH' if name else text
-        return StartFailed(_wrap(tail), 127)
+        tail = text
+        if "/" in name:
+            tail = f'exec: "{name}": stat {name}: no such file or directory'
+        elif name:
+            tail = f'exec: "{name}": executable file not found in $PATH'
+        return StartFailed(f"{tail}: unknown", 127, runtime)
     if "no such file or directory" in low:
-        return StartFailed(_wrap(low), 127)
+        return StartFailed(f"{low}: unknown", 127, runtime)
+    if low.startswith("open executable:") and command:  # crun's word for what is no file too
+        return StartFailed(f'exec: "{command}": permission denied: unknown', 126, runtime)
     refusals = ("permission denied", "is a directory", "exec format error", "not permitted")
     if any(refusal in low for refusal in refusals):
         # the words by which the docker command line chooses its exit code
         words = low if "permission denied" in low else f"{low}: permission denied"
-        return StartFailed(_wrap(words), 126)
-    return StartFailed(_wrap(text), 128)
-
-
-def _wrap(text: str) -> str:
-    return (
-        "failed to create task for container: failed to create shim task: OCI runtime create "
-        f"failed: {text}: unknown"
-    )
+        return StartFailed(f"{words}: unknown", 126, runtime)
+    return StartFailed(f"{text}: unknown", 128, runtime)
 
 
 def connect(folder: Path) -> socket.socket:

@@ -14,7 +14,7 @@ import msgspec
 
 from lazarette.runtime.containers.model import HostConfig, Mount
 from lazarette.runtime.containers.record import Definition, MountPoint
-from lazarette.storage.errors import InvalidArgument
+from lazarette.storage.errors import InvalidArgument, NotFound
 from lazarette.storage.volumes.names import check_name
 
 _PROPAGATIONS = ("private", "rprivate", "shared", "rshared", "slave", "rslave")
@@ -90,8 +90,13 @@ def _from_container(spec: str, lookup: Lookup) -> list[MountPoint]:
         raise InvalidArgument(f"malformed volumes-from specification: {spec}")
     if any(word not in _MODES for word in mode.split(",") if word):
         raise InvalidArgument(f'invalid mode for volumes-from: "{mode}"')
+    try:
+        source = lookup(reference)
+    except NotFound as missing:
+        # Not a 404: the docker command line would take that for a missing image and pull.
+        raise InvalidArgument(missing.message) from missing
     made = []
-    for point in lookup(reference).mounts:
+    for point in source.mounts:
         if point.type not in ("bind", "volume"):
             continue
         copy = msgspec.structs.replace(point, copy=False)

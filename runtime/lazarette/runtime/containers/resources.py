@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lazarette.runtime.containers.cgroups import Hierarchies, Layout
+from lazarette.runtime.containers.errors import DriverMissing
 from lazarette.runtime.containers.model import Device, HostConfig, Ulimit, UpdateRequest
 from lazarette.storage.errors import InvalidArgument
 
@@ -61,9 +62,9 @@ def check(host: HostConfig) -> None:
             raise InvalidArgument(
                 "Conflicting options: Nano CPUs and CPU Period or Quota cannot both be set"
             )
-        if not 10_000_000 <= host.nano_cpus <= cpus * 1_000_000_000:
+        if not 0 <= host.nano_cpus <= cpus * 1_000_000_000:
             raise InvalidArgument(
-                f"range of CPUs is from 0.01 to {cpus}.00, as there are only {cpus} CPUs available"
+                f"Range of CPUs is from 0.01 to {cpus}.00, as there are only {cpus} CPUs available"
             )
     if host.cpu_period and not 1000 <= host.cpu_period <= 1_000_000:
         raise InvalidArgument(
@@ -279,9 +280,11 @@ def find_devices(wanted: list[Device]) -> list[HostDevice]:
             continue
         single = _host_device(device.path_on_host, inside, access)
         if single is None:
+            there = os.path.exists(device.path_on_host)
             raise InvalidArgument(
                 f"error gathering device information while adding custom device "
-                f'"{device.path_on_host}": not a device node'
+                f'"{device.path_on_host}": '
+                + ("not a device node" if there else "no such file or directory")
             )
         found.append(single)
     return found
@@ -300,6 +303,19 @@ def all_devices() -> list[HostDevice]:
             if not os.path.islink(path) and (node := _host_device(path, path, "rwm")):
                 found.append(node)
     return found
+
+
+def refuse_requests(requests: list[dict[str, object]]) -> None:
+    """Answer ``--gpus`` as an engine without device drivers.
+
+    Raises:
+        DriverMissing: anything is asked for.
+    """
+    for request in requests:
+        asked = request.get("Capabilities")
+        groups = asked if isinstance(asked, list) else []
+        shown = " ".join(f"[{' '.join(map(str, group))}]" for group in groups)
+        raise DriverMissing(str(request.get("Driver") or ""), f"[{shown}]")
 
 
 def _host_device(path: str, inside: str, access: str) -> HostDevice | None:

@@ -254,7 +254,7 @@ class Preparer:
         except OSError as bad:
             raise InvalidArgument(
                 f'cannot access path "{point.subpath}" of {point.name or point.source}: '
-                f"{bad.strerror}"
+                f"{(bad.strerror or str(bad)).lower()}"
             ) from bad
         finally:
             os.close(root)

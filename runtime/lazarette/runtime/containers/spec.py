@@ -142,9 +142,11 @@ def build(definition: Definition, made: Prepared, facts: HostFacts) -> dict[str,
 
     Raises:
         InvalidArgument: a security option, capability, device or limit that cannot be.
+        DriverMissing: devices are asked for that only a driver could give.
     """
     host = definition.host
     options = security_options(host.security_opt)
+    resources.refuse_requests(host.device_requests or [])
     devices = resources.find_devices(host.devices or [])
     if host.privileged:
         devices = resources.all_devices() + devices

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 
 from lazarette.runtime.containers.cgroups import Group, Hierarchies, Layout
 from lazarette.runtime.containers.container import Container
+from lazarette.runtime.containers.errors import TopFailed
 from lazarette.storage import process
 from lazarette.storage.clock import Clock, rfc3339
-from lazarette.storage.errors import InvalidArgument, LazaretteError
+from lazarette.storage.errors import LazaretteError
 
 _TICK = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 Json = dict[str, object]
@@ -235,21 +236,21 @@ def top(group: Group, arguments: str) -> Json:
     """Processes of a container as the host's ``ps`` lists them.
 
     Raises:
-        InvalidArgument: ``ps`` refuses the arguments, or does not show process ids.
+        TopFailed: ``ps`` refuses the arguments, or does not show process ids.
     """
     pids = set(group.pids())
     words = arguments.split() or ["-ef"]
     try:
         done = process.run(["ps", *words], check=False)
     except LazaretteError as missing:
-        raise InvalidArgument(f"Error running ps: {missing.message}") from missing
+        raise TopFailed(f"Error running ps: {missing.message}") from missing
     if done.code != 0:
         said = done.stderr.decode(errors="replace").strip()
-        raise InvalidArgument(f"Error running ps: {said or f'exit code {done.code}'}")
+        raise TopFailed(f"Error running ps: {said or f'exit code {done.code}'}")
     lines = done.stdout.decode(errors="replace").splitlines()
     titles = lines[0].split() if lines else []
     if "PID" not in titles:
-        raise InvalidArgument("Couldn't find PID field in ps output")
+        raise TopFailed("Couldn't find PID field in ps output")
     column = titles.index("PID")
     rows = []
     for line in lines[1:]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Sequence
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import msgspec
 
 from lazarette.runtime.images.blobs import LayerBlob
+from lazarette.runtime.images.compression import Chained
 from lazarette.runtime.images.instructions import apply_changes
 from lazarette.runtime.images.layers import Layer
 from lazarette.runtime.images.model import (
@@ -123,8 +125,12 @@ def commit(
             author=author,
             layer=tar,
         )
+    store.announce("create", image.id, image.id)
     store.announce("commit", image.id, image.id)
     return image
+
+
+_EMPTY_TAR = bytes(1024)
 
 
 def import_tar(
@@ -148,13 +154,14 @@ def import_tar(
         InvalidArgument: the tar or a change is broken.
     """
     config = apply_changes(RunConfig(), changes)
+    head = stream.read(1)
     image = extend(
         store,
         None,
         config=config,
         created_by="",
         comment=message or "Imported from -",
-        layer=stream,
+        layer=cast(BinaryIO, Chained(head, stream)) if head else io.BytesIO(_EMPTY_TAR),
         platform=platform or host(),
     )
     store.announce("import", image.id, image.id)

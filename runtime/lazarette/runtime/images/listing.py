@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 
 from lazarette.runtime.images import reference
-from lazarette.runtime.images.errors import InvalidReference
+from lazarette.runtime.images.errors import InvalidReference, NoSuchPlatform
 from lazarette.runtime.images.instructions import duration_ns
-from lazarette.runtime.images.model import Image, ImageConfig, time_ns
+from lazarette.runtime.images.model import Image, ImageConfig, Platform, time_ns
 from lazarette.runtime.images.store import ImageStore
 from lazarette.storage.clock import NANOSECONDS, Clock, rfc3339
 from lazarette.storage.errors import InvalidArgument
@@ -160,23 +160,25 @@ def _has_label(image: Image, text: str) -> bool:
 
 
 def _is_named(image: Image, pattern: str) -> bool:
-    """Whether a tag or digest fits; ``*`` does not cross a slash, a bare name fits any tag."""
-    names = [*image.tags, *image.digests]
-    for name in names:
-        bare = name.partition("@")[0]
-        repository = bare.rpartition(":")[0] if ":" in bare.rpartition("/")[2] else bare
-        for candidate in (name, bare, repository):
-            if _glob(candidate, pattern):
-                return True
+    return any(_fits(name, (pattern,)) for name in (*image.tags, *image.digests))
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a tag or digest fits a pattern (every one fits none): ``*`` does not cross a
+    slash, a bare name fits any tag."""
+    return not patterns or any(_fits_one(name, pattern) for pattern in patterns)
+
+
+def _fits_one(name: str, pattern: str) -> bool:
+    bare = name.partition("@")[0]
+    repository = bare.rpartition(":")[0] if ":" in bare.rpartition("/")[2] else bare
+    if any(_glob(candidate, pattern) for candidate in (name, bare, repository)):
+        return True
     try:
         full = reference.parse(pattern)
     except InvalidReference:
         return False
-    return full.familiar in names or (not full.suffix and _is_named_exactly(names, full))
-
-
-def _is_named_exactly(names: Sequence[str], full: reference.Reference) -> bool:
-    return any(reference.parse(name).name == full.name for name in names)
+    return full.familiar == name or (not full.suffix and reference.parse(name).name == full.name)
 
 
 def _glob(name: str, pattern: str) -> bool:
@@ -200,6 +202,7 @@ def summaries(
         shared_size: count bytes shared with other images (else -1).
     """
     wanted = conditions(store, filters)
+    patterns = filters.get("reference", ())
     images = store.all()
     parents = {image.parent for image in images}
     uses = _layer_uses(images) if shared_size else {}
@@ -212,8 +215,8 @@ def summaries(
             Summary(
                 id=image.id,
                 parent_id=image.parent,
-                repo_tags=list(image.tags),
-                repo_digests=list(image.digests),
+                repo_tags=[tag for tag in image.tags if _fits(tag, patterns)],
+                repo_digests=[one for one in image.digests if _fits(one, patterns)],
                 created=image.created_ns // NANOSECONDS,
                 size=image.size,
                 shared_size=_shared(store, image, uses) if shared_size else -1,
@@ -234,6 +237,22 @@ def _layer_uses(images: Sequence[Image]) -> dict[str, int]:
 
 def _shared(store: ImageStore, image: Image, uses: Mapping[str, int]) -> int:
     return sum(layer.size for layer in store.layers_of(image) if uses[layer.chain] > 1)
+
+
+def require_platform(name: str, config: ImageConfig | Inspect, wanted: Platform | None) -> None:
+    """Refuse an image that is for another platform than the one asked for.
+
+    Raises:
+        NoSuchPlatform: it is.
+    """
+    has = Platform(
+        os=config.os or "linux", architecture=config.architecture, variant=config.variant
+    )
+    if wanted is not None and not wanted.accepts(has):
+        raise NoSuchPlatform(
+            f"image with reference {name} was found but does not match the specified platform: "
+            f"wanted {wanted}, actual: {has}"
+        )
 
 
 def history(store: ImageStore, ref: str) -> list[HistoryItem]:

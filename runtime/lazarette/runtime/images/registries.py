@@ -145,15 +145,15 @@ class Registries:
             NoSuchTag: there is no such image here.
             LazaretteError: as :meth:`Push.run`.
         """
+        progress(Message(status=f"The push refers to repository [{name.name}]"))
         names = [name] if name.tag else self._tags_of(name)
         for one in names:
             image = self._store.find(str(one))
             if image is None:
-                raise NoSuchTag(one.familiar)
+                raise NoSuchTag(one.familiar_name)
             has = Platform(os=image.config.os, architecture=image.config.architecture)
             if platform is not None and not platform.accepts(has):
                 raise ImageNotFound(f"{one.familiar} for {platform}")
-        progress(Message(status=f"The push refers to repository [{name.name}]"))
         async with self._repository(name, from_header(auth), "pull,push") as target:
             for one in names:
                 await Push(
@@ -168,7 +168,7 @@ class Registries:
             if other.name == name.name and other.tag
         ]
         if not found:
-            raise NoSuchTag(name.familiar)
+            raise NoSuchTag(name.familiar_name)
         return sorted(found, key=str)
 
     async def login(self, credentials: Credentials) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import os
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -474,10 +475,18 @@ def _unreachable(method: str, url: str, bad: Exception) -> RegistryFault:
 
 def _reason(bad: Exception) -> str:
     if isinstance(bad, aiohttp.ClientConnectorError):
-        return str(bad.os_error.strerror or bad.os_error).lower()
+        return _os_reason(bad)
     if isinstance(bad, TimeoutError):
         return "timed out"
     return str(bad) or type(bad).__name__
+
+
+def _os_reason(bad: aiohttp.ClientConnectorError) -> str:
+    """The kernel's word; asyncio's for it names the call and the address instead."""
+    cause = bad.os_error
+    if isinstance(cause, ConnectionRefusedError | TimeoutError) and cause.errno:
+        return f"dial tcp {bad.host}:{bad.port}: connect: {os.strerror(cause.errno).lower()}"
+    return str(cause.strerror or cause).lower()
 
 
 def _basic(credentials: Credentials) -> str:

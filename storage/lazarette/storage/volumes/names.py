@@ -19,13 +19,14 @@ def check_name(name: str) -> str:
     """
     if len(name) == 1:
         raise InvalidArgument(
-            "volume name is too short, names should be at least two alphanumeric characters"
+            f"create {name}: volume name is too short, names should be at least two "
+            "alphanumeric characters"
         )
     if len(name) > MAX_LENGTH:
         raise InvalidArgument(f"volume name is too long, at most {MAX_LENGTH} characters")
     if not _NAME.fullmatch(name):
         raise InvalidArgument(
-            f'"{name}" includes invalid characters for a local volume name, only '
+            f'create {name}: "{name}" includes invalid characters for a local volume name, only '
             '"[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. If you intended to pass a host '
             "directory, use absolute path"
         )

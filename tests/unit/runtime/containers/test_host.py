@@ -172,7 +172,7 @@ def test_durations(seconds: int, text: str) -> None:
     ],
 )
 def test_failures_to_start(message: str, code: int) -> None:
-    failed = start_failure(message)
+    failed = start_failure(message, "crun")
     assert failed.code == code
     assert "OCI runtime create failed" in failed.message
 

@@ -142,10 +142,8 @@ async def test_registries_out_of_reach_fail_before_the_first_byte(api: Client) -
             status, said = await api(method, path, X_Registry_Auth=auth)
             assert status == 500 and "/v2/" in said["message"], path
     status, said = await api("POST", "/images/absent/push?tag=x")
-    assert (status, said["message"]) == (
-        404,
-        "An image does not exist locally with the tag: absent:x",
-    )
+    assert status == 200
+    assert said[-1]["error"] == "An image does not exist locally with the tag: absent"
     status, said = await api(
         "POST",
         "/auth",
