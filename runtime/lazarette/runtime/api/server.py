@@ -10,7 +10,7 @@ import os
 import socket
 import ssl
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from lazarette.runtime.api.hijack import HijackProtocol
 from lazarette.runtime.api.http import Api
+from lazarette.runtime.api.tls import TlsConnection
 from lazarette.storage.errors import InvalidArgument, Unavailable
 
 SOCKET_MODE = 0o660
@@ -102,17 +103,18 @@ async def serve(hosts: Sequence[str], api: Api, tls: TlsFiles | None = None) -> 
                 paths.append(path)
             elif scheme == "tcp" and rest:
                 name, port = _tcp(rest, tls)
-                listeners.append(
-                    await loop.create_server(
-                        server, name, port, ssl=None if tls is None else tls_context(tls)
-                    )
-                )
+                made = server if tls is None else _encrypted(server, tls_context(tls))
+                listeners.append(await loop.create_server(made, name, port))
             else:
                 raise InvalidArgument(f"listen on {host}: neither unix://PATH nor tcp://HOST:PORT")
     except BaseException:
         await Runner(server, listeners, paths).close(0)
         raise
     return Runner(server, listeners, paths)
+
+
+def _encrypted(server: HijackServer, context: ssl.SSLContext) -> Callable[[], asyncio.BaseProtocol]:
+    return lambda: TlsConnection(context, server)
 
 
 def _unix(path: Path) -> socket.socket:
