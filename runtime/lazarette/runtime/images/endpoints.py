@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from lazarette.runtime.images.errors import RegistryFault
 from lazarette.runtime.images.reference import DEFAULT_DOMAIN
+from lazarette.storage.errors import InvalidArgument
 
 HUB = "https://registry-1.docker.io"
 CERTIFICATES = Path("/etc/docker/certs.d")
@@ -81,6 +82,9 @@ class RegistryConfig:
         Args:
             domain: as in a reference.
             mirrors: whether mirrors will do (to pull, not to push).
+
+        Raises:
+            InvalidArgument: the domain cannot be one.
         """
         if domain == DEFAULT_DOMAIN:
             found = [_mirror(url) for url in self.mirrors] if mirrors else []
@@ -90,7 +94,10 @@ class RegistryConfig:
         return [Endpoint(f"https://{domain}", checked=False), Endpoint(f"http://{domain}")]
 
     def _is_insecure(self, domain: str) -> bool:
-        host = urlsplit(f"//{domain}").hostname or ""
+        try:
+            host = urlsplit(f"//{domain}").hostname or ""
+        except ValueError as bad:
+            raise InvalidArgument(f"{domain} is no registry: {bad}") from bad
         if domain in self.insecure or host in self.insecure or host == "localhost":
             return True
         try:

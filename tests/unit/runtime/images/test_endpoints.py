@@ -4,6 +4,7 @@ import pytest
 
 from lazarette.runtime.images.endpoints import Endpoint, RegistryConfig
 from lazarette.runtime.images.errors import RegistryFault
+from lazarette.storage.errors import InvalidArgument
 
 
 def urls(config: RegistryConfig, domain: str, *, mirrors: bool = True) -> list[str]:
@@ -29,6 +30,11 @@ def test_insecure_registries_may_lack_tls(domain: str) -> None:
     assert (first.url, first.checked) == (f"https://{domain}", False)
     assert second.url == f"http://{domain}"
     assert config.tls(first) is not None
+
+
+def test_what_is_no_address_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="is no registry"):
+        RegistryConfig().endpoints("[", mirrors=False)
 
 
 @pytest.mark.parametrize("domain", ["reg.io", "other.io", "11.1.2.3", "old.io.evil"])
