@@ -83,7 +83,8 @@ _QUERIES = {
     "DELETE /volumes/{name}": "force:b",
     "GET /lazarette/v1/volumes/{name}/diff": "base:s target:s",
     "GET /lazarette/v1/backups": "volume:s repository:s",
-    "GET /lazarette/v1/runs": "volume:s",
+    "GET /lazarette/v1/runs": "volume:s limit:i",
+    "GET /lazarette/v1/history": "volume:s kind:s limit:i",
 }
 _BODIES: dict[str, type[msgspec.Struct]] = {
     "POST /containers/create": CreateRequest,
