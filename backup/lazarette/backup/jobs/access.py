@@ -7,6 +7,7 @@ from pathlib import Path
 from lazarette.backup.jobs.model import StoreAccess
 from lazarette.backup.repository import keys, kit
 from lazarette.backup.repository.repository import Repository
+from lazarette.backup.stores.limit import Rate, unlimited
 from lazarette.backup.stores.open import create_place, open_store
 from lazarette.backup.stores.s3place import Credentials
 from lazarette.storage.clock import Clock
@@ -43,7 +44,7 @@ def secret(access: StoreAccess) -> keys.Secret:
 
 
 def open_repository(
-    access: StoreAccess, clock: Clock, cache: Path | None = None, upload: int = 0
+    access: StoreAccess, clock: Clock, cache: Path | None = None, upload: Rate = unlimited
 ) -> Repository:
     """Open an existing repository.
 
@@ -51,17 +52,14 @@ def open_repository(
         access: where it is, and what opens it.
         clock: time.
         cache: folder for local copies; None for none.
-        upload: limit of what is sent, bytes a second; 0 for none.
+        upload: limit of what is sent, asked all the time.
 
     Raises:
         WrongStore: no such bucket or folder.
         Unauthenticated: the store's credentials or the repository's secret are wrong.
         StoreUnavailable: the store does not answer.
     """
-    if upload:
-        store = open_store(access.url, credentials(access), clock=clock, upload=lambda: upload)
-    else:
-        store = open_store(access.url, credentials(access), clock=clock)
+    store = open_store(access.url, credentials(access), clock=clock, upload=upload)
     unlocked = keys.unlock(store, secret(access))
     return Repository.open(store, unlocked, clock, cache)
 

@@ -126,13 +126,15 @@ class Request(msgspec.Struct, frozen=True):
         job: what to do.
         access: the repository.
         cache: folder for local copies of indexes and directories; empty for none.
-        upload: limit of what is sent, bytes a second; 0 for none.
+        upload: limit of what is sent, as :func:`.parse_rate` reads it; empty for none.
+        zone: of the times of day in it.
     """
 
     job: Job
     access: StoreAccess
     cache: str = ""
-    upload: int = 0
+    upload: str = ""
+    zone: str = "UTC"
 
 
 class Progress(msgspec.Struct):

@@ -27,11 +27,14 @@ from lazarette.backup.jobs.model import (
     RestoreJob,
     Result,
 )
+from lazarette.backup.policy.schedule import zone_of
+from lazarette.backup.policy.windows import parse_rate
 from lazarette.backup.repository import prune
 from lazarette.backup.repository.repository import Repository
 from lazarette.backup.repository.snapshots import SnapshotRecord
+from lazarette.backup.stores.limit import Rate, unlimited
 from lazarette.storage.changes import Change
-from lazarette.storage.clock import SystemClock
+from lazarette.storage.clock import Clock, SystemClock
 from lazarette.storage.errors import Cancelled, DamagedData, LazaretteError, SnapshotNotFound
 from lazarette.storage.files import write_atomic
 
@@ -52,7 +55,8 @@ def execute(request: Request, show: Show, stop: Stop) -> Result:
     started = clock.monotonic_ns()
     try:
         cache = Path(request.cache) if request.cache else None
-        repository = open_repository(request.access, clock, cache, request.upload)
+        rate = rate_of(request.upload, request.zone, clock)
+        repository = open_repository(request.access, clock, cache, rate)
         try:
             result = _perform(repository, request, show, stop)
         finally:
@@ -63,6 +67,18 @@ def execute(request: Request, show: Show, stop: Stop) -> Result:
         result = Result("failed", failure=Failure.of(error))
     result.duration_ns = clock.monotonic_ns() - started
     return result
+
+
+def rate_of(text: str, zone: str, clock: Clock) -> Rate:
+    """The rate in force at each moment, also when a window begins while a job goes on.
+
+    Raises:
+        InvalidArgument: the limit or the zone cannot be understood.
+    """
+    if not text:
+        return unlimited
+    limit, place = parse_rate(text), zone_of(zone)
+    return lambda: limit.at(clock.now_ns(), place)
 
 
 def _perform(repository: Repository, request: Request, show: Show, stop: Stop) -> Result:
@@ -174,7 +190,8 @@ def _check(repository: Repository, job: CheckJob) -> Result:
 
 def _copy(repository: Repository, job: CopyJob, request: Request, stop: Stop) -> Result:
     cache = Path(request.cache) if request.cache else None
-    target = open_repository(job.target, repository.clock, cache, request.upload)
+    rate = rate_of(request.upload, request.zone, repository.clock)
+    target = open_repository(job.target, repository.clock, cache, rate)
     try:
         chosen = [repository.snapshot(one) for one in job.snapshots]
         done = copying.run(repository, target, chosen, stop)

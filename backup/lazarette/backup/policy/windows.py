@@ -55,7 +55,8 @@ class Window:
         raise AssertionError("a window begins every week")
 
     def __str__(self) -> str:
-        span = f"{self.begin // 60:02}:{self.begin % 60:02}-{self.end // 60:02}:{self.end % 60:02}"
+        end = self.end or _MINUTES_A_DAY  # 00:00-00:00 would not read back
+        span = f"{self.begin // 60:02}:{self.begin % 60:02}-{end // 60:02}:{end % 60:02}"
         if len(self.days) == 7:
             return span
         return ",".join(_DAYS[day] for day in sorted(self.days)) + " " + span

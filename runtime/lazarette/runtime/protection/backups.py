@@ -174,12 +174,13 @@ class BackupService:
         reason: Reason = Reason.ASKED,
         rule: ConsistencyRule | None = None,
         labels: dict[str, str] | None = None,
-        upload: int = 0,
+        upload: str = "",
+        zone: str = "UTC",
         show: Show = lambda volume, progress: None,
     ) -> list[Run]:
         """Back up volumes as they are at one instant; returns when all jobs have ended.
 
-        ``upload`` limits what is sent, bytes a second; 0 for no limit.
+        ``upload`` limits what is sent, by times of day in ``zone``; empty for no limit.
 
         Raises:
             HookFailed, ProfileFailed: they could not be held as ``rule`` says.
@@ -219,7 +220,7 @@ class BackupService:
                 )
                 self._warnings[ids[volume]] = list(held.warnings)
             await asyncio.gather(
-                *(self._ship(ids[volume], labels or {}, upload, show) for volume in volumes)
+                *(self._ship(ids[volume], labels or {}, (upload, zone), show) for volume in volumes)
             )
         return [run for run_id in ids.values() if (run := self.runs.get(run_id)) is not None]
 
@@ -277,7 +278,9 @@ class BackupService:
         gate = self._writers.gate_for(volumes)
         return self._volumes.snapshot(volumes, gate, local)
 
-    async def _ship(self, run_id: str, labels: dict[str, str], upload: int, show: Show) -> None:
+    async def _ship(
+        self, run_id: str, labels: dict[str, str], limit: tuple[str, str], show: Show
+    ) -> None:
         run = self.runs.get(run_id)
         assert run is not None
         try:
@@ -285,7 +288,8 @@ class BackupService:
             for container in definitions.containers:
                 await self._keep.keep(container.image_id, [container.image], run.repository)
             request = await asyncio.to_thread(self._request, run, labels, definitions)
-            request = msgspec.structs.replace(request, upload=upload)
+            upload, zone = limit
+            request = msgspec.structs.replace(request, upload=upload, zone=zone)
             job = self._jobs.start(run.id, request)
             result = await self._jobs.watch(job, lambda progress: show(run.volume, progress))
         except Exception as error:  # noqa: BLE001 - logged; a run always ends

@@ -36,7 +36,8 @@ class CopyService:
         source: str,
         target: str,
         policy: str,
-        upload: int = 0,
+        upload: str = "",
+        zone: str = "UTC",
     ) -> Outcome:
         """Copy snapshots; what failed is in the outcome and the journal.
 
@@ -46,7 +47,8 @@ class CopyService:
             source: name of the repository that has it.
             target: name of the one that gets it.
             policy: that asks for it.
-            upload: limit, bytes a second; 0 for none.
+            upload: limit of what is sent; empty for none.
+            zone: of the times of day in it.
 
         Raises:
             RepositoryUnknown: one of the two is not known here.
@@ -54,7 +56,9 @@ class CopyService:
         job = CopyJob(list(snapshots), self._repositories.get(target).access)
         access = self._repositories.get(source).access
         number = self._journal.begin(policy, volume, Kind.COPY, Reason.SCHEDULE)
-        result = await self._jobs.run(Request(job, access, str(self._repositories.cache), upload))
+        result = await self._jobs.run(
+            Request(job, access, str(self._repositories.cache), upload, zone)
+        )
         if result.failure is not None:
             log.error("copy of %s to %s: %s", volume, target, result.failure.message)
             outcome = failed(result.failure.message)

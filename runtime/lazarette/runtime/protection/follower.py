@@ -214,7 +214,8 @@ class PolicyFollower:
                     policy=policy.name,
                     reason=reason,
                     rule=policy.consistency,
-                    upload=self._upload(policy),
+                    upload=str(policy.upload),
+                    zone=policy.zone.key,
                 )
         except BackupRunning:
             self._journal.skipped(policy.name)
@@ -244,16 +245,18 @@ class PolicyFollower:
         if policy is not None and run.trigger != MANUAL:
             await self._after(run, policy)
 
-    def _upload(self, policy: Policy) -> int:
-        """The policy's limit at this moment, bytes a second; 0 for none."""
-        return policy.upload.at(self._clock.now_ns(), policy.zone) or 0
-
     async def _copy(self, volume: str, snapshot: str, source: str, policy: Policy) -> None:
         for wanted in policy.copies:
             target = self._known(wanted, policy)
             missing = await self._missing(volume, snapshot, source, target)
             outcome = await self._copies.run(
-                volume, missing, source, target, policy.name, self._upload(policy)
+                volume,
+                missing,
+                source,
+                target,
+                policy.name,
+                str(policy.upload),
+                policy.zone.key,
             )
             if outcome.good and policy.copy_keep is not None:
                 await self._apply_retention(volume, policy, target, policy.copy_keep)

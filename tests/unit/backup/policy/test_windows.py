@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lazarette.backup.jobs.run import rate_of
 from lazarette.backup.policy.schedule import instant, local, parse_schedule
 from lazarette.backup.policy.windows import is_open, next_open, parse_rate, parse_window
-from lazarette.storage.clock import NANOSECONDS
+from lazarette.storage.clock import NANOSECONDS, FakeClock
 from lazarette.storage.errors import InvalidArgument
 
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -30,7 +31,9 @@ def test_a_night_passes_midnight() -> None:
     assert night.holds(at(2026, 1, 6, 3, 0), BERLIN)
     assert not night.holds(at(2026, 1, 5, 3, 0), BERLIN)
     assert parse_window(str(night)) == night
-    assert str(parse_window("8:00-24:00")) == "08:00-00:00"
+    assert str(parse_window("8:00-24:00")) == "08:00-24:00"
+    whole = parse_window("00:00-24:00")
+    assert parse_window(str(whole)) == whole
 
 
 @pytest.mark.parametrize("text", ["", "8-9", "25:00-26:00", "08:00-08:00", "xyz 08:00-09:00"])
@@ -71,3 +74,19 @@ def test_rates_by_time_of_day() -> None:
     for wrong in ("x", "2M@noon"):
         with pytest.raises(InvalidArgument):
             parse_rate(wrong)
+
+
+def test_a_limit_reads_back_and_changes_while_a_job_goes_on() -> None:
+    text = "off@sat,sun 00:00-24:00; 2M@mon-fri 08:00-18:00; 20M"
+    limit = parse_rate(text)
+    assert parse_rate(str(limit)) == limit
+    assert str(parse_rate("")) == ""
+    friday = datetime(2026, 11, 27, 17, 59, 30, tzinfo=BERLIN)
+    clock = FakeClock(instant(friday))
+    rate = rate_of(str(limit), "Europe/Berlin", clock)
+    assert rate() == 2 << 20
+    clock.advance(60)
+    assert rate() == 20 << 20
+    clock.advance(7 * 3600)
+    assert rate() is None
+    assert rate_of("", "UTC", clock)() is None
