@@ -59,6 +59,8 @@ def test_policy_fires_keeps_and_copies_over_a_crash(protected: Daemon) -> None:
         "--copy",
         "second",
         "--upload",
+        "50m; 40m@00:00-12:00",
+        "--read",
         "50m",
     )
     until(lambda: len(points(daemon, "second")) >= 3, "nothing is copied")

@@ -31,6 +31,7 @@ from lazarette.backup.repository.references import References
 from lazarette.backup.repository.repository import Repository
 from lazarette.backup.repository.snapshots import SnapshotRecord, SnapshotStats, new_snapshot_id
 from lazarette.backup.stores.contract import BlobNotFound
+from lazarette.backup.stores.limit import Bucket, Rate, unlimited
 from lazarette.backup.tree import TreeReader
 from lazarette.storage.changes import Change, ChangesUnknown
 from lazarette.storage.errors import SourceMissing
@@ -83,6 +84,7 @@ class ArchiveOptions:
         allow_empty: an empty folder may follow a snapshot with files in it (case A36).
         shrink_warning: warn when less than this share of the base's bytes or files is left.
         delete_after_ns: recorded: not to be forgotten before.
+        read: bytes a second read from the source, at each moment.
     """
 
     host: str = ""
@@ -91,6 +93,7 @@ class ArchiveOptions:
     allow_empty: bool = False
     shrink_warning: float = 0.5
     delete_after_ns: int = 0
+    read: Rate = unlimited
 
 
 class Outcome(Enum):
@@ -194,6 +197,8 @@ class _Backup:
             progress,
             cancelled,
         )
+        if options.read is not unlimited:
+            self._work.paced(Bucket(repo.clock, options.read).take)
 
     def run(self) -> ArchiveReport:
         """Read, store, commit."""

@@ -294,6 +294,7 @@ class Worker:
         self.chunker = chunker
         self.lane: Lane = ingest.lane()
         self.bytes_read = 0
+        self.pace: Callable[[int], None] = lambda count: None
         self.view = memoryview(bytearray(max(_BUFFER, 2 * MAX_SIZE)))
         self._tasks = tasks
         self._done = done
@@ -400,8 +401,10 @@ class Worker:
 
     def _loop(self) -> None:
         while (task := self._tasks.get()) is not None:
+            before = self.bytes_read
             try:
                 task.run(self)
+                self.pace(self.bytes_read - before)
             except BaseException as failed:  # noqa: BLE001 - handed to the thread that waits
                 task.error = failed
             self._done.put(task)
@@ -437,6 +440,11 @@ class Workers:
     def bytes_read(self) -> int:
         """Bytes read from the source so far."""
         return sum(worker.bytes_read for worker in self._workers)
+
+    def paced(self, pace: Callable[[int], None]) -> None:
+        """Call ``pace`` with the bytes of every task; it waits as long as they ask for."""
+        for worker in self._workers:
+            worker.pace = pace
 
     def submit(self, task: Task) -> None:
         """Queue a task."""

@@ -120,6 +120,10 @@ class Run:
         self.entries = 0
         self.bytes_total = 0
 
+    def paced(self, pace: Callable[[int], None]) -> None:
+        """Read no faster than ``pace`` allows: it is told the bytes, and waits."""
+        self._workers.paced(pace)
+
     @property
     def bytes_read(self) -> int:
         """Bytes read from the source so far."""

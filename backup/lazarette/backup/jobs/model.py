@@ -127,13 +127,15 @@ class Request(msgspec.Struct, frozen=True):
         access: the repository.
         cache: folder for local copies of indexes and directories; empty for none.
         upload: limit of what is sent, as :func:`.parse_rate` reads it; empty for none.
-        zone: of the times of day in it.
+        read: limit of what is read from a volume, likewise.
+        zone: of the times of day in them.
     """
 
     job: Job
     access: StoreAccess
     cache: str = ""
     upload: str = ""
+    read: str = ""
     zone: str = "UTC"
 
 

@@ -84,7 +84,8 @@ def rate_of(text: str, zone: str, clock: Clock) -> Rate:
 def _perform(repository: Repository, request: Request, show: Show, stop: Stop) -> Result:
     job = request.job
     if isinstance(job, BackupJob):
-        return _back_up(repository, job, show, stop)
+        read = rate_of(request.read, request.zone, repository.clock)
+        return _back_up(repository, job, read, show, stop)
     if isinstance(job, RestoreJob):
         return _restore(repository, job, show, stop)
     if isinstance(job, CheckJob):
@@ -94,7 +95,7 @@ def _perform(repository: Repository, request: Request, show: Show, stop: Stop) -
     return _forget(repository, job, stop)
 
 
-def _back_up(repository: Repository, job: BackupJob, show: Show, stop: Stop) -> Result:
+def _back_up(repository: Repository, job: BackupJob, read: Rate, show: Show, stop: Stop) -> Result:
     base = _base(repository, job)
     changes: Iterator[Change] | None = None
     if job.changes and base is not None:
@@ -112,7 +113,7 @@ def _back_up(repository: Repository, job: BackupJob, show: Show, stop: Stop) -> 
     report = archive.run(
         repository,
         source,
-        archive.ArchiveOptions(host=job.host, tags=dict(job.labels)),
+        archive.ArchiveOptions(host=job.host, tags=dict(job.labels), read=read),
         lambda seen: show(Progress("backup", seen.bytes_total, expected, seen.files)),
         stop,
     )

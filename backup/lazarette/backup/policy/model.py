@@ -199,6 +199,7 @@ class Policy:
         consistency: how volumes are held still.
         windows: runs outside them do not happen.
         upload: bandwidth by time of day.
+        read: what is read from volumes by time of day.
         jitter_ns: each run begins up to so much late, differently for each policy.
         rpo_ns: the oldest the last good backup may be; 0 takes a default by the schedule.
         rto_ns: the longest a restore may take; 0 for no target.
@@ -219,6 +220,7 @@ class Policy:
     consistency: ConsistencyRule = ConsistencyRule()
     windows: tuple[Window, ...] = ()
     upload: RateLimit = NO_LIMIT
+    read: RateLimit = NO_LIMIT
     jitter_ns: int = 0
     rpo_ns: int = 0
     rto_ns: int = 0
@@ -245,6 +247,7 @@ class _Words(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     after: tuple[str, ...] = ()
     windows: tuple[str, ...] = ()
     upload: str = ""
+    read: str = ""
     jitter: str = ""
     rpo: str = ""
     rto: str = ""
@@ -402,6 +405,7 @@ def _build(name: str, said: _Words, origin: Origin, source: str, default_zone: s
         consistency=_consistency(said),
         windows=tuple(parse_window(window) for window in said.windows),
         upload=parse_rate(said.upload),
+        read=parse_rate(said.read),
         jitter_ns=parse_duration(said.jitter) if said.jitter else 0,
         rpo_ns=parse_duration(said.rpo) if said.rpo else 0,
         rto_ns=parse_duration(said.rto) if said.rto else 0,

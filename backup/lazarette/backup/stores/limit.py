@@ -49,8 +49,8 @@ class LimitedStore(StoreWrapper):
         parallel: int = 32,
     ) -> None:
         super().__init__(inner)
-        self._up = _Bucket(clock, upload)
-        self._down = _Bucket(clock, download)
+        self._up = Bucket(clock, upload)
+        self._down = Bucket(clock, download)
         self._gate = AdaptiveGate(parallel)
 
     @property
@@ -136,7 +136,7 @@ class AdaptiveGate:
             self._good = 0
 
 
-class _Bucket:
+class Bucket:
     """Tokens that flow in at a rate; takers may go into debt and then wait."""
 
     def __init__(self, clock: Clock, rate: Rate) -> None:

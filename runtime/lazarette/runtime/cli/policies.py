@@ -36,6 +36,7 @@ def policy() -> None:
 @click.option("--window", "windows", multiple=True, help="When runs may begin.")
 @click.option("--jitter", default="", help="Begin up to so much late, e.g. 5m.")
 @click.option("--upload", default="", help="Bandwidth, also by time of day.")
+@click.option("--read", default="", help="What is read of the volume a second, likewise.")
 @click.option("--rpo", default="", help="The oldest the last good backup may be.")
 @click.option("--rto", default="", help="The longest a restore may take.")
 @click.option("--drill", default="", help="When restores are rehearsed, e.g. '@weekly'.")

@@ -17,7 +17,7 @@ import secrets
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -56,6 +56,18 @@ class BackupRunning(Conflict):
 
     number = 371
     exit_code = 51
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How fast a backup may send and read, as policies say it; times of day in ``zone``."""
+
+    upload: str = ""
+    read: str = ""
+    zone: str = "UTC"
+
+
+NO_LIMITS = Limits()
 
 
 class Writers(Protocol):
@@ -174,13 +186,12 @@ class BackupService:
         reason: Reason = Reason.ASKED,
         rule: ConsistencyRule | None = None,
         labels: dict[str, str] | None = None,
-        upload: str = "",
-        zone: str = "UTC",
+        limits: Limits = NO_LIMITS,
         show: Show = lambda volume, progress: None,
     ) -> list[Run]:
         """Back up volumes as they are at one instant; returns when all jobs have ended.
 
-        ``upload`` limits what is sent, by times of day in ``zone``; empty for no limit.
+        ``limits`` say how fast it may read and send, by times of day.
 
         Raises:
             HookFailed, ProfileFailed: they could not be held as ``rule`` says.
@@ -220,7 +231,7 @@ class BackupService:
                 )
                 self._warnings[ids[volume]] = list(held.warnings)
             await asyncio.gather(
-                *(self._ship(ids[volume], labels or {}, (upload, zone), show) for volume in volumes)
+                *(self._ship(ids[volume], labels or {}, limits, show) for volume in volumes)
             )
         return [run for run_id in ids.values() if (run := self.runs.get(run_id)) is not None]
 
@@ -278,9 +289,7 @@ class BackupService:
         gate = self._writers.gate_for(volumes)
         return self._volumes.snapshot(volumes, gate, local)
 
-    async def _ship(
-        self, run_id: str, labels: dict[str, str], limit: tuple[str, str], show: Show
-    ) -> None:
+    async def _ship(self, run_id: str, labels: dict[str, str], limits: Limits, show: Show) -> None:
         run = self.runs.get(run_id)
         assert run is not None
         try:
@@ -288,8 +297,9 @@ class BackupService:
             for container in definitions.containers:
                 await self._keep.keep(container.image_id, [container.image], run.repository)
             request = await asyncio.to_thread(self._request, run, labels, definitions)
-            upload, zone = limit
-            request = msgspec.structs.replace(request, upload=upload, zone=zone)
+            request = msgspec.structs.replace(
+                request, upload=limits.upload, read=limits.read, zone=limits.zone
+            )
             job = self._jobs.start(run.id, request)
             result = await self._jobs.watch(job, lambda progress: show(run.volume, progress))
         except Exception as error:  # noqa: BLE001 - logged; a run always ends

@@ -57,7 +57,7 @@ class CopyService:
         access = self._repositories.get(source).access
         number = self._journal.begin(policy, volume, Kind.COPY, Reason.SCHEDULE)
         result = await self._jobs.run(
-            Request(job, access, str(self._repositories.cache), upload, zone)
+            Request(job, access, str(self._repositories.cache), upload, zone=zone)
         )
         if result.failure is not None:
             log.error("copy of %s to %s: %s", volume, target, result.failure.message)

@@ -18,7 +18,7 @@ from lazarette.backup.policy.model import HoldMode, Hook, Policy
 from lazarette.backup.policy.retention import Decision, Keep, plan
 from lazarette.backup.policy.scheduler import Scheduler
 from lazarette.runtime.events import Event, EventBus
-from lazarette.runtime.protection.backups import MANUAL, BackupRunning, BackupService
+from lazarette.runtime.protection.backups import MANUAL, BackupRunning, BackupService, Limits
 from lazarette.runtime.protection.copies import CopyService
 from lazarette.runtime.protection.drills import Drills
 from lazarette.runtime.protection.jobs import JobRunner
@@ -214,8 +214,7 @@ class PolicyFollower:
                     policy=policy.name,
                     reason=reason,
                     rule=policy.consistency,
-                    upload=str(policy.upload),
-                    zone=policy.zone.key,
+                    limits=Limits(str(policy.upload), str(policy.read), policy.zone.key),
                 )
         except BackupRunning:
             self._journal.skipped(policy.name)
@@ -362,6 +361,7 @@ def _details(policy: Policy) -> dict[str, object]:
         "after": [_hook(hook) for hook in rule.after],
         "windows": [str(window) for window in policy.windows],
         "upload": str(policy.upload),
+        "read": str(policy.read),
         "jitter": format_duration(policy.jitter_ns) if policy.jitter_ns else "",
         "copies": list(policy.copies),
         "copies_keep": str(policy.copy_keep) if policy.copy_keep else "",
