@@ -28,7 +28,7 @@ BLOCK = 64 << 10
 """Grid of files changed in place, bytes."""
 SEGMENT = 32 << 20
 """Most content one task covers, so that one large file keeps every worker busy."""
-_BUFFER = 8 << 20
+_BUFFER = 4 << 20
 _READ = 1 << 20
 
 

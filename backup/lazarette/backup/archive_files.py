@@ -17,6 +17,7 @@ from lazarette.backup.archive_content import (
     fill_entry,
 )
 from lazarette.backup.archive_pages import Pages, Touched, touched_pages
+from lazarette.backup.pagemaps import MOST_NEW
 from lazarette.backup.repository.chunks import ChunkReader
 from lazarette.backup.repository.entries import (
     HOLE,
@@ -28,7 +29,7 @@ from lazarette.backup.repository.entries import (
     holes,
     parts_pages,
 )
-from lazarette.backup.repository.format import Crypt, RepositoryDamaged
+from lazarette.backup.repository.format import PAGE, Crypt, RepositoryDamaged
 from lazarette.backup.repository.ingest import Ingest, Lane
 from lazarette.backup.tree import Part, parts_of
 from lazarette.storage.changes import ByteRange
@@ -150,8 +151,9 @@ class FileJob:
                     kept += _hole_pieces(part, ranges, number)
                 elif part.length == self.block and end <= size:
                     self.bases[part.offset] = part.chunk
-                    if by_pages:
-                        pages = touched_pages(part.offset, part.length, ranges, number)
+                    pages = touched_pages(part.offset, part.length, ranges, number)
+                    # Where most pages may be new, whole blocks are read, those beside at once.
+                    if by_pages and len(pages) <= part.length // PAGE * MOST_NEW:
                         touched = tuple(sorted(pages))
                         kept.append(Touched(part.offset, part.length, part.chunk, touched))
         except RepositoryDamaged:

@@ -1,8 +1,8 @@
 """Blocks of which only some pages were written, by a record of changes: only those are read.
 
 The hashes of the other pages are known on this host, and prove themselves against the id of the
-block that was there (:mod:`lazarette.backup.pagemaps`).  Where they are not known, or most pages
-are new, the block is read whole.
+block that was there (:mod:`lazarette.backup.pagemaps`).  Where they are not known the block is
+read whole.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from lazarette.backup.archive_content import Worker, fill_buffer
-from lazarette.backup.pagemaps import MOST_NEW, PageMap, delta
+from lazarette.backup.pagemaps import PageMap, delta
 from lazarette.backup.repository.entries import PART
 from lazarette.backup.repository.format import ID_SIZE, PAGE
 from lazarette.storage.changes import ByteRange
@@ -25,7 +25,7 @@ class Touched:
         offset: in the file.
         length: bytes, whole pages.
         base: the chunk that was there.
-        pages: numbers of the pages that may differ, ascending.
+        pages: numbers of the pages that may differ, ascending; at most half of them.
     """
 
     offset: int
@@ -103,9 +103,6 @@ class Pages:
 
     def _patched(self, worker: Worker, block: Touched, known: PageMap) -> bytes | None:
         """Store the block from its new pages alone; None when it has to be read whole."""
-        count = block.length // PAGE
-        if len(block.pages) > count * MOST_NEW:
-            return None
         hashes = bytearray(known.hashes)
         for first, last in _runs(block.pages):
             view = worker.view[first * PAGE : last * PAGE]

@@ -132,11 +132,12 @@ class PageMaps:
     def flush(self, replaced: Sequence[bytes] = ()) -> None:
         """Write what was noted, and drop maps of blocks that are no file's any more."""
         fresh, self._fresh = self._fresh, {}
+        rows = sorted(fresh.items())  # in the order of the table, which is several times faster
         with self._lock:
             try:
                 self._db.execute("BEGIN")
                 self._db.executemany("DELETE FROM maps WHERE chunk = ?", [(c,) for c in replaced])
-                self._db.executemany("INSERT OR REPLACE INTO maps VALUES (?, ?)", fresh.items())
+                self._db.executemany("INSERT OR REPLACE INTO maps VALUES (?, ?)", rows)
                 self._db.execute("COMMIT")
             except sqlite3.DatabaseError:
                 if self._db.in_transaction:

@@ -8,6 +8,7 @@ from enum import Enum
 
 import msgspec
 
+from lazarette.backup.repository.malformed import MALFORMED
 from lazarette.backup.stores.contract import (
     AlreadyThere,
     BlobInfo,
@@ -211,7 +212,7 @@ class TableEntries:
             return "", _Table(1, "", ())
         try:
             return tag, msgspec.json.decode(data, type=_Table)
-        except msgspec.MsgspecError:
+        except MALFORMED:
             # a table nobody can read holds nobody: those in it notice at their renewal
             return tag, _Table(1, "", ())
 
@@ -276,7 +277,7 @@ class ListedEntries:
             return msgspec.json.decode(self._store.get(info.name), type=Holder)
         except BlobNotFound:
             return None
-        except (msgspec.MsgspecError, LazaretteError) as unreadable:
+        except (msgspec.MsgspecError, UnicodeDecodeError, LazaretteError) as unreadable:
             if isinstance(unreadable, LazaretteError) and unreadable.exit_code == 30:
                 raise
             # somebody is there; who, nobody can say

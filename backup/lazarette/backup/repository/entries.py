@@ -16,6 +16,7 @@ import msgspec
 import xxhash
 
 from lazarette.backup.repository.format import ID_SIZE, RepositoryDamaged
+from lazarette.backup.repository.malformed import MALFORMED
 from lazarette.backup.stores.contract import Buffer
 
 PART = struct.Struct("<16sI")
@@ -169,7 +170,7 @@ def decode_page(data: Buffer, where: str) -> list[Entry]:
     """
     try:
         entries = _decode_page(data)
-    except msgspec.MsgspecError as bad:
+    except MALFORMED as bad:
         raise RepositoryDamaged(f"directory page {where} is malformed: {bad}") from bad
     last = b""
     for entry in entries:

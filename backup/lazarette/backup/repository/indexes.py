@@ -14,6 +14,7 @@ from lazarette.backup.repository.format import (
     seal,
     unseal,
 )
+from lazarette.backup.repository.malformed import MALFORMED
 from lazarette.backup.repository.packs import CHUNK_DTYPE, PackRecord
 from lazarette.backup.repository.treecache import ObjectCache
 from lazarette.backup.stores.contract import BlobNotFound, BlobStore
@@ -63,7 +64,7 @@ def parse(crypt: Crypt, name: str, stored: bytes) -> list[PackRecord]:
     """
     try:
         records = _decode(unseal(crypt, name, stored))
-    except msgspec.MsgspecError as bad:
+    except MALFORMED as bad:
         raise RepositoryDamaged(f"object {name} is malformed: {bad}") from bad
     for record in records:
         record.validate()

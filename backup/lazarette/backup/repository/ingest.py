@@ -182,7 +182,7 @@ class Ingest:
         self._records: list[PackRecord] = []
         self._unlisted = 0
         self._interim: list[str] = []
-        self._slots = threading.BoundedSemaphore(uploads + 1)
+        self._slots = threading.BoundedSemaphore(uploads)
         self._pool = ThreadPoolExecutor(uploads, thread_name_prefix="upload")
         self._pending: list[Future[None]] = []
         self._bytes_sent = 0

@@ -36,6 +36,7 @@ from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from lazarette.backup.repository.malformed import MALFORMED
 from lazarette.backup.repository.secret import (
     KEY_BYTES,
     KIND_NAMES,
@@ -434,7 +435,7 @@ def _load(store: BlobStore, name: str) -> _Sealed:
         raise DamagedKey(f"key object {name} is damaged: its hash differs from its name")
     try:
         sealed = msgspec.msgpack.decode(data, type=_Sealed)
-    except msgspec.MsgspecError as bad:
+    except MALFORMED as bad:
         raise DamagedKey(f"key object {name} cannot be read: {bad}") from bad
     if sealed.version != 1:
         raise DamagedKey(

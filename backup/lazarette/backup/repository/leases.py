@@ -56,6 +56,7 @@ from lazarette.backup.repository._leaseplaces import (
     StoreTime,
     TableEntries,
 )
+from lazarette.backup.repository.malformed import MALFORMED
 from lazarette.backup.stores.contract import BlobNotFound, BlobStore, StoreUnavailable
 from lazarette.storage.clock import NANOSECONDS, Clock
 from lazarette.storage.errors import Conflict, Forbidden, LazaretteError
@@ -404,7 +405,7 @@ def _read_place(store: BlobStore) -> PlaceOfEntries:
         said = msgspec.json.decode(store.get(_PROTOCOL), type=_Protocol)
     except BlobNotFound:
         return PlaceOfEntries.LISTED
-    except msgspec.MsgspecError:
+    except MALFORMED:
         return PlaceOfEntries.LISTED
     return said.place
 

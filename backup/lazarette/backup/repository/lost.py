@@ -16,6 +16,7 @@ from lazarette.backup.repository.format import (
     unseal,
 )
 from lazarette.backup.repository.index import Index
+from lazarette.backup.repository.malformed import MALFORMED
 from lazarette.backup.stores.contract import BlobNotFound, BlobStore
 
 _decode = msgspec.msgpack.Decoder(bytes).decode
@@ -36,7 +37,7 @@ def load(store: BlobStore, crypt: Crypt) -> dict[str, set[bytes]]:
             ids = _decode(unseal(crypt, info.name, store.get(info.name)))
         except BlobNotFound:
             continue
-        except msgspec.MsgspecError as bad:
+        except MALFORMED as bad:
             raise RepositoryDamaged(f"object {info.name} is malformed: {bad}") from bad
         found[info.name] = {ids[at : at + ID_SIZE] for at in range(0, len(ids), ID_SIZE)}
     return found

@@ -11,6 +11,7 @@ from lazarette.backup.repository.format import (
     seal,
     unseal,
 )
+from lazarette.backup.repository.malformed import MALFORMED
 from lazarette.backup.repository.packs import PackRecord
 from lazarette.backup.stores.contract import BlobNotFound, BlobStore
 
@@ -55,7 +56,7 @@ def load(store: BlobStore, crypt: Crypt) -> dict[str, Mark]:
             continue
         try:
             found[info.name] = _decode(unseal(crypt, info.name, stored))
-        except msgspec.MsgspecError as bad:
+        except MALFORMED as bad:
             raise RepositoryDamaged(f"object {info.name} is malformed: {bad}") from bad
     return found
 

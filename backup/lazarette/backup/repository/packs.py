@@ -40,6 +40,7 @@ from lazarette.backup.repository.format import (
     subkey,
     unseal,
 )
+from lazarette.backup.repository.malformed import MALFORMED
 from lazarette.backup.stores.contract import Buffer
 
 MAGIC = b"LAZPACK" + bytes([OBJECT_VERSION])
@@ -269,6 +270,8 @@ class PackBuilder:
             END_MAGIC,
         )
         data = b"".join((*self._stored, listing, table, foot))
+        # Whoever sends the pack may wait: not with two copies of it.
+        self._stored = []
         return data, msgspec.structs.replace(record, size=len(data))
 
 
@@ -383,7 +386,7 @@ def read_list(crypt: Crypt, pack: bytes, listing: bytes, size: int) -> PackRecor
     name = pack_name(pack)
     try:
         record = _decode_record.decode(unseal(crypt, name, listing))
-    except msgspec.MsgspecError as bad:
+    except MALFORMED as bad:
         raise RepositoryDamaged(f"pack {name} has a malformed list: {bad}") from bad
     if record.pack != pack:
         raise RepositoryDamaged(f"pack {name} has the list of another pack")

@@ -29,6 +29,7 @@ from lazarette.backup.repository.index import Index
 from lazarette.backup.repository.ingest import Ingest
 from lazarette.backup.repository.keys import MasterKeys
 from lazarette.backup.repository.leases import Leases
+from lazarette.backup.repository.malformed import MALFORMED
 from lazarette.backup.repository.packs import PackRecord
 from lazarette.backup.repository.snapshots import SnapshotRecord
 from lazarette.backup.repository.treecache import ObjectCache, TreeCache
@@ -152,7 +153,7 @@ class Repository:
             ) from None
         try:
             config = _decode_config(unseal(Crypt(keys), CONFIG, stored))
-        except msgspec.MsgspecError as bad:
+        except MALFORMED as bad:
             raise WrongRepository(f"the config at {store.url} is malformed: {bad}") from bad
         if not OLDEST_VERSION <= config.version <= VERSION:
             raise WrongRepository(

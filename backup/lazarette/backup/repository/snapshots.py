@@ -14,6 +14,7 @@ from lazarette.backup.repository.format import (
     seal,
     unseal,
 )
+from lazarette.backup.repository.malformed import MALFORMED
 from lazarette.backup.stores.contract import BlobNotFound, BlobStore
 from lazarette.storage.errors import SnapshotNotFound
 
@@ -125,7 +126,7 @@ def parse(crypt: Crypt, name: str, stored: bytes) -> SnapshotRecord:
     """
     try:
         record = _decode(unseal(crypt, name, stored))
-    except msgspec.MsgspecError as bad:
+    except MALFORMED as bad:
         raise RepositoryDamaged(f"object {name} is malformed: {bad}") from bad
     if name_of(record.id) != name or record.root.kind != Kind.DIRECTORY:
         raise RepositoryDamaged(f"object {name} holds something else")

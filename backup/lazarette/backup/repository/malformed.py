@@ -1,0 +1,8 @@
+"""What a decoder raises for bytes that are none of its format's."""
+
+from __future__ import annotations
+
+import msgspec
+
+MALFORMED: tuple[type[Exception], ...] = (msgspec.MsgspecError, UnicodeDecodeError)
+"""msgspec lets text that is no UTF-8 out as the codec's own error."""
