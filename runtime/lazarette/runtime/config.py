@@ -28,6 +28,7 @@ class Config:
         etcd: URLs of the etcd that hosts of overlay networks share; none: no overlays.
         advertise_address: address those hosts reach this one at.
         labels: of the engine, shown in ``info``.
+        parallel_backups: policies that run at once; the others wait for their turn.
         policy_file: policies in TOML, read again when it changes; need not exist.
     """
 
@@ -44,6 +45,7 @@ class Config:
     advertise_address: str = ""
     labels: tuple[str, ...] = field(default=())
     policy_file: Path = DEFAULT_POLICY_FILE
+    parallel_backups: int = 2
 
     @property
     def state_file(self) -> Path:

@@ -43,7 +43,10 @@ _LOCK_S, _RELEASE_S = 1.0, 120.0
 _RELEASING = b"releasing"
 _CONFIG_KEYS = ("volume_driver", "layer_driver", "runtime", "bridge", "advertise_address")
 _CONFIG_PATHS = ("policy_file",)
+_CONFIG_NUMBERS = ("parallel_backups",)
 _CONFIG_LISTS = ("etcd", "insecure_registries", "registry_mirrors", "labels")
+
+_CONFIG_ALL = _CONFIG_KEYS + _CONFIG_PATHS + _CONFIG_NUMBERS + _CONFIG_LISTS
 
 
 class AlreadyRunning(Conflict):
@@ -164,12 +167,14 @@ def with_file(config: Config, path: Path) -> Config:
             config = replace(config, **{key: value})  # type: ignore[arg-type]
         elif key in _CONFIG_PATHS and isinstance(value, str):
             config = replace(config, **{key: Path(value)})  # type: ignore[arg-type]
+        elif key in _CONFIG_NUMBERS and type(value) is int and value > 0:
+            config = replace(config, **{key: value})  # type: ignore[arg-type]
         elif key in _CONFIG_LISTS and isinstance(value, list):
             config = replace(config, **{key: tuple(map(str, value))})  # type: ignore[arg-type]
         else:
             raise InvalidArgument(
                 f"config file {path}: unknown key {key} or wrong type",
-                hint=f"known keys: {', '.join(_CONFIG_KEYS + _CONFIG_PATHS + _CONFIG_LISTS)}",
+                hint=f"known keys: {', '.join(_CONFIG_ALL)}",
             )
     return config
 

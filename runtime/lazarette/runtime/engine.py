@@ -166,7 +166,16 @@ class Engine:
         restores = RestoreService(self.volumes, repositories, self.fills, jobs, self.state)
         hands = EngineHands(self.images, keep, self.networks, self.containers)
         recovery = HostRecovery(repositories, restores, self.volumes, hands)
-        drills = Drills(self.containers, self.volumes, restores, book, journal, teller, self.clock)
+        drills = Drills(
+            self.containers,
+            self.volumes,
+            restores,
+            book,
+            journal,
+            teller,
+            self.events,
+            self.clock,
+        )
         follower = PolicyFollower(
             book,
             backups,
@@ -178,6 +187,7 @@ class Engine:
             self.events,
             drills,
             self.clock,
+            config.parallel_backups,
         )
         self.protection = Protection(
             self.volumes,

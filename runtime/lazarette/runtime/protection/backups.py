@@ -212,6 +212,7 @@ class BackupService:
                 self._teller.began(volume)
                 trigger = policy or MANUAL
                 self.runs.begin(run_id, volume, known.name, trigger, local, number)
+                self._events.publish("backup", "start", volume, {"trigger": trigger})
             try:
                 for volume, place in places.items():
                     self._fills.content(volume, place)

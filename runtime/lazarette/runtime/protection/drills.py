@@ -15,6 +15,7 @@ from lazarette.backup.policy.profiles import profile_for
 from lazarette.runtime.containers.container import Container
 from lazarette.runtime.containers.manager import ContainerManager
 from lazarette.runtime.containers.model import CreateRequest, HostConfig
+from lazarette.runtime.events import EventBus
 from lazarette.runtime.protection.holding import EngineAccess
 from lazarette.runtime.protection.policies import PolicyBook
 from lazarette.runtime.protection.restores import LATEST, RestoreService
@@ -103,6 +104,7 @@ class Drills:
         book: whose policy says how a drill checks.
         journal: the history.
         teller: tells people of them.
+        events: told of each.
         clock: to measure.
     """
 
@@ -114,6 +116,7 @@ class Drills:
         book: PolicyBook,
         journal: Journal,
         teller: Teller,
+        events: EventBus,
         clock: Clock,
     ) -> None:
         self._containers = containers
@@ -122,6 +125,7 @@ class Drills:
         self._book = book
         self._journal = journal
         self._teller = teller
+        self._events = events
         self._clock = clock
 
     async def recover(self) -> None:
@@ -154,6 +158,7 @@ class Drills:
         )
         self._journal.end(number, outcome)
         self._teller.ended(volume, Kind.DRILL, outcome)
+        self._events.publish("drill", outcome.result.value, volume, {"snapshot": outcome.snapshot})
         return outcome
 
     def _hands(self, repository: str) -> DrillHands:

@@ -62,6 +62,7 @@ class PolicyFollower:
         events: volumes and containers that come and go change what applies.
         drills: proves that backups come back.
         clock: time.
+        parallel: policies that run at once.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class PolicyFollower:
         events: EventBus,
         drills: Drills,
         clock: Clock,
+        parallel: int = 2,
     ) -> None:
         self.book = book
         self._backups = backups
@@ -86,7 +88,7 @@ class PolicyFollower:
         self._clock = clock
         self._journal = journal
         self._drills = drills
-        self._scheduler = Scheduler(database, self._carry_out, clock, journal)
+        self._scheduler = Scheduler(database, self._carry_out, clock, journal, parallel=parallel)
         self._members: dict[str, list[str]] = {}
         self._forgotten: dict[str, int] = {}
         self._groups_at_once = asyncio.Semaphore(_GROUPS_AT_ONCE)

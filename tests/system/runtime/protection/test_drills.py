@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import cast
 
@@ -36,5 +37,9 @@ def test_a_drill_restores_starts_checks_and_removes(tmp_path: Path) -> None:
         assert b"drill" not in daemon.laz("ps", "-a").stdout
         state = json.loads(daemon.laz("status", "--json").stdout)
         assert any(one["rto_ns"] == done["restore_ns"] for one in state)
+        assert all(one["last_verified_ns"] for one in state if one["volume"] == "data")
+        told = daemon.docker("events", "--since", "1", "--until", str(int(time.time()) + 1))
+        for what in (b" backup start data ", b" backup ok data ", b" drill ok data "):
+            assert what in told.stdout
     finally:
         daemon.end()
