@@ -42,8 +42,6 @@ _IOC_SNAP_CREATE_V2 = _code(_IOC_WRITE, 23, 4096)
 _IOC_RESIZE = _code(_IOC_WRITE, 3, 4096)
 _IOC_TREE_SEARCH_V2 = _code(_IOC_READ | _IOC_WRITE, 17, 112)
 _IOC_INO_LOOKUP = _code(_IOC_READ | _IOC_WRITE, 18, 4096)
-_IOC_START_SYNC = _code(_IOC_READ, 24, 8)
-_IOC_WAIT_SYNC = _code(_IOC_WRITE, 22, 8)
 _IOC_SUBVOL_GETFLAGS = _code(_IOC_READ, 25, 8)
 _IOC_SUBVOL_SETFLAGS = _code(_IOC_WRITE, 26, 8)
 _IOC_QUOTA_CTL = _code(_IOC_READ | _IOC_WRITE, 40, 16)
@@ -169,13 +167,6 @@ def set_read_only(descriptor: int, read_only: bool) -> None:
     flags = struct.unpack("=Q", buffer)[0]
     flags = flags | _SUBVOL_RDONLY if read_only else flags & ~_SUBVOL_RDONLY
     fcntl.ioctl(descriptor, _IOC_SUBVOL_SETFLAGS, struct.pack("=Q", flags))
-
-
-def sync(descriptor: int) -> None:
-    """Commit the running transaction and wait for it."""
-    buffer = bytearray(8)
-    fcntl.ioctl(descriptor, _IOC_START_SYNC, buffer)
-    fcntl.ioctl(descriptor, _IOC_WAIT_SYNC, bytes(buffer))
 
 
 def resize(descriptor: int, size: int | None, device: int = 1) -> None:

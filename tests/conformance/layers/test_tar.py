@@ -378,6 +378,26 @@ def test_changes_are_sorted_by_path(layers: LayerBench) -> None:
     assert paths == sorted(paths)
 
 
+@pytest.mark.parametrize("at", [0, 5])
+def test_a_file_of_the_parent_written_in_place(layers: LayerBench, at: int) -> None:
+    """Nothing but its bytes tells of that, and those may still be in memory."""
+    for number in range(8):
+        parent = layers.base(file("f", b"12345"), folder("d"), file("d/g", b"12345"))
+        key, root = layers.child(parent)
+        for path in ("f", "d/g"):
+            with (root / path).open("r+b") as written:
+                written.seek(at)
+                written.write(b"%d new" % number)
+        found = {change.path: change.kind for change in layers.driver.changes(key)}
+        assert found[b"f"] is found[b"d/g"] is ChangeKind.MODIFIED
+        whole = b"12345"[:at] + b"%d new" % number
+        with tarfile.open(fileobj=io.BytesIO(layers.diff(key))) as read:
+            for path in ("f", "d/g"):
+                inside = read.extractfile(path)
+                assert inside is not None
+                assert inside.read() == whole
+
+
 def test_a_change_of_mode_alone_is_in_the_diff(layers: LayerBench) -> None:
     key, root = layers.child(layers.base(file("f", b"content")))
     (root / "f").chmod(0o700)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from lazarette.storage import beneath, btrfs, mounts, space
+from lazarette.storage import beneath, btrfs, mounts, space, syscalls
 from lazarette.storage.btrfs_changes import subvolume_changes
 from lazarette.storage.changes import Change
 from lazarette.storage.clock import Clock
@@ -74,14 +74,14 @@ class BtrfsLayerDriver(FullLayerDriver):
 
     def _compare(self, parent: Path, own: Path) -> Iterator[Change]:
         with beneath.opened(own) as tree:
-            btrfs.sync(tree)
+            syscalls.syncfs(tree)
         return subvolume_changes(parent, own)
 
     def usage(self, key: str) -> LayerUsage:
         """See :meth:`LayerDriver.usage`: extents no other layer shares."""
         tree = self._tree(key)
         with beneath.opened(tree) as root:
-            btrfs.sync(root)
+            syscalls.syncfs(root)
         return space.tree_usage(tree, shared=True)
 
 

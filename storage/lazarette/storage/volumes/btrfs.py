@@ -285,7 +285,7 @@ class BtrfsVolumeDriver:
         """See :meth:`VolumeDriver.usage`; walks the extent maps."""
         limit = self._shelf.record(name).limit
         with beneath.opened(self._shelf.location(name)) as data:
-            btrfs.sync(data)
+            syncfs(data)
             referenced, shared = space.tree_space(data, space.flagged)
         return VolumeUsage(referenced, referenced - shared, limit)
 
