@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -104,19 +104,23 @@ def names(folder: int) -> list[bytes]:
     return sorted(os.fsencode(name) for name in os.listdir(folder))
 
 
-def walk(root: int) -> Iterator[Entry]:
+def walk(root: int, prunes: Callable[[bytes], bool] | None = None) -> Iterator[Entry]:
     """All entries below a folder, itself first, parents before children, sorted by name.
 
     An entry that vanishes meanwhile is left out.  Depth is bounded by open descriptors, one
     a level.
+
+    Args:
+        root: descriptor of the folder.
+        prunes: says of a folder's path whether to leave out what is in it.
     """
     yield Entry(b"", root, b".", os.fstat(root))
-    yield from _walk_into(root, b"")
+    yield from _walk_into(root, prunes)
 
 
-def _walk_into(root: int, prefix: bytes) -> Iterator[Entry]:
+def _walk_into(root: int, prunes: Callable[[bytes], bool] | None) -> Iterator[Entry]:
     top = os.dup(root)
-    stack: list[tuple[int, bytes, Iterator[bytes]]] = [(top, prefix, iter(names(top)))]
+    stack: list[tuple[int, bytes, Iterator[bytes]]] = [(top, b"", iter(names(top)))]
     try:
         while stack:
             folder, path, left = stack[-1]
@@ -131,7 +135,7 @@ def _walk_into(root: int, prefix: bytes) -> Iterator[Entry]:
             own = path + b"/" + name if path else name
             inner: int | None = None
             crossing = False
-            if stat.S_ISDIR(status.st_mode):
+            if stat.S_ISDIR(status.st_mode) and not (prunes is not None and prunes(own)):
                 try:
                     inner = open_folder(folder, name)
                 except OSError as refused:

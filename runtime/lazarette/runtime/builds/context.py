@@ -21,9 +21,10 @@ from lazarette.runtime.builds.errors import ContextError
 from lazarette.runtime.builds.ignore import Ignore, read_lines
 from lazarette.runtime.builds.parser import MAX_SIZE
 from lazarette.runtime.builds.sources import SourceTree
-from lazarette.runtime.builds.tree import Tree, walk
+from lazarette.runtime.builds.tree import Tree
 from lazarette.runtime.images.compression import Unpacked, UnpackLimits
 from lazarette.storage import beneath
+from lazarette.storage.beneath import walk
 from lazarette.storage.errors import InvalidArgument
 from lazarette.storage.layers.apply import LayerReader
 from lazarette.storage.layers.tar import TreeWriter

@@ -6,6 +6,7 @@ The last line that matches decides; a line that matches a folder covers everythi
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 from collections.abc import Iterable, Sequence
@@ -81,8 +82,9 @@ class Ignore:
                 excluded = not pattern.exception
         return excluded
 
-    def prunes(self, folder: str) -> bool:
+    def prunes(self, path: str | bytes) -> bool:
         """Whether the folder is left out and nothing in it can be taken back."""
+        folder = os.fsdecode(path)
         if not self.excludes(folder):
             return False
         parts = folder.strip("/").split("/")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from lazarette.runtime.builds.errors import ContextError
 from lazarette.runtime.builds.ignore import Ignore, component_regex
-from lazarette.runtime.builds.tree import Tree, walk
+from lazarette.runtime.builds.tree import Tree
 from lazarette.storage import beneath
 
 _CHUNK = 1 << 20
@@ -109,7 +109,7 @@ class Selected:
         kept: set[bytes] = set()
         held: dict[bytes, Item] = {}
         with self.source.tree.folder(self.path) as top:
-            for entry in walk(top, self._prunes()):
+            for entry in beneath.walk(top, self._prunes()):
                 full = (
                     self.path + b"/" + entry.path
                     if self.path and entry.path
@@ -127,14 +127,14 @@ class Selected:
                         yield held.pop(above)
                 yield item
 
-    def _prunes(self) -> Callable[[str], bool] | None:
+    def _prunes(self) -> Callable[[bytes], bool] | None:
         """Folders of which nothing can be selected, by their path below this."""
         ignore = self.source.ignore
         if ignore is None and not self.exclude.patterns:
             return None
-        prefix = os.fsdecode(self.path) + "/" if self.path else ""
+        prefix = self.path + b"/" if self.path else b""
 
-        def prunes(path: str) -> bool:
+        def prunes(path: bytes) -> bool:
             hidden = ignore is not None and ignore.prunes(prefix + path)
             return hidden or self.exclude.prunes(path)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -180,39 +180,3 @@ class Tree:
                 raise NotADirectoryError(errno.ENOTDIR, "not a directory", os.fsdecode(own))
             at = own
         return made
-
-
-def walk(top: int, prunes: Callable[[str], bool] | None = None) -> Iterator[beneath.Entry]:
-    """As :func:`beneath.walk`, without entering folders that ``prunes`` says hold nothing."""
-    yield beneath.Entry(b"", top, b".", os.fstat(top))
-    if prunes is None:
-        yield from (entry for entry in beneath.walk(top) if entry.path)
-        return
-    yield from _walk_into(top, b"", prunes)
-
-
-def _walk_into(top: int, prefix: bytes, prunes: Callable[[str], bool]) -> Iterator[beneath.Entry]:
-    stack = [(os.dup(top), prefix, iter(_sorted_names(top)))]
-    try:
-        while stack:
-            folder, above, names = stack[-1]
-            name = next(names, None)
-            if name is None:
-                os.close(stack.pop()[0])
-                continue
-            try:
-                status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-            except FileNotFoundError:
-                continue
-            path = above + b"/" + name if above else name
-            yield beneath.Entry(path, folder, name, status)
-            if stat.S_ISDIR(status.st_mode) and not prunes(os.fsdecode(path)):
-                inner = beneath.open_folder(folder, name)
-                stack.append((inner, path, iter(_sorted_names(inner))))
-    finally:
-        for folder, _, _ in stack:
-            os.close(folder)
-
-
-def _sorted_names(folder: int) -> list[bytes]:
-    return sorted(os.fsencode(name) for name in os.listdir(folder))
