@@ -20,7 +20,7 @@ from tests.support.builds import Bench
 from tests.support.waiting import until
 
 from lazarette.runtime.builds.context import Located, locate, pack, sent_along
-from lazarette.runtime.builds.errors import ContextError, StepFailed
+from lazarette.runtime.builds.errors import ContextError, DockerfileError, StepFailed
 from lazarette.runtime.builds.options import BuildOptions
 from lazarette.runtime.builds.output import unpack_tree, write_tree
 from lazarette.runtime.builds.work import LAYER_PREFIX
@@ -120,6 +120,19 @@ def test_the_same_build_many_times_at_once(bench: Bench) -> None:
         built = list(pool.map(lambda _: bench.build(text, {"a": "1"}), range(4)))
     trees = {tuple(bench.tree(one.image, bench.images.get("busybox"))) for one in built}
     assert len(trees) == 1
+
+
+def test_capabilities_of_programs_are_kept(bench: Bench) -> None:
+    capability = "0100000200040000" + "00" * 12
+    text = "FROM scratch AS one\nCOPY p /p\nFROM scratch\nCOPY --from=one /p /q\n"
+    built = bench.build(text, {"p": {"mode": "755", "capability": capability}})
+    with bench.mounted(built.image) as root:
+        assert os.getxattr(root / "q", "security.capability").hex() == capability
+
+
+def test_a_line_that_is_too_long(bench: Bench) -> None:
+    with pytest.raises(DockerfileError, match="dockerfile line greater than max allowed size"):
+        bench.build("FROM scratch\nLABEL a=" + "x" * 70_000 + "\n")
 
 
 def test_a_tag_moves(bench: Bench) -> None:

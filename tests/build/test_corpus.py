@@ -7,10 +7,14 @@
 - ``history``: texts of the steps, digests as ``file:…``, empty layers marked ``(empty)``;
 - ``output``: texts of the stream, in this order;  ``absent``: texts that are not in it;
 - ``error``: a regular expression for the message of a build that must fail.
+
+All of them run on the default layer driver, those with ``everywhere``, which are about
+what layers hold, on every other one too.  With ``LAZARETTE_BUILD_DRIVERS=all`` all run on all.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -21,6 +25,7 @@ import msgspec
 import pytest
 from tests.support.builds import Bench, Outcome, text_of
 from tests.support.images import PATH_ENV
+from tests.support.layers import KINDS
 
 from lazarette.runtime.builds.options import BuildOptions, Limits, Secret
 from lazarette.storage.errors import LazaretteError
@@ -30,11 +35,16 @@ DIGEST = re.compile(r"(file|dir|multi):[0-9a-f]{64}")
 PREFIX = "/bin/sh -c #(nop) "
 
 
+ALL = os.environ.get("LAZARETTE_BUILD_DRIVERS") == "all"
+
+
 def _cases() -> list[Any]:
     found: list[Any] = []
     for file in sorted(CORPUS.glob("*.toml")):
         for case in tomllib.loads(file.read_text())["case"]:
-            found.append(pytest.param(case, id=f"{file.stem}-{case['name']}"))
+            name = f"{file.stem}-{case['name']}"
+            kinds = KINDS if ALL or case.get("everywhere") else KINDS[:1]
+            found += [pytest.param(kind, case, id=f"{kind.id}-{name}") for kind in kinds]
     return found
 
 
@@ -52,19 +62,19 @@ def _options(given: Mapping[str, Any]) -> BuildOptions:
     return BuildOptions(**values)
 
 
-@pytest.mark.parametrize("case", _cases())
-def test_case(bench: Bench, case: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("driven", "case"), _cases(), indirect=["driven"])
+def test_case(driven: Bench, case: dict[str, Any]) -> None:
     options = _options(case.get("options", {}))
     messages: list[Mapping[str, object]] = []
     if "error" in case:
         with pytest.raises(LazaretteError) as caught:
-            bench.build(case["dockerfile"], case.get("context"), options, messages=messages)
+            driven.build(case["dockerfile"], case.get("context"), options, messages=messages)
         assert re.search(case["error"], caught.value.message, re.DOTALL), caught.value.message
         _check_output(case, text_of(messages))
         return
-    built = bench.build(case["dockerfile"], case.get("context"), options, messages=messages)
+    built = driven.build(case["dockerfile"], case.get("context"), options, messages=messages)
     _check_output(case, built.text)
-    _check_image(bench, case, built)
+    _check_image(driven, case, built)
 
 
 def _check_output(case: Mapping[str, Any], text: str) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.images import busybox_archive
+from tests.support.layers import KINDS, Kind
 
 from lazarette.runtime.builds.builder import Builder
 from lazarette.runtime.builds.ocirunner import OciStepRunner
@@ -30,7 +31,6 @@ from lazarette.runtime.images.model import Image
 from lazarette.runtime.images.store import ImageStore
 from lazarette.storage import beneath
 from lazarette.storage.clock import SystemClock
-from lazarette.storage.layers.overlay import OverlayLayerDriver
 from lazarette.storage.state import State
 
 Entry = str | Mapping[str, object]
@@ -62,10 +62,11 @@ def text_of(messages: list[Mapping[str, object]]) -> str:
 class Bench:
     """A store and a builder in a folder of their own, with a busybox image."""
 
-    def __init__(self, root: Path, loop_of: EventBus) -> None:
+    def __init__(self, root: Path, loop_of: EventBus, kind: Kind = KINDS[0]) -> None:
         self.clock = SystemClock()
         self.state = State(root / "state.db")
-        self.layers = OverlayLayerDriver(root / "layers", self.clock)
+        self.layers = kind.make(root / "layers")
+        self.layers.recover()
         self.images = ImageStore(root / "images", self.layers, self.state, loop_of, self.clock)
         hierarchies = detect()
         self._group = Group(hierarchies, f"/laz-test-{os.getpid()}")
@@ -80,8 +81,9 @@ class Bench:
             load(self.images, archive)
 
     def close(self) -> None:
-        """Close the database, take the control group away."""
+        """Close database and driver, take the control group away."""
         self.state.close()
+        self.layers.close()
         self._group.remove(self.clock)
 
     def build(
@@ -160,7 +162,8 @@ def context_tar(files: Mapping[str, Entry | bytes]) -> bytes:
     """A context of a table: path to content, or to a table of attributes.
 
     Attributes: ``content``, ``mode`` (text, octal), ``uid``, ``gid``, ``link``, ``hard``,
-    ``folder``, ``fifo``, ``device``, ``mtime``, ``tar`` (a table again) and ``pack`` (gzip,
+    ``folder``, ``fifo``, ``device``, ``mtime``, ``capability`` (the attribute, in hex),
+    ``tar`` (a table again) and ``pack`` (gzip,
     bzip2, xz, zstd) for archives.
     """
     packed = io.BytesIO()
@@ -186,6 +189,9 @@ def _member(name: str, entry: Entry | bytes) -> tuple[tarfile.TarInfo, bytes]:
     info.uid = int(str(entry.get("uid", 1234)))
     info.gid = int(str(entry.get("gid", 1234)))
     info.mtime = int(str(entry.get("mtime", 1_600_000_000)))
+    if "capability" in entry:
+        value = bytes.fromhex(str(entry["capability"])).decode("utf-8", "surrogateescape")
+        info.pax_headers = {"SCHILY.xattr.security.capability": value}
     for key, kind in (("link", tarfile.SYMTYPE), ("hard", tarfile.LNKTYPE)):
         if key in entry:
             info.type, info.linkname = kind, str(entry[key])

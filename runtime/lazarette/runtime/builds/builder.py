@@ -24,7 +24,7 @@ from lazarette.runtime.builds import remote
 from lazarette.runtime.builds.cache import BuildCache
 from lazarette.runtime.builds.cachemounts import CacheMounts
 from lazarette.runtime.builds.context import Context, Memo, Memos
-from lazarette.runtime.builds.errors import DockerfileError
+from lazarette.runtime.builds.errors import DockerfileError, placed
 from lazarette.runtime.builds.instructions import Instruction, Label
 from lazarette.runtime.builds.named import NamedContexts, Uploads
 from lazarette.runtime.builds.options import BuildOptions
@@ -333,10 +333,8 @@ class Build:
         channel = ordered.channel(stage.number)
         first = plan.first_step(stage.number)
         channel.text(f"Step {first}/{plan.step_count} : {stage.origin.text}\n")
-        try:
+        with placed(stage.origin.where):
             state = self._begin(stage)
-        except DockerfileError as bad:
-            raise bad.at(stage.origin.where) from bad
         triggers = list(state.config.on_build or [])
         state.config.on_build = None
         channel.text(f" ---> {(state.base_id.removeprefix('sha256:') or state.key)[:12]}\n")

@@ -6,9 +6,12 @@ begins); ``BuildFailed`` for a step that ended badly (in-band, the stream has be
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from lazarette.storage.errors import InternalError, InvalidArgument, NotFound
+from lazarette.runtime.images.errors import RegistryFault
+from lazarette.storage.errors import InternalError, InvalidArgument, LazaretteError, NotFound
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,23 @@ class StepFailed(InternalError):
         if self.where is not None:
             return self
         return StepFailed(self.bare, self.code, where, hint=self.hint)
+
+
+@contextmanager
+def placed(where: Location) -> Iterator[None]:
+    """Give what goes wrong in the block its place, if it is the Dockerfile's fault.
+
+    Raises:
+        DockerfileError, StepFailed: with the place.
+    """
+    try:
+        yield
+    except (DockerfileError, StepFailed) as failed:
+        raise failed.at(where) from failed
+    except LazaretteError as failed:
+        if failed.http_status in (400, 404) or isinstance(failed, RegistryFault):
+            raise StepFailed(failed.message, 1, where, hint=failed.hint) from failed
+        raise
 
 
 class ContextError(InvalidArgument):

@@ -14,7 +14,7 @@ from lazarette.runtime.builds.cache import Record, step_key
 from lazarette.runtime.builds.cachemounts import CacheMounts
 from lazarette.runtime.builds.cachesources import CacheSources
 from lazarette.runtime.builds.devices import StepDevice, edits, parse_device
-from lazarette.runtime.builds.errors import DockerfileError, Location, StepFailed
+from lazarette.runtime.builds.errors import DockerfileError, Location, StepFailed, placed
 from lazarette.runtime.builds.instructions import (
     Instruction,
     OnBuild,
@@ -41,7 +41,7 @@ from lazarette.runtime.builds.state import StageState
 from lazarette.runtime.builds.stubs import Stubs
 from lazarette.runtime.builds.tree import Tree
 from lazarette.runtime.builds.work import MadeLayer, Work
-from lazarette.storage.errors import LazaretteError, NoSpace
+from lazarette.storage.errors import NoSpace
 
 _SHORT = 12
 
@@ -126,13 +126,8 @@ class StageRunner:
     def _located(self, step: Instruction, where: Location) -> None:
         self._work.check()
         try:
-            self._step(step)
-        except (DockerfileError, StepFailed) as failed:
-            raise failed.at(where) from failed
-        except LazaretteError as failed:
-            if failed.http_status in (400, 404):
-                raise StepFailed(failed.message, 1, where, hint=failed.hint) from failed
-            raise
+            with placed(where):
+                self._step(step)
         except OSError as refused:
             if refused.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise NoSpace("building: no space left", hint="laz builder prune") from refused

@@ -255,6 +255,12 @@ def test_laz_build_failures(daemon: Daemon, context: Path) -> None:
 def test_laz_builder(daemon: Daemon, context: Path) -> None:
     daemon.laz("build", str(context))
     assert b"COPY" in daemon.laz("builder", "du").stdout
+    before = daemon.laz("builder", "du", "--json").stdout
+    for spared in (("--filter", "until=24h"), ("--keep-storage", "10g")):  # too young; small
+        daemon.laz("builder", "prune", "-a", *spared)
+        assert daemon.laz("builder", "du", "--json").stdout == before
+    daemon.docker("builder", "prune", "-af", "--filter", "until=24h", env=CLASSIC)
+    assert daemon.laz("builder", "du", "--json").stdout == before
     assert b"reclaimed" in daemon.laz("builder", "prune", "-a").stdout
     assert daemon.laz("builder", "du", "--json").stdout.strip() == b"[]"
 
