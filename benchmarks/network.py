@@ -33,6 +33,7 @@ from tests.support.netns import cable, new_namespace, own_namespace
 from tests.support.network_host import NetworkHost
 
 from lazarette.runtime.networks import netlink as nl
+from lazarette.runtime.networks import rtnetlink as rt
 from lazarette.runtime.networks import sysctl
 from lazarette.runtime.networks.model import NetworkSpec, PortRequest
 from lazarette.runtime.networks.namespaces import NetNamespace
@@ -89,7 +90,7 @@ def bare_bridge(stack: ExitStack) -> tuple[NetNamespace, NetNamespace]:
     with middle.entered(), nl.Netlink() as netlink:
         kind = {"attrs": [("IFLA_INFO_KIND", "bridge")]}
         bridge = [("IFLA_IFNAME", "bare"), ("IFLA_LINKINFO", kind)]
-        netlink.run([nl.link_new("bridge", bridge, up=True)])
+        netlink.run([rt.link_new("bridge", bridge, up=True)])
         for number, end in enumerate(ends):
             peer = [("IFLA_IFNAME", "eth0"), ("IFLA_NET_NS_FD", end.descriptor)]
             data = {"attrs": [("VETH_INFO_PEER", {"attrs": peer})]}
@@ -99,7 +100,7 @@ def bare_bridge(stack: ExitStack) -> tuple[NetNamespace, NetNamespace]:
                 ("IFLA_MASTER", socket.if_nametoindex("bare")),
                 ("IFLA_LINKINFO", info),
             ]
-            netlink.run([nl.link_new("port", port, up=True)])
+            netlink.run([rt.link_new("port", port, up=True)])
     for number, end in enumerate(ends):
         address(end, "eth0", f"10.200.0.{number + 2}")
     return ends[0], ends[1]
@@ -109,10 +110,10 @@ def address(where: NetNamespace, name: str, ip: str, gateway: str = "") -> None:
     """Address an interface and start it."""
     with where.entered(), nl.Netlink() as netlink:
         index = socket.if_nametoindex(name)
-        netlink.run([nl.address_add(index, ip, 24), nl.link_set(index, "up", up=True)])
+        netlink.run([rt.address_add(index, ip, 24), rt.link_set(index, "up", up=True)])
         if gateway:
-            netlink.run([nl.route_replace(gateway, family=socket.AF_INET, index=index)])
-        nl.wait_operational(netlink, index, 5)
+            netlink.run([rt.route_replace(gateway, family=socket.AF_INET, index=index)])
+        rt.wait_operational(netlink, index, 5)
 
 
 def routed(stack: ExitStack, rules: bool) -> tuple[NetNamespace, NetNamespace]:
@@ -124,19 +125,19 @@ def routed(stack: ExitStack, rules: bool) -> tuple[NetNamespace, NetNamespace]:
         sysctl.forward(4)
         kind = {"attrs": [("IFLA_INFO_KIND", "bridge")]}
         bridge = [("IFLA_IFNAME", "br0"), ("IFLA_LINKINFO", kind)]
-        netlink.run([nl.link_new("bridge", bridge, up=True)])
+        netlink.run([rt.link_new("bridge", bridge, up=True)])
         peer = [("IFLA_IFNAME", "eth0"), ("IFLA_NET_NS_FD", end.descriptor)]
         data = {"attrs": [("VETH_INFO_PEER", {"attrs": peer})]}
         info = {"attrs": [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", data)]}
         master = socket.if_nametoindex("br0")
         port = [("IFLA_IFNAME", "port"), ("IFLA_MASTER", master), ("IFLA_LINKINFO", info)]
-        netlink.run([nl.link_new("port", port, up=True)])
+        netlink.run([rt.link_new("port", port, up=True)])
     address(host, "br0", "10.201.0.1")
     address(end, "eth0", "10.201.0.2", "10.201.0.1")
     name = cable(host, "10.202.0.1", door, "10.202.0.2")
     with door.entered(), nl.Netlink() as netlink:
         index = socket.if_nametoindex(name)
-        netlink.run([nl.route_replace("10.202.0.1", family=socket.AF_INET, index=index)])
+        netlink.run([rt.route_replace("10.202.0.1", family=socket.AF_INET, index=index)])
     if rules:
         with host.entered():
             _dockerd_rules()

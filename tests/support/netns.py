@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lazarette.runtime.networks import netlink as nl
+from lazarette.runtime.networks import rtnetlink as rt
 from lazarette.runtime.networks.namespaces import NetNamespace, unshare
 
 T = TypeVar("T")
@@ -24,7 +25,7 @@ def own_namespace() -> Iterator[NetNamespace]:
         unshare()
         try:
             with nl.Netlink() as inside:
-                inside.run([nl.link_set(1, "start lo", up=True)])
+                inside.run([rt.link_set(1, "start lo", up=True)])
             with NetNamespace.current() as here:
                 yield here
         finally:
@@ -38,7 +39,7 @@ def new_namespace() -> NetNamespace:
     def work() -> None:
         unshare()
         with nl.Netlink() as inside:
-            inside.run([nl.link_set(1, "start lo", up=True)])
+            inside.run([rt.link_set(1, "start lo", up=True)])
         made.append(NetNamespace.current())
 
     thread = threading.Thread(target=work)
@@ -56,14 +57,14 @@ def cable(
         peer = [("IFLA_IFNAME", name), ("IFLA_NET_NS_FD", other.descriptor)]
         data = {"attrs": [("VETH_INFO_PEER", {"attrs": peer})]}
         info = {"attrs": [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", data)]}
-        netlink.run([nl.link_new("cable", [("IFLA_IFNAME", name), ("IFLA_LINKINFO", info)])])
+        netlink.run([rt.link_new("cable", [("IFLA_IFNAME", name), ("IFLA_LINKINFO", info)])])
     for namespace, address in ((one, one_ip), (other, other_ip)):
         with namespace.entered(), nl.Netlink() as netlink:
             index = socket.if_nametoindex(name)
-            netlink.run([nl.address_add(index, address, prefix), nl.link_set(index, "up", up=True)])
+            netlink.run([rt.address_add(index, address, prefix), rt.link_set(index, "up", up=True)])
     for namespace in (one, other):
         with namespace.entered(), nl.Netlink() as netlink:
-            assert nl.wait_operational(netlink, socket.if_nametoindex(name), 5)
+            assert rt.wait_operational(netlink, socket.if_nametoindex(name), 5)
     return name
 
 

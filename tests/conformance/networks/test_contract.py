@@ -15,6 +15,7 @@ from tests.support.etcd import Etcd
 from tests.support.netns import Server, ask, new_namespace, own_namespace
 
 from lazarette.runtime.networks import netlink as nl
+from lazarette.runtime.networks import rtnetlink as rt
 from lazarette.runtime.networks.bridge import BridgeDriver
 from lazarette.runtime.networks.catalogue import Catalogue
 from lazarette.runtime.networks.cluster import Cluster
@@ -53,7 +54,7 @@ class Subject:
         self.catalogue = catalogue
 
     def links(self) -> set[str]:
-        return {link.name for link in nl.links(self.netlink)}
+        return {link.name for link in rt.links(self.netlink)}
 
     def endpoint(self, number: int, **changes: object) -> Endpoint:
         four, _ = self.catalogue.take(self.network, EndpointRequest(network="net"))
@@ -132,7 +133,7 @@ def test_2_a_failed_join_leaves_nothing(subject: Subject) -> None:
         with pytest.raises((LazaretteError, OSError)):
             subject.driver.join(subject.network, broken, sandbox)
         with sandbox.entered(), nl.Netlink() as inside:
-            assert {link.name for link in nl.links(inside)} == {"lo"}
+            assert {link.name for link in rt.links(inside)} == {"lo"}
     assert subject.links() == before
 
 
@@ -146,7 +147,7 @@ def test_3_leave_twice(subject: Subject) -> None:
         subject.driver.leave(subject.network, endpoint, sandbox)
         subject.driver.leave(subject.network, endpoint, None)
         with sandbox.entered(), nl.Netlink() as inside:
-            assert {link.name for link in nl.links(inside)} == {"lo"}
+            assert {link.name for link in rt.links(inside)} == {"lo"}
     assert subject.links() == before
 
 

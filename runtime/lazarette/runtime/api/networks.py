@@ -12,6 +12,7 @@ from aiohttp import web
 
 from lazarette.runtime.api.http import Call, Route, empty, json_response
 from lazarette.runtime.images.listing import until_ns
+from lazarette.runtime.networks.cluster import Record
 from lazarette.runtime.networks.manager import NetworkManager
 from lazarette.runtime.networks.model import (
     Endpoint,
@@ -19,6 +20,7 @@ from lazarette.runtime.networks.model import (
     Network,
     NetworkSpec,
     Pool,
+    parse_ip,
 )
 from lazarette.storage.clock import rfc3339
 from lazarette.storage.errors import InvalidArgument
@@ -215,6 +217,24 @@ def _member(endpoint: Endpoint) -> dict[str, object]:
     }
 
 
+def _remote(network: Network, record: Record) -> dict[str, object]:
+    """An endpoint of another host, as the Engine shows those."""
+
+    def with_prefix(address: str) -> str:
+        for pool in network.spec.pools:
+            if address and parse_ip(address) in pool.network:
+                return f"{address}/{pool.network.prefixlen}"
+        return address
+
+    return {
+        "Name": record.name,
+        "EndpointID": record.endpoint,
+        "MacAddress": record.mac,
+        "IPv4Address": with_prefix(record.ip),
+        "IPv6Address": with_prefix(record.ipv6),
+    }
+
+
 class NetworkRoutes:
     """The handlers.
 
@@ -252,7 +272,13 @@ class NetworkRoutes:
     async def _inspect(self, call: Call) -> web.StreamResponse:
         network = self._networks.inspect(call.path["id"])
         members = {e.container: _member(e) for e in self._networks.endpoints(network.id)}
-        return json_response(rendered(network) | {"Containers": members})
+        elsewhere = self._networks.elsewhere(network)
+        members |= {f"ep-{record.endpoint}": _remote(network, record) for record in elsewhere}
+        peers = {record.host: record.via for record in elsewhere}
+        shown: dict[str, object] = {"Containers": members}
+        if peers:
+            shown["Peers"] = [{"Name": host[:12], "IP": via} for host, via in sorted(peers.items())]
+        return json_response(rendered(network) | shown)
 
     async def _remove(self, call: Call) -> web.StreamResponse:
         await asyncio.to_thread(self._networks.remove, call.path["id"])

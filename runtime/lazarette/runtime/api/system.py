@@ -229,7 +229,10 @@ class SystemRoutes:
                 "SecurityOptions": options,
                 "CDISpecDirs": [],
                 "FirewallBackend": {"Driver": "nftables"},
-                "Warnings": [f"OCI runtime: {runtime.reason}"],
+                "Warnings": [
+                    f"OCI runtime: {runtime.reason}",
+                    *await asyncio.to_thread(self._networks.warnings),
+                ],
             }
         )
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Sequence
 
 from lazarette.runtime.networks import netlink as nl
+from lazarette.runtime.networks import rtnetlink as rt
 from lazarette.runtime.networks import sysctl
 from lazarette.runtime.networks.contract import NetworkCapabilities
 from lazarette.runtime.networks.firewall import Segment
@@ -19,7 +21,10 @@ from lazarette.runtime.networks.model import (
     OPTION_MASQUERADE,
     OPTION_MTU,
     Endpoint,
+    GatewayMode,
     Network,
+    Pool,
+    gateway_mode,
 )
 from lazarette.runtime.networks.namespaces import NetNamespace
 from lazarette.storage.errors import InvalidArgument
@@ -51,6 +56,8 @@ class BridgeDriver:
     def check(self, network: Network) -> None:
         """See the contract."""
         mtu_of(network, 1500)
+        for version in (4, 6):
+            gateway_mode(network, version)
         if len(network.link) > NAME_LIMIT or "/" in network.link:
             raise InvalidArgument(f"invalid bridge name {network.link}: longer than 15 characters")
 
@@ -60,7 +67,7 @@ class BridgeDriver:
         mtu = self._mtus[network.id] = mtu_of(network, self._outer_mtu() - self._overhead)
         self._netlink.run(
             [
-                nl.link_new(
+                rt.link_new(
                     f"make bridge {name}",
                     [
                         ("IFLA_IFNAME", name),
@@ -72,7 +79,7 @@ class BridgeDriver:
                 )
             ]
         )
-        link = nl.link_named(self._netlink, name)
+        link = rt.link_named(self._netlink, name)
         if link is None or link.kind != "bridge":
             raise InvalidArgument(f"cannot use {name} for network {network.name}: not a bridge")
         with self._host.entered():
@@ -82,35 +89,36 @@ class BridgeDriver:
             (pool.gateway, pool.network.prefixlen)
             for pool in network.spec.pools
             if pool.gateway and pool.network.version in _versions(network)
+            if gateway_mode(network, pool.network.version) is not GatewayMode.ISOLATED
         ]
         with self._host.entered():
             for version in _versions(network):
                 sysctl.forward(version)
             if network.spec.enable_ipv6:
                 sysctl.write(f"ipv6/conf/{name}/disable_ipv6", "0", needed=False)
-        messages = [nl.address_add(link.index, address, prefix) for address, prefix in wanted]
+        messages = [rt.address_add(link.index, address, prefix) for address, prefix in wanted]
         if _is_ours(link):
             messages += [
-                nl.address_delete(link.index, address, prefix)
-                for _, address, prefix in nl.addresses(self._netlink, link.index)
+                rt.address_delete(link.index, address, prefix)
+                for _, address, prefix in rt.addresses(self._netlink, link.index)
                 if (address, prefix) not in wanted and not address.startswith("fe80:")
             ]
-            messages.append(nl.link_set(link.index, f"set MTU of {name}", mtu=mtu))
-        messages.append(nl.link_set(link.index, f"start bridge {name}", up=True))
+            messages.append(rt.link_set(link.index, f"set MTU of {name}", mtu=mtu))
+        messages.append(rt.link_set(link.index, f"start bridge {name}", up=True))
         self._netlink.run(messages)
 
     def unmake(self, network: Network) -> None:
         """See the contract."""
         self._mtus.pop(network.id, None)
-        link = nl.link_named(self._netlink, network.link)
+        link = rt.link_named(self._netlink, network.link)
         if link is None:
             return
         if _is_ours(link):
-            self._netlink.run([nl.link_delete(link.name)])
+            self._netlink.run([rt.link_delete(link.name)])
             return
         pools = [pool for pool in network.spec.pools if pool.gateway]
         self._netlink.run(
-            [nl.address_delete(link.index, pool.gateway, pool.network.prefixlen) for pool in pools]
+            [rt.address_delete(link.index, pool.gateway, pool.network.prefixlen) for pool in pools]
         )
 
     def join(self, network: Network, endpoint: Endpoint, sandbox: NetNamespace) -> None:
@@ -133,7 +141,7 @@ class BridgeDriver:
             ("IFLA_LINKINFO", {"attrs": kind}),
         ]
         what = f"make link {endpoint.host_interface} to {network.link}"
-        self._netlink.run([nl.link_new(what, attributes, up=True)])
+        self._netlink.run([rt.link_new(what, attributes, up=True)])
         try:
             with self._host.entered():  # a port of a bridge speaks for nobody
                 sysctl.write(f"ipv6/conf/{endpoint.host_interface}/disable_ipv6", "1", needed=False)
@@ -141,10 +149,10 @@ class BridgeDriver:
             if not network.option_on(OPTION_ICC):
                 self._set_port(endpoint, index, "IFLA_BRPORT_ISOLATED")
             configure(endpoint, sandbox)
-            nl.wait_operational(self._netlink, index)
-            nl.wait_operational(self._netlink, bridge)
+            rt.wait_operational(self._netlink, index)
+            rt.wait_operational(self._netlink, bridge)
         except BaseException:
-            self._netlink.run([nl.link_delete(endpoint.host_interface)])
+            self._netlink.run([rt.link_delete(endpoint.host_interface)])
             raise
 
     def mtu(self, network: Network) -> int:
@@ -154,7 +162,7 @@ class BridgeDriver:
     def leave(self, network: Network, endpoint: Endpoint, sandbox: NetNamespace | None) -> None:
         """See the contract."""
         if sandbox is not None:
-            self._netlink.run([nl.link_delete(endpoint.host_interface)])
+            self._netlink.run([rt.link_delete(endpoint.host_interface)])
 
     def expose(self, endpoint: Endpoint) -> None:
         """See the contract: where bridged packets pass the firewall, one that is sent back
@@ -177,16 +185,18 @@ class BridgeDriver:
             internal=network.spec.internal,
             masquerade=network.option_on(OPTION_MASQUERADE),
             icc=network.option_on(OPTION_ICC),
+            routed=_in_mode(network, pools, GatewayMode.ROUTED),
+            unprotected=_in_mode(network, pools, GatewayMode.OPEN),
         )
 
     def _set_port(self, endpoint: Endpoint, index: int, flag: str) -> None:
         what = f"set {flag} of {endpoint.host_interface}"
-        self._netlink.run([nl.port_set(index, what, flag)])
+        self._netlink.run([rt.port_set(index, what, flag)])
 
     def _outer_mtu(self) -> int:
         """Of the link the default route uses: larger packets would be lost on the way."""
-        mtus = {link.index: link.mtu for link in nl.links(self._netlink)}
-        for route in nl.routes(self._netlink, socket.AF_INET):
+        mtus = {link.index: link.mtu for link in rt.links(self._netlink)}
+        for route in rt.routes(self._netlink, socket.AF_INET):
             if route.destination == "0.0.0.0/0" and route.link in mtus:
                 return min(1500, mtus[route.link])
         return 1500
@@ -202,14 +212,18 @@ def configure(endpoint: Endpoint, sandbox: NetNamespace) -> None:
     with inside:
         messages = []
         if endpoint.ip:
-            messages.append(nl.address_add(index, endpoint.ip, endpoint.prefix))
+            messages.append(rt.address_add(index, endpoint.ip, endpoint.prefix))
         if endpoint.ipv6:
-            messages.append(nl.address_add(index, endpoint.ipv6, endpoint.ipv6_prefix))
+            messages.append(rt.address_add(index, endpoint.ipv6, endpoint.ipv6_prefix))
         for address in endpoint.request.link_local:
-            messages.append(nl.address_add(index, address, 64 if ":" in address else 16))
-        messages.append(nl.link_set(index, f"start {endpoint.interface}", up=True))
+            messages.append(rt.address_add(index, address, 64 if ":" in address else 16))
+        messages.append(rt.link_set(index, f"start {endpoint.interface}", up=True))
         inside.run(messages)
-        nl.wait_operational(inside, index)
+        rt.wait_operational(inside, index)
+
+
+def _in_mode(network: Network, pools: Sequence[Pool], mode: GatewayMode) -> tuple[str, ...]:
+    return tuple(p.subnet for p in pools if gateway_mode(network, p.network.version) is mode)
 
 
 def _versions(network: Network) -> tuple[int, ...]:
@@ -235,6 +249,6 @@ def bridge_mac(network: Network) -> str:
     return _OUR_MAC + ":".join(f"{byte:02x}" for byte in bytes.fromhex(network.id[:6]))
 
 
-def _is_ours(link: nl.Link) -> bool:
+def _is_ours(link: rt.Link) -> bool:
     """Whether we made a bridge: an operator may name one that exists."""
     return link.mac.startswith(_OUR_MAC)

@@ -13,6 +13,7 @@ import msgspec
 
 from lazarette.runtime.networks import ipam, resolvconf
 from lazarette.runtime.networks import netlink as nl
+from lazarette.runtime.networks import rtnetlink as rt
 from lazarette.runtime.networks.contract import NetworkDriver, SharedNetworkDriver
 from lazarette.runtime.networks.model import (
     DEFAULT_NETWORK,
@@ -306,7 +307,7 @@ class Catalogue:
 
     def _host_subnets(self) -> list[IPNetwork]:
         """What the host reaches by more than its default route, resolvers included."""
-        texts = [route.destination for route in nl.routes(self._netlink, socket.AF_INET)]
+        texts = [route.destination for route in rt.routes(self._netlink, socket.AF_INET)]
         texts = [text for text in texts if not text.endswith("/0")]
         taken: list[IPNetwork] = []
         for text in (*texts, *resolvconf.of_host().nameservers):

@@ -204,6 +204,14 @@ class Cluster:
             if key.startswith(f"/records/{network_id}/")
         ]
 
+    def elsewhere(self, network_id: str) -> list[Record]:
+        """A network's endpoints on other live hosts, as last seen."""
+        return [
+            record
+            for record in self.view.records.values()
+            if record.network == network_id and record.host != self.host_id
+        ]
+
     def claim(self, network_id: str, address: str) -> bool:
         """Claim an address for this host; False if it belongs to another.
 

@@ -27,7 +27,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lazarette.runtime.networks import nft
+from lazarette.runtime.networks import foreign, nft
 from lazarette.runtime.networks.conntrack import forget_datagrams
 from lazarette.runtime.networks.netlink import (
     NETLINK_NETFILTER,
@@ -51,6 +51,8 @@ class Segment:
         internal: nothing in or out.
         masquerade: give what leaves the host's address.
         icc: its containers may reach one another.
+        routed: subnets whose addresses are good outside: nothing of them is translated.
+        unprotected: subnets of which every port may be reached by its own address.
     """
 
     link: str
@@ -59,6 +61,8 @@ class Segment:
     internal: bool = False
     masquerade: bool = True
     icc: bool = True
+    routed: tuple[str, ...] = ()
+    unprotected: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,28 @@ class Forward:
         return key, data
 
 
+@dataclass(frozen=True)
+class Opening:
+    """A port of a container that may be reached by the container's own address."""
+
+    proto: str
+    target: str
+    target_port: int
+
+    @property
+    def map(self) -> str:
+        """The set it is an element of."""
+        return "open6" if ":" in self.target else "open4"
+
+    def element(self) -> tuple[bytes, bytes | dict[str, object]]:
+        """Itself, and no data."""
+        port = struct.pack("!B3xH2x", PROTOCOLS[self.proto], self.target_port)
+        return ipaddress.ip_address(self.target).packed + port, b""
+
+
+Published = Forward | Opening
+
+
 class Firewall:
     """The table, in the network namespace the socket was made in.
 
@@ -107,7 +133,7 @@ class Firewall:
         """Give the socket back; the table stays."""
         self._netlink.close()
 
-    def replace(self, segments: Sequence[Segment], forwards: Iterable[Forward]) -> None:
+    def replace(self, segments: Sequence[Segment], forwards: Iterable[Published]) -> None:
         """Make the table exactly this, in one step.
 
         Raises:
@@ -133,11 +159,15 @@ class Firewall:
         """Whether the table still has its rules."""
         return nft.count_rules(self._netlink, self.name) == self.rules
 
+    def droppers(self) -> list[foreign.Dropper]:
+        """Chains of others that may drop what this table accepts."""
+        return foreign.droppers(self._netlink, self.name)
+
     def remove(self) -> None:
         """Remove the table; none is fine."""
         nft.commit(self._netlink, [self._table.make(), self._table.remove()])
 
-    def add(self, forwards: Sequence[Forward]) -> None:
+    def add(self, forwards: Sequence[Published]) -> None:
         """Publish ports, all or none.
 
         Raises:
@@ -147,7 +177,7 @@ class Firewall:
             nft.commit(self._netlink, [self._element(each, delete=False) for each in forwards])
             self._forget_flows(forwards)
 
-    def withdraw(self, forwards: Sequence[Forward]) -> None:
+    def withdraw(self, forwards: Sequence[Published]) -> None:
         """Publish them no longer; those that are not are fine."""
         for each in forwards:
             try:
@@ -157,11 +187,12 @@ class Firewall:
                     raise
         self._forget_flows(forwards)
 
-    def _forget_flows(self, forwards: Sequence[Forward]) -> None:
-        for port in {each.host_port for each in forwards if each.proto == "udp"}:
+    def _forget_flows(self, forwards: Sequence[Published]) -> None:
+        translated = [each for each in forwards if isinstance(each, Forward)]
+        for port in {each.host_port for each in translated if each.proto == "udp"}:
             forget_datagrams(self._netlink, port)
 
-    def _element(self, forward: Forward, *, delete: bool) -> Message:
+    def _element(self, forward: Published, *, delete: bool) -> Message:
         return self._table.elements(forward.map, [forward.element()], delete=delete)
 
 
@@ -184,6 +215,8 @@ def _empty_sets(table: nft.Table) -> tuple[Message, ...]:
         table.map(4, "dnat6", [six, *port], [six, service]),
         table.map(5, "dnat6any", port, [six, service]),
         table.verdicts(6, "inside", (nft.TYPE_IFNAME, 16)),
+        table.set(7, "open4", [four, *port]),
+        table.set(8, "open6", [six, *port]),
     )
 
 
@@ -210,7 +243,25 @@ def _fixed(table: nft.Table) -> tuple[Message, ...]:
         *_publishing(table),
         table.rule("postrouting", nft.address_in("saddr", _LOOPBACK), ours, nft.masquerade()),
         table.rule("forward", known, nft.accept()),
+        *_openings(table),
     )
+
+
+def _openings(table: nft.Table) -> list[Message]:
+    """Ports that are published at their containers' own addresses."""
+    first = nft.REGISTER
+    return [
+        table.rule(
+            "forward",
+            nft.family_is(family),
+            nft.payload(nft.NETWORK, offset, size),
+            nft.meta(nft.META_L4PROTO, first + size // 4),
+            nft.payload(nft.TRANSPORT, 2, 2, first + size // 4 + 1),
+            nft.lookup(name),
+            nft.accept(),
+        )
+        for family, offset, size, name in ((nft.IPV4, 16, 4, "open4"), (nft.IPV6, 24, 16, "open6"))
+    ]
 
 
 def _loopback_guard(table: nft.Table) -> list[Message]:
@@ -284,10 +335,19 @@ def _of_segment(table: nft.Table, segment: Segment) -> tuple[Message, ...]:
         source = nft.address_in("saddr", subnet)
         back = [*nft.address_in("daddr", subnet), *nft.status_has(nft.STATUS_DNAT)]
         messages.append(table.rule("postrouting", source, back, nft.masquerade()))
-        if segment.masquerade and not segment.internal:
+        if segment.masquerade and not segment.internal and subnet not in segment.routed:
             messages.append(table.rule("postrouting", source, away, nft.masquerade()))
     if segment.icc:
         messages.append(table.rule("forward", inside, same, nft.accept()))
+    if not segment.internal:
+        for subnet in segment.routed:
+            ping = nft.compare(bytes([58 if ":" in subnet else 1]))
+            reached = nft.address_in("daddr", subnet)
+            echo = [nft.meta(nft.META_L4PROTO), ping]
+            messages.append(table.rule("forward", inside, reached, echo, nft.accept()))
+        for subnet in segment.unprotected:
+            reached = nft.address_in("daddr", subnet)
+            messages.append(table.rule("forward", inside, reached, nft.accept()))
     if segment.internal:
         messages.append(table.rule("forward", inside, other, nft.drop()))
         messages.append(table.rule("forward", same, away, nft.drop()))

@@ -12,6 +12,7 @@ import socket
 
 from lazarette.runtime.networks import namespaces
 from lazarette.runtime.networks import netlink as nl
+from lazarette.runtime.networks import rtnetlink as rt
 from lazarette.runtime.networks.bridge import NAME_LIMIT, configure, mtu_of
 from lazarette.runtime.networks.contract import NetworkCapabilities
 from lazarette.runtime.networks.firewall import Segment
@@ -53,7 +54,7 @@ class ParentDriver:
         parent = network.spec.options.get(OPTION_PARENT, "")
         if len(parent) > NAME_LIMIT:
             raise InvalidArgument(f"invalid parent interface {parent}")
-        if parent and not nl.link_index(self._netlink, parent):
+        if parent and not rt.link_index(self._netlink, parent):
             raise InvalidArgument(
                 f"parent interface {parent} of network {network.name} does not exist",
                 hint="name an interface of the host with -o parent=NAME",
@@ -66,17 +67,17 @@ class ParentDriver:
             bridge = {"attrs": [("IFLA_INFO_KIND", "bridge")]}
             made = [("IFLA_IFNAME", name), ("IFLA_LINKINFO", bridge)]
             exists = frozenset({errno.EEXIST})
-            self._netlink.run([nl.link_new(f"make bridge {name}", made, up=True, ignore=exists)])
+            self._netlink.run([rt.link_new(f"make bridge {name}", made, up=True, ignore=exists)])
 
     def unmake(self, network: Network) -> None:
         """See the contract."""
         if not network.spec.options.get(OPTION_PARENT):
-            self._netlink.run([nl.link_delete(_closed_parent(network))])
+            self._netlink.run([rt.link_delete(_closed_parent(network))])
 
     def join(self, network: Network, endpoint: Endpoint, sandbox: NetNamespace) -> None:
         """See the contract."""
         parent = network.spec.options.get(OPTION_PARENT) or _closed_parent(network)
-        index = nl.link_index(self._netlink, parent)
+        index = rt.link_index(self._netlink, parent)
         attribute, mode = self._mode(network)
         data = {"attrs": [(attribute, mode)]}
         info = {"attrs": [("IFLA_INFO_KIND", self.name), ("IFLA_INFO_DATA", data)]}
@@ -91,7 +92,7 @@ class ParentDriver:
         if mtu := mtu_of(network, 0):
             attributes.append(("IFLA_MTU", mtu))
         try:
-            self._netlink.run([nl.link_new(f"make {self.name} on {parent}", attributes)])
+            self._netlink.run([rt.link_new(f"make {self.name} on {parent}", attributes)])
         except nl.NetlinkError as error:
             if error.errno == errno.EOPNOTSUPP:
                 raise MissingFeature(f"the kernel has no {self.name} interfaces") from error
@@ -108,7 +109,7 @@ class ParentDriver:
             with sandbox.entered():
                 inside = nl.Netlink()
             with inside:
-                inside.run([nl.link_delete(endpoint.interface)])
+                inside.run([rt.link_delete(endpoint.interface)])
 
     def expose(self, endpoint: Endpoint) -> None:
         """See the contract: ports are reached at the endpoint's own address."""
@@ -139,7 +140,7 @@ def supported(kind: str) -> bool:
         namespaces.unshare()
         with nl.Netlink() as netlink:
             bridge = {"attrs": [("IFLA_INFO_KIND", "bridge")]}
-            netlink.run([nl.link_new("probe", [("IFLA_IFNAME", "p"), ("IFLA_LINKINFO", bridge)])])
+            netlink.run([rt.link_new("probe", [("IFLA_IFNAME", "p"), ("IFLA_LINKINFO", bridge)])])
             info = {"attrs": [("IFLA_INFO_KIND", kind)]}
             link = [
                 ("IFLA_IFNAME", "c"),
@@ -147,7 +148,7 @@ def supported(kind: str) -> bool:
                 ("IFLA_LINKINFO", info),
             ]
             try:
-                netlink.run([nl.link_new("probe", link)])
+                netlink.run([rt.link_new("probe", link)])
             except nl.NetlinkError:
                 return False
         return True

@@ -8,6 +8,7 @@ port of a sandbox.
 
 from __future__ import annotations
 
+import enum
 import ipaddress
 from collections.abc import Mapping
 
@@ -26,6 +27,11 @@ OPTION_ICC = "com.docker.network.bridge.enable_icc"
 OPTION_MASQUERADE = "com.docker.network.bridge.enable_ip_masquerade"
 OPTION_HOST_ADDRESS = "com.docker.network.bridge.host_binding_ipv4"
 OPTION_DEFAULT = "com.docker.network.bridge.default_bridge"
+OPTION_GATEWAY_MODES = {
+    4: "com.docker.network.bridge.gateway_mode_ipv4",
+    6: "com.docker.network.bridge.gateway_mode_ipv6",
+}
+"""Driver options, by IP version, that say how a bridge network meets the outside."""
 OPTION_MTU = "com.docker.network.driver.mtu"
 OPTION_INTERFACE_PREFIX = "com.docker.network.container_iface_prefix"
 
@@ -175,6 +181,45 @@ class Network(msgspec.Struct, frozen=True, kw_only=True):
         return default if value is None else value.lower() in ("1", "t", "true", "yes")
 
 
+class GatewayMode(enum.Enum):
+    """How a bridge network meets the outside, for one IP version.
+
+    ``nat``: the source becomes the host's, host ports are translated.  ``nat-unprotected``:
+    the same, and who has a route to a container reaches every port of it.  ``routed``: nothing
+    is translated; who has a route reaches published ports by the container's own address.
+    ``isolated``: the host has no address in the network; internal networks only.
+    """
+
+    NAT = "nat"
+    OPEN = "nat-unprotected"
+    ROUTED = "routed"
+    ISOLATED = "isolated"
+
+
+def gateway_mode(network: Network, version: int) -> GatewayMode:
+    """The mode of a network for an IP version.
+
+    Raises:
+        InvalidArgument: there is no such mode, or not for this network.
+    """
+    text = network.spec.options.get(OPTION_GATEWAY_MODES[version], "") or GatewayMode.NAT.value
+    try:
+        mode = GatewayMode(text)
+    except ValueError:
+        known = ", ".join(each.value for each in GatewayMode)
+        raise InvalidArgument(f"unknown gateway mode {text}", hint=f"one of {known}") from None
+    if mode is GatewayMode.ISOLATED and not network.spec.internal:
+        raise InvalidArgument("gateway mode isolated is for internal networks only")
+    return mode
+
+
+def routed_versions(network: Network) -> set[int]:
+    """IP versions a network translates nothing for; one it has not goes with the other."""
+    enabled = {4: network.spec.enable_ipv4, 6: network.spec.enable_ipv6}
+    routed = {v for v in enabled if gateway_mode(network, v) is GatewayMode.ROUTED}
+    return routed | {v for v, on in enabled.items() if routed and not on}
+
+
 class EndpointRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What a container wants of one network.
 
@@ -257,7 +302,11 @@ class PortRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PortBinding(msgspec.Struct, frozen=True, kw_only=True):
-    """A port that is published, on one address of the host."""
+    """A port that is published, on one address of the host.
+
+    With ``host_port`` 0 it has none: it is open at the container's own address, of the IP
+    version of ``host_ip``.
+    """
 
     container_port: int
     proto: str

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import msgspec
 
 from lazarette.runtime.networks import netlink as nl
+from lazarette.runtime.networks import rtnetlink as rt
 from lazarette.runtime.networks.bridge import BridgeDriver
 from lazarette.runtime.networks.cluster import Cluster, Record
 from lazarette.runtime.networks.contract import NetworkCapabilities
@@ -69,7 +70,7 @@ class OverlayDriver:
         """See the contract."""
         cluster = self._joined()
         self._bridge.make(network)
-        bridge = nl.link_index(self._netlink, network.link)
+        bridge = rt.link_index(self._netlink, network.link)
         name = _vxlan_name(network)
         data = [
             ("IFLA_VXLAN_ID", _vni(network)),
@@ -87,20 +88,20 @@ class OverlayDriver:
         ]
         try:
             exists = frozenset({errno.EEXIST})
-            self._netlink.run([nl.link_new(f"make vxlan {name}", attributes, ignore=exists)])
+            self._netlink.run([rt.link_new(f"make vxlan {name}", attributes, ignore=exists)])
         except nl.NetlinkError as error:
             if error.errno == errno.EOPNOTSUPP:
                 raise MissingFeature("the kernel has no VXLAN interfaces") from error
             raise
-        index = nl.link_index(self._netlink, name)
-        self._netlink.run([nl.link_set(index, f"start vxlan {name}", up=True)])
+        index = rt.link_index(self._netlink, name)
+        self._netlink.run([rt.link_set(index, f"start vxlan {name}", up=True)])
         self._applied[network.id] = {}
         self._clean.discard(network.id)
 
     def unmake(self, network: Network) -> None:
         """See the contract."""
         self._applied.pop(network.id, None)
-        self._netlink.run([nl.link_delete(_vxlan_name(network))])
+        self._netlink.run([rt.link_delete(_vxlan_name(network))])
         self._bridge.unmake(network)
 
     def retire(self, network: Network) -> None:
@@ -158,7 +159,7 @@ class OverlayDriver:
         applied = self._applied.get(network.id)
         if applied is None:
             return
-        index = nl.link_index(self._netlink, _vxlan_name(network))
+        index = rt.link_index(self._netlink, _vxlan_name(network))
         if not index:
             return
         messages = [] if network.id in self._clean else _stale(self._netlink, index, records)
@@ -202,21 +203,21 @@ def _stale(netlink: nl.Netlink, index: int, records: Mapping[str, Record]) -> li
     hosts = {(record.mac, record.via) for record in records.values()}
     known = {(r.mac, address) for r in records.values() for address in (r.ip, r.ipv6) if address}
     messages = [
-        nl.neighbour(index, mac, destination=via, delete=True)
-        for mac, via in nl.forwarding(netlink, index) - hosts
+        rt.neighbour(index, mac, destination=via, delete=True)
+        for mac, via in rt.forwarding(netlink, index) - hosts
     ]
     messages += [
-        nl.neighbour(index, mac, address=address, delete=True)
-        for mac, address in nl.neighbours(netlink, index) - known
+        rt.neighbour(index, mac, address=address, delete=True)
+        for mac, address in rt.neighbours(netlink, index) - known
     ]
     return messages
 
 
 def _entries(index: int, record: Record, *, delete: bool = False) -> list[nl.Message]:
     """Forwarding entry and neighbours of an endpoint elsewhere."""
-    messages = [nl.neighbour(index, record.mac, destination=record.via, delete=delete)]
+    messages = [rt.neighbour(index, record.mac, destination=record.via, delete=delete)]
     messages += [
-        nl.neighbour(index, record.mac, address=address, delete=delete)
+        rt.neighbour(index, record.mac, address=address, delete=delete)
         for address in (record.ip, record.ipv6)
         if address
     ]

@@ -79,6 +79,9 @@ class HostPorts:
         again = []
         with self._lock, self._namespace.entered():
             for binding in bindings:
+                if not binding.host_port:
+                    again.append(HeldPort(binding, None))
+                    continue
                 try:
                     held = _bind(binding)
                 except PortAllocated:

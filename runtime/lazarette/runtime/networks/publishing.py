@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+
+import msgspec
 
 from lazarette.runtime.networks.carrier import Carrier
-from lazarette.runtime.networks.firewall import Firewall, Forward
-from lazarette.runtime.networks.model import Endpoint, PortBinding, PortRequest
+from lazarette.runtime.networks.firewall import Firewall, Forward, Opening, Published
+from lazarette.runtime.networks.model import Endpoint, PortBinding, PortRequest, parse_ip
 from lazarette.runtime.networks.netlink import NetlinkError
 from lazarette.runtime.networks.ports import ANY4, ANY6, HeldPort, HostPorts
 from lazarette.runtime.networks.records import LiveRecords
@@ -44,8 +46,18 @@ class Publisher:
         self.rules = threading.Lock()
         """Held while the table or what is known of its elements changes."""
 
-    def publish(self, sandbox: Sandbox, requests: Sequence[PortRequest]) -> list[PortBinding]:
+    def publish(
+        self,
+        sandbox: Sandbox,
+        requests: Sequence[PortRequest],
+        routed: Collection[int] = (),
+    ) -> list[PortBinding]:
         """Send host ports to a sandbox, all or none; replaces what it had.
+
+        Args:
+            sandbox: whose.
+            requests: the ports.
+            routed: IP versions for which no host port is taken: the container's own is opened.
 
         Raises:
             PortAllocated: one is held by somebody; nothing is left behind.
@@ -54,7 +66,8 @@ class Publisher:
         endpoint = sandbox.way_out()
         if endpoint is None or not requests:
             return []
-        held = self._ports.reserve(requests)
+        translated, opened = _divided(requests, routed)
+        held = self._ports.reserve(translated) + [HeldPort(each, None) for each in opened]
         bindings = [each.binding for each in held]
         forwards = _forwards(endpoint, bindings)
         try:
@@ -70,7 +83,7 @@ class Publisher:
             self._live.save_ports(sandbox.container, [])
             self._ports.release(held)
             raise
-        return bindings
+        return [each for each in bindings if each.host_port]
 
     def unpublish(self, sandbox: Sandbox) -> None:
         """Take a sandbox's ports back; none is fine."""
@@ -111,7 +124,7 @@ class Publisher:
                 self._expose(endpoint)
             self._add(new)
 
-    def _add(self, forwards: Sequence[Forward]) -> None:
+    def _add(self, forwards: Sequence[Published]) -> None:
         """Add elements; a table that was flushed is put back with them soon."""
         try:
             self._firewall.add(forwards)
@@ -121,6 +134,8 @@ class Publisher:
 
     def _carry(self, sandbox: Sandbox, held: HeldPort) -> None:
         port = held.binding.container_port
+        if not held.binding.host_port:
+            return
 
         def target() -> tuple[str, int] | None:
             endpoint = sandbox.way_out()
@@ -131,14 +146,43 @@ class Publisher:
         self._carrier.start(held, target)
 
 
-def _forwards(endpoint: Endpoint, bindings: Sequence[PortBinding]) -> list[Forward]:
+def _divided(
+    requests: Sequence[PortRequest], routed: Collection[int]
+) -> tuple[list[PortRequest], list[PortBinding]]:
+    """What takes a host port, and what is opened at the container's own address."""
+    translated: list[PortRequest] = []
+    opened: list[PortBinding] = []
+    for request in requests:
+        any_ = {4: ANY4, 6: ANY6}
+        versions = (parse_ip(request.host_ip).version,) if request.host_ip else (4, 6)
+        left = [version for version in versions if version not in routed]
+        if len(left) == len(versions):
+            translated.append(request)
+        elif left:
+            translated.append(msgspec.structs.replace(request, host_ip=any_[left[0]]))
+        opened += [
+            PortBinding(
+                container_port=request.container_port,
+                proto=request.proto,
+                host_ip=any_[version],
+                host_port=0,
+            )
+            for version in versions
+            if version in routed
+        ]
+    return translated, opened
+
+
+def _forwards(endpoint: Endpoint, bindings: Sequence[PortBinding]) -> list[Published]:
     """What the table can do for bindings: each family to its own, and not ``::1``, which
     the kernel lets nothing leave from.
     """
-    forwards = []
+    forwards: list[Published] = []
     for binding in bindings:
         target = endpoint.ipv6 if ":" in binding.host_ip else endpoint.ip
-        if target and binding.host_ip != "::1":
+        if target and not binding.host_port:
+            forwards.append(Opening(binding.proto, target, binding.container_port))
+        elif target and binding.host_ip != "::1":
             forwards.append(
                 Forward(
                     proto=binding.proto,
@@ -148,4 +192,4 @@ def _forwards(endpoint: Endpoint, bindings: Sequence[PortBinding]) -> list[Forwa
                     target_port=binding.container_port,
                 )
             )
-    return forwards
+    return list(dict.fromkeys(forwards))  # two may open one port

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Sequence
 
 from lazarette.runtime.networks import netlink as nl
+from lazarette.runtime.networks import rtnetlink as rt
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class LinkReaper:
                 self._busy = True
             for name in names:
                 try:
-                    self._netlink.run([nl.link_delete(name)])
+                    self._netlink.run([rt.link_delete(name)])
                 except nl.NetlinkError as error:
                     log.warning("a link of a container that ended is still there: %s", error)
             with self._wake:

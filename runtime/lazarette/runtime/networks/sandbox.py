@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lazarette.runtime.networks import netlink as nl
+from lazarette.runtime.networks import rtnetlink as rt
 from lazarette.runtime.networks import sysctl
-from lazarette.runtime.networks.firewall import Forward
+from lazarette.runtime.networks.firewall import Published
 from lazarette.runtime.networks.model import (
     OPTION_INTERFACE_PREFIX,
     Endpoint,
@@ -22,7 +23,7 @@ from lazarette.storage.errors import InvalidArgument
 
 OPTION_INTERFACE = "com.docker.network.endpoint.ifname"
 OPTION_SYSCTLS = "com.docker.network.endpoint.sysctls"
-_LOOPBACK_UP = nl.link_set(1, "start lo", up=True)
+_LOOPBACK_UP = rt.link_set(1, "start lo", up=True)
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Sandbox:
     path: Path
     endpoints: dict[str, Endpoint] = field(default_factory=dict)
     held: list[HeldPort] = field(default_factory=list)
-    forwards: list[Forward] = field(default_factory=list)
+    forwards: list[Published] = field(default_factory=list)
     dns: tuple[str, ...] = ()
     lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -82,9 +83,9 @@ class Sandbox:
                 (socket.AF_INET6, chosen.ipv6_gateway if chosen else ""),
             ):
                 if gateway:
-                    messages.append(nl.route_replace(gateway, family=family, index=index))
+                    messages.append(rt.route_replace(gateway, family=family, index=index))
                 else:
-                    messages.append(nl.route_delete_default(family))
+                    messages.append(rt.route_delete_default(family))
             inside.run(messages)
 
 

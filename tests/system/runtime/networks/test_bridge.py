@@ -10,6 +10,7 @@ from tests.support.netns import Server, ask, cable, inside, new_namespace
 from tests.support.network_host import NetworkHost
 
 from lazarette.runtime.networks import netlink as nl
+from lazarette.runtime.networks import rtnetlink as rt
 from lazarette.runtime.networks.model import (
     OPTION_BRIDGE_NAME,
     OPTION_ICC,
@@ -60,7 +61,7 @@ def test_the_outside_does_not_reach_in(host: NetworkHost, namespace: NetNamespac
         name = cable(namespace, "198.51.100.1", outside, "198.51.100.2")
         with outside.entered(), nl.Netlink() as netlink:
             index = socket.if_nametoindex(name)
-            netlink.run([nl.route_replace("198.51.100.1", family=socket.AF_INET, index=index)])
+            netlink.run([rt.route_replace("198.51.100.1", family=socket.AF_INET, index=index)])
         with Server(container.path, 80):
             assert ask(outside, container.ip, 80, timeout=0.3) == ""
 
@@ -107,7 +108,7 @@ def test_several_networks_and_the_way_out(host: NetworkHost) -> None:
 
     def default() -> str:
         with nl.Netlink() as netlink:
-            found = nl.routes(netlink, socket.AF_INET)
+            found = rt.routes(netlink, socket.AF_INET)
         return next(route.gateway for route in found if route.destination == "0.0.0.0/0")
 
     assert inside(container.path, default) == second.gateway
@@ -189,7 +190,7 @@ def test_mtu(host: NetworkHost) -> None:
     host.manager.create(NetworkSpec(name="a", options={OPTION_MTU: "1380"}))
     container = host.start("one", "a")
     with NetNamespace.at(container.path) as sandbox, sandbox.entered(), nl.Netlink() as netlink:
-        assert {link.name: link.mtu for link in nl.links(netlink)}["eth0"] == 1380
+        assert {link.name: link.mtu for link in rt.links(netlink)}["eth0"] == 1380
     with pytest.raises(InvalidArgument):
         host.manager.create(NetworkSpec(name="b", options={OPTION_MTU: "many"}))
 
@@ -197,9 +198,9 @@ def test_mtu(host: NetworkHost) -> None:
 def test_a_bridge_of_the_operator_is_kept(host: NetworkHost) -> None:
     kind = {"attrs": [("IFLA_INFO_KIND", "bridge")]}
     made = [("IFLA_IFNAME", "lan0"), ("IFLA_LINKINFO", kind)]
-    host.manager.netlink.run([nl.link_new("make lan0", made)])
-    index = nl.link_index(host.manager.netlink, "lan0")
-    host.manager.netlink.run([nl.address_add(index, "10.55.0.1", 24)])
+    host.manager.netlink.run([rt.link_new("make lan0", made)])
+    index = rt.link_index(host.manager.netlink, "lan0")
+    host.manager.netlink.run([rt.address_add(index, "10.55.0.1", 24)])
     options = {OPTION_BRIDGE_NAME: "lan0"}
     host.manager.create(NetworkSpec(name="lan", options=options))
     one, other = host.start("one", "lan"), host.start("other", "lan")
@@ -208,7 +209,7 @@ def test_a_bridge_of_the_operator_is_kept(host: NetworkHost) -> None:
     one.stop()
     other.stop()
     host.manager.remove("lan")
-    kept = [address for _, address, _ in nl.addresses(host.manager.netlink, index)]
+    kept = [address for _, address, _ in rt.addresses(host.manager.netlink, index)]
     assert [address for address in kept if ":" not in address] == ["10.55.0.1"]
     with pytest.raises(InvalidArgument):
         host.manager.create(NetworkSpec(name="lan", options={OPTION_BRIDGE_NAME: "lo"}))
@@ -216,11 +217,11 @@ def test_a_bridge_of_the_operator_is_kept(host: NetworkHost) -> None:
 
 def test_a_failed_attach_leaves_nothing(host: NetworkHost) -> None:
     host.manager.create(NetworkSpec(name="a"))
-    before = {link.name for link in nl.links(host.manager.netlink)}
+    before = {link.name for link in rt.links(host.manager.netlink)}
     with pytest.raises(NetworkNotFound):
         host.start("one", "a", "nowhere")
     assert host.manager.endpoints("a") == []
-    assert {link.name for link in nl.links(host.manager.netlink)} == before
+    assert {link.name for link in rt.links(host.manager.netlink)} == before
     assert list((host.folder / "exec" / "netns").iterdir()) == []
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.support.network_host import Container, NetworkHost
 
-from lazarette.runtime.networks import netlink as nl
+from lazarette.runtime.networks import rtnetlink as rt
 from lazarette.runtime.networks.model import (
     EndpointRequest,
     NetworkSpec,
@@ -33,7 +33,7 @@ def traces(host: NetworkHost) -> dict[str, object]:
     }
     exec_root = host.folder / "exec" / "netns"
     return {
-        "links": {link.name for link in nl.links(host.manager.netlink)},
+        "links": {link.name for link in rt.links(host.manager.netlink)},
         "rules": sum(1 for item in ruleset if "rule" in item),
         "elements": elements,
         "namespaces": list(exec_root.iterdir()),

@@ -6,19 +6,20 @@ Hosts are told dead after two seconds here instead of six.
 from __future__ import annotations
 
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from tests.support.asking import addresses
-from tests.support.etcd import Etcd
-from tests.support.netns import Server, ask, inside, new_namespace
+from tests.support.netns import Server, ask, inside
 from tests.support.network_host import Container, NetworkHost
+from tests.support.site import Site
 
 from lazarette.runtime.networks import netlink as nl
+from lazarette.runtime.networks import rtnetlink as rt
 from lazarette.runtime.networks.etcd import ClusterConfig, ClusterUnavailable
 from lazarette.runtime.networks.model import (
     AddressConflict,
@@ -35,67 +36,29 @@ TTL = 2
 OVERLAY = NetworkSpec(name="over", driver="overlay", attachable=True)
 
 
-class Site:
-    """Hosts at a switch, 192.0.2.N each; number 1 runs etcd."""
+class Hosts(Site):
+    """A site whose daemons are network managers of this process."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self._folder = folder
-        self._stack = stack
-        self._switch = stack.enter_context(new_namespace())
-        with self._switch.entered(), nl.Netlink() as netlink:
-            kind = {"attrs": [("IFLA_INFO_KIND", "bridge")]}
-            made = [("IFLA_IFNAME", "switch"), ("IFLA_LINKINFO", kind)]
-            netlink.run([nl.link_new("make switch", made, up=True)])
-        self.etcd = stack.enter_context(Etcd(folder / "etcd", self.plug(1), "192.0.2.1"))
+        super().__init__(folder, stack)
         self.hosts: dict[int, NetworkHost] = {}
-
-    def plug(self, number: int) -> NetNamespace:
-        """A namespace at the switch."""
-        made = self._stack.enter_context(new_namespace())
-        with self._switch.entered(), nl.Netlink() as netlink:
-            peer = [("IFLA_IFNAME", "eth0"), ("IFLA_NET_NS_FD", made.descriptor)]
-            data = {"attrs": [("VETH_INFO_PEER", {"attrs": peer})]}
-            info = {"attrs": [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", data)]}
-            port = [
-                ("IFLA_IFNAME", f"port{number}"),
-                ("IFLA_MASTER", socket.if_nametoindex("switch")),
-                ("IFLA_LINKINFO", info),
-            ]
-            netlink.run([nl.link_new("plug", port, up=True)])
-        with made.entered(), nl.Netlink() as netlink:
-            index = socket.if_nametoindex("eth0")
-            netlink.run(
-                [
-                    nl.address_add(index, f"192.0.2.{number}", 24),
-                    nl.link_set(index, "up", up=True),
-                    nl.route_replace("192.0.2.1", family=socket.AF_INET, index=index),
-                ]
-            )
-            assert nl.wait_operational(netlink, index, 5)
-        return made
-
-    def cut(self, number: int, *, heal: bool = False) -> None:
-        """Unplug a host, or plug it in again."""
-        with self._switch.entered(), nl.Netlink() as netlink:
-            index = socket.if_nametoindex(f"port{number}")
-            netlink.run([nl.link_set(index, "cut", up=heal)])
 
     def host(self, number: int) -> NetworkHost:
         """A daemon on a host of its own."""
         config = ClusterConfig((self.etcd.url,), f"192.0.2.{number}", ttl=TTL)
         with self.plug(number).entered():
-            made = NetworkHost(self._folder / f"host{number}", cluster=config)
+            made = NetworkHost(self.folder / f"host{number}", cluster=config)
         self.hosts[number] = made
-        self._stack.callback(made.close)
+        self.stack.callback(made.close)
         return made
 
 
 @pytest.fixture
-def site(namespace: NetNamespace, tmp_path: Path) -> Iterator[Site]:
+def site(namespace: NetNamespace, tmp_path: Path) -> Iterator[Hosts]:
     if shutil.which("etcd") is None:
         pytest.skip("etcd is not installed")
     with ExitStack() as stack:
-        yield Site(tmp_path, stack)
+        yield Hosts(tmp_path, stack)
 
 
 def soon(check: Callable[[], object], seconds: float = 10) -> None:
@@ -114,7 +77,7 @@ def reach(one: Container, other: Container) -> Callable[[], bool]:
     return lambda: ask(one.path, other.ip, 80, timeout=0.5) == one.ip
 
 
-def test_a_database_on_one_host_its_client_on_another(site: Site) -> None:
+def test_a_database_on_one_host_its_client_on_another(site: Hosts) -> None:
     first, second = site.host(2), site.host(3)
     network = first.manager.create(OVERLAY)
     assert network.spec.scope == "swarm"
@@ -141,7 +104,7 @@ def test_a_database_on_one_host_its_client_on_another(site: Site) -> None:
 
 
 def _links(host: NetworkHost) -> list[str]:
-    names = [link.name for link in nl.links(host.manager.netlink)]
+    names = [link.name for link in rt.links(host.manager.netlink)]
     return [name for name in names if name.startswith(("vx-", "br-"))]
 
 
@@ -153,7 +116,7 @@ def _removed(host: NetworkHost) -> bool:
     return True
 
 
-def test_ways_out_and_published_ports(site: Site) -> None:
+def test_ways_out_and_published_ports(site: Hosts) -> None:
     first, second = site.host(2), site.host(3)
     first.manager.create(OVERLAY)
     soon(knows(second))
@@ -164,7 +127,7 @@ def test_ways_out_and_published_ports(site: Site) -> None:
         assert ask(client.path, "192.0.2.2", 90) == "192.0.2.3"
 
 
-def test_no_address_twice(site: Site) -> None:
+def test_no_address_twice(site: Hosts) -> None:
     hosts = [site.host(number) for number in (2, 3, 4)]
     hosts[0].manager.create(OVERLAY)
     for host in hosts:
@@ -175,7 +138,51 @@ def test_no_address_twice(site: Site) -> None:
         hosts[1].start("thief", EndpointRequest(network="over", ipv4=ips[0]))
 
 
-def test_a_daemon_that_restarts(site: Site) -> None:
+def test_no_address_twice_while_links_and_etcd_fail(site: Hosts) -> None:
+    """Four hosts start containers all the while; each has its own address, known to all."""
+    hosts = {number: site.host(number) for number in (2, 3, 4, 5)}
+    hosts[2].manager.create(OVERLAY)
+    for host in hosts.values():
+        soon(knows(host))
+
+    def start(number: int) -> list[str]:
+        found: list[str] = []
+        deadline = time.monotonic() + 120
+        while len(found) < 6:
+            assert time.monotonic() < deadline, "etcd was never there again"
+            try:
+                found.append(hosts[number].start(f"h{number}c{len(found)}", "over").ip)
+            except Unavailable:
+                time.sleep(0.2)
+            time.sleep(0.3)
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        started = {number: pool.submit(start, number) for number in hosts}
+        site.lose(3, 20)
+        time.sleep(0.5)
+        site.etcd.kill()
+        time.sleep(1)
+        site.etcd.start()
+        site.cut(4)
+        time.sleep(TTL + 1)
+        site.cut(4, heal=True)
+        site.lose(3, 0)
+        ips = {number: each.result() for number, each in started.items()}
+    everyone = sorted(ip for each in ips.values() for ip in each)
+    assert len(set(everyone)) == len(everyone) == 24
+    for number, host in hosts.items():
+        others = sorted(ip for each in ips if each != number for ip in ips[each])
+        network = host.manager.inspect("over")
+        soon(
+            lambda host=host, others=others, network=network: (
+                sorted(record.ip for record in host.manager.elsewhere(network)) == others
+            ),
+            30,
+        )
+
+
+def test_a_daemon_that_restarts(site: Hosts) -> None:
     first, second = site.host(2), site.host(3)
     first.manager.create(OVERLAY)
     soon(knows(second))
@@ -192,18 +199,18 @@ def test_a_daemon_that_restarts(site: Site) -> None:
         soon(reach(client, db))
         soon(lambda: addresses(client, "db") == [db.ip])
     gone = (first.manager.of_container(db.id)[0].mac, db.ip)
-    index = nl.link_index(second.manager.netlink, f"vx-{first.manager.inspect('over').id[:12]}")
+    index = rt.link_index(second.manager.netlink, f"vx-{first.manager.inspect('over').id[:12]}")
     netlink = second.manager.netlink
-    assert gone in nl.neighbours(netlink, index)
-    assert (gone[0], "192.0.2.2") in nl.forwarding(netlink, index)
+    assert gone in rt.neighbours(netlink, index)
+    assert (gone[0], "192.0.2.2") in rt.forwarding(netlink, index)
     second.stop_daemon()
     db.stop()
     second.start_daemon(client)
-    soon(lambda: gone not in nl.neighbours(second.manager.netlink, index))
-    soon(lambda: not nl.forwarding(second.manager.netlink, index))
+    soon(lambda: gone not in rt.neighbours(second.manager.netlink, index))
+    soon(lambda: not rt.forwarding(second.manager.netlink, index))
 
 
-def test_etcd_dies_and_comes_back(site: Site) -> None:
+def test_etcd_dies_and_comes_back(site: Hosts) -> None:
     first, second = site.host(2), site.host(3)
     first.manager.create(OVERLAY)
     soon(knows(second))
@@ -231,7 +238,7 @@ def _started(host: NetworkHost, name: str) -> bool:
     return True
 
 
-def test_a_host_that_dies_loses_its_names_and_addresses(site: Site) -> None:
+def test_a_host_that_dies_loses_its_names_and_addresses(site: Hosts) -> None:
     first, second = site.host(2), site.host(3)
     first.manager.create(OVERLAY)
     soon(knows(second))
@@ -246,7 +253,7 @@ def test_a_host_that_dies_loses_its_names_and_addresses(site: Site) -> None:
     assert addresses(client, "db") == [dead]
 
 
-def test_cut_off_and_healed(site: Site) -> None:
+def test_cut_off_and_healed(site: Hosts) -> None:
     first, second = site.host(2), site.host(3)
     first.manager.create(OVERLAY)
     soon(knows(second))
@@ -267,7 +274,7 @@ def test_cut_off_and_healed(site: Site) -> None:
         assert addresses(client, "heir") == [heir.ip]
 
 
-def test_refusals(site: Site, host: NetworkHost) -> None:
+def test_refusals(site: Hosts, host: NetworkHost) -> None:
     with pytest.raises(Unavailable):
         host.manager.create(OVERLAY)
     first = site.host(2)
@@ -275,13 +282,13 @@ def test_refusals(site: Site, host: NetworkHost) -> None:
         first.manager.create(NetworkSpec(name="over", driver="overlay", options={"encrypted": ""}))
 
 
-def test_mtu_leaves_room(site: Site) -> None:
+def test_mtu_leaves_room(site: Hosts) -> None:
     first = site.host(2)
     first.manager.create(OVERLAY)
     container = first.start("one", "over")
 
     def mtu() -> int:
         with nl.Netlink() as netlink:
-            return next(link.mtu for link in nl.links(netlink) if link.name == "eth0")
+            return next(link.mtu for link in rt.links(netlink) if link.name == "eth0")
 
     assert inside(container.path, mtu) == 1450

@@ -9,7 +9,7 @@ from tests.support.netns import Server, ask
 from tests.support.network_host import NetworkHost
 from tests.support.waiting import until
 
-from lazarette.runtime.networks import netlink as nl
+from lazarette.runtime.networks import rtnetlink as rt
 from lazarette.runtime.networks.model import EndpointRequest, NetworkSpec, PortRequest
 from lazarette.runtime.networks.namespaces import NetNamespace
 from lazarette.storage.process import run
@@ -38,7 +38,7 @@ def test_a_restart_sweeps_links_of_nobody(host: NetworkHost) -> None:
     container = host.start("one")
     endpoint = host.manager.of_container(container.id)[0]
     host.restart()
-    names = {link.name for link in nl.links(host.manager.netlink)}
+    names = {link.name for link in rt.links(host.manager.netlink)}
     assert endpoint.host_interface not in names
 
 
@@ -53,7 +53,7 @@ def test_a_boot_voids_the_records(host: NetworkHost) -> None:
 def test_a_lost_bridge_is_made_again(host: NetworkHost) -> None:
     host.manager.create(NetworkSpec(name="a"))
     link = host.manager.inspect("a").link
-    host.manager.netlink.run([nl.link_delete(link)])
+    host.manager.netlink.run([rt.link_delete(link)])
     host.restart()
     assert host.start("one", "a").ip == "172.18.0.2"
 
@@ -64,6 +64,26 @@ def test_other_tables_are_left_alone(host: NetworkHost) -> None:
     host.restart()
     tables = json.loads(run(["nft", "-j", "list", "tables"]).stdout)["nftables"]
     assert {"others", "lazarette-lazt0"} <= {t["table"]["name"] for t in tables if "table" in t}
+
+
+def test_firewalls_in_the_way_are_told(host: NetworkHost) -> None:
+    """As dockerd and ufw leave them (policy), and firewalld (a last rule)."""
+    assert host.manager.warnings() == []
+    for table, chain, settings in (
+        ("ip filter", "FORWARD", "hook forward priority 0; policy drop"),
+        ("ip6 filter", "FORWARD", "hook forward priority 0; policy drop"),
+        ("inet firewalld", "filter_FORWARD", "hook forward priority 10"),
+        ("inet fine", "forward", "hook forward priority 0; policy accept"),
+        ("inet other", "input", "hook input priority 0; policy drop"),
+    ):
+        rules = f"add table {table}\nadd chain {table} {chain} {{ type filter {settings}; }}\n"
+        run(["nft", "-f", "-"], stdin=rules.encode())
+    told = host.manager.warnings()
+    assert len(told) == 2, told
+    assert "ip filter FORWARD" in told[0]
+    assert "inet firewalld filter_FORWARD" in told[1]
+    host.manager.create(NetworkSpec(name="six", enable_ipv6=True))
+    assert any("ip6 filter FORWARD" in each for each in host.manager.warnings())
 
 
 def test_flushed_rules_come_back(host: NetworkHost, namespace: NetNamespace) -> None:
