@@ -12,10 +12,11 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lazarette.runtime import cdi
 from lazarette.runtime.containers.cgroups import Hierarchies, Layout
 from lazarette.runtime.containers.errors import DriverMissing
 from lazarette.runtime.containers.model import Device, HostConfig, Ulimit, UpdateRequest
-from lazarette.storage.errors import InvalidArgument
+from lazarette.storage.errors import InvalidArgument, NotFound
 
 MINIMUM_MEMORY = 6 << 20
 DEFAULT_CPU_PERIOD = 100_000
@@ -305,17 +306,32 @@ def all_devices() -> list[HostDevice]:
     return found
 
 
-def refuse_requests(requests: list[dict[str, object]]) -> None:
-    """Answer ``--gpus`` as an engine without device drivers.
+def requested_devices(requests: list[dict[str, object]]) -> cdi.Edits:
+    """Devices that their vendors describe (``--device vendor.com/class=name``).
 
     Raises:
-        DriverMissing: anything is asked for.
+        DriverMissing: devices of a driver, as by ``--gpus``: this engine has none.
+        InvalidArgument: no file describes a device.
     """
+    found = cdi.Edits()
     for request in requests:
+        if request.get("Driver") == "cdi":
+            ids = request.get("DeviceIDs")
+            names = [cdi.DeviceName.parse(str(one)) for one in ids] if isinstance(ids, list) else []
+            try:
+                found += cdi.find(names)
+            except NotFound as missing:
+                raise InvalidArgument(
+                    "CDI device injection failed: unresolvable CDI devices "
+                    + ", ".join(map(str, names)),
+                    hint=missing.hint,
+                ) from missing
+            continue
         asked = request.get("Capabilities")
         groups = asked if isinstance(asked, list) else []
         shown = " ".join(f"[{' '.join(map(str, group))}]" for group in groups)
         raise DriverMissing(str(request.get("Driver") or ""), f"[{shown}]")
+    return found
 
 
 def _host_device(path: str, inside: str, access: str) -> HostDevice | None:

@@ -146,7 +146,7 @@ def build(definition: Definition, made: Prepared, facts: HostFacts) -> dict[str,
     """
     host = definition.host
     options = security_options(host.security_opt)
-    resources.refuse_requests(host.device_requests or [])
+    described = resources.requested_devices(host.device_requests or [])
     devices = resources.find_devices(host.devices or [])
     if host.privileged:
         devices = resources.all_devices() + devices
@@ -163,6 +163,7 @@ def build(definition: Definition, made: Prepared, facts: HostFacts) -> dict[str,
             spec["domainname"] = made.domainname
     if not isinstance(host.annotations, msgspec.UnsetType):
         spec["annotations"] = host.annotations
+    described.apply(spec)
     return spec
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 import time
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
@@ -184,3 +186,29 @@ def test_events_of_a_new_image(host: Host, version: str, made: list[str]) -> Non
     text = said if isinstance(said, str) else json.dumps(said)
     actions = [json.loads(line)["Action"] for line in text.splitlines()]
     assert actions == made
+
+
+def test_a_device_that_its_vendor_describes(host: Host) -> None:
+    folder = Path("/etc/cdi")
+    made = not folder.exists()
+    folder.mkdir(exist_ok=True)
+    file = folder / f"lazarette-rest-{os.getpid()}.json"
+    node = {"path": "/dev/vendor0", "hostPath": "/dev/zero"}
+    edits = {"env": ["VENDOR=here"], "deviceNodes": [node]}
+    kind = f"rest{os.getpid()}.example/zero"
+    devices = [{"name": "one", "containerEdits": edits}]
+    file.write_text(json.dumps({"cdiVersion": "0.6.0", "kind": kind, "devices": devices}))
+    try:
+        script = "head -c 3 /dev/vendor0 | wc -c; echo $VENDOR"
+        asked = [{"Driver": "cdi", "DeviceIDs": [f"{kind}=one"]}]
+        body = {"Cmd": ["sh", "-c", script], "HostConfig": {"DeviceRequests": asked}}
+        container, _ = create(host, body)
+        assert host.out("start", "-a", container) == "3\nhere\n"
+    finally:
+        file.unlink()
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+    status, said = ask(host.daemon, "POST", f"/containers/{container}/start")
+    assert status == 400
+    assert isinstance(said, dict)
+    assert "unresolvable CDI devices" in said["message"]
