@@ -10,7 +10,6 @@ import os
 import sys
 from pathlib import Path
 
-from lazarette.backup import archive, restore
 from lazarette.backup.repository import keys
 from lazarette.backup.repository.repository import Repository
 from lazarette.backup.stores.open import open_store
@@ -43,12 +42,17 @@ def main() -> None:
     cache = Path(os.environ.get("LAZ_BENCH_CACHE", "/tmp/laz-bench-cache"))
     repo = Repository.open(store, keys.unlock(store, KEY), clock, cache)
     known = repo.snapshots("bench")
+    # What one command does not need it does not import, as in the command line itself.
     if command in ("backup", "record"):
+        from lazarette.backup import archive
+
         changes = iter(_record(rest[1])) if command == "record" else None
         source = archive.Source(Path(rest[0]), "bench", known[-1] if known else None, changes)
         report = archive.run(repo, source)
         print(report.stats.bytes_read, report.stats.bytes_sent)
     elif command == "restore":
+        from lazarette.backup import restore
+
         done = restore.run(repo, known[-1], Path(rest[0]))
         assert not done.damaged and not done.warnings
     else:
