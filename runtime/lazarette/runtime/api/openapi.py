@@ -82,6 +82,7 @@ _QUERIES = {
     "POST /volumes/prune": "filters:s",
     "DELETE /volumes/{name}": "force:b",
     "GET /lazarette/v1/volumes/{name}/diff": "base:s target:s",
+    "GET /lazarette/v1/volumes/{name}/export": "snapshot:s",
     "GET /lazarette/v1/backups": "volume:s repository:s",
     "GET /lazarette/v1/runs": "volume:s limit:i",
     "GET /lazarette/v1/history": "volume:s kind:s limit:i",
