@@ -38,7 +38,8 @@ from lazarette.storage.volumes.contract import (
 )
 from lazarette.storage.volumes.options import check_options, parse_choice, parse_flag, parse_size
 from lazarette.storage.volumes.record import SnapshotRecord, VolumeRecord
-from lazarette.storage.volumes.shelf import VolumeShelf, check_snapshot_id, exchange
+from lazarette.storage.volumes.shelf import VolumeShelf, exchange
+from lazarette.storage.volumes.shelved import ShelvedVolumeDriver
 
 _OPTIONS = ("compression", "nodatacow", "size")
 _COMPRESSIONS = ("none", "zlib", "lzo", "zstd")
@@ -48,7 +49,7 @@ _FS_IOC_SETFLAGS = 0x40086602
 _FS_NOCOW_FL = 0x00800000
 
 
-class BtrfsVolumeDriver:
+class BtrfsVolumeDriver(ShelvedVolumeDriver):
     """Volumes on a native btrfs, or in a btrfs pool file where the host has another one.
 
     Args:
@@ -58,7 +59,6 @@ class BtrfsVolumeDriver:
     """
 
     def __init__(self, root: Path, clock: Clock, *, pool_size: int | None = None) -> None:
-        self._clock = clock
         self._root = root
         root.mkdir(parents=True, exist_ok=True)
         self.pool: Pool | None = None
@@ -69,7 +69,7 @@ class BtrfsVolumeDriver:
             base = root / "pool"
             self.pool = Pool(root / "pool.btrfs", base, PoolFormat.BTRFS, pool_size)
             self.pool.open()
-        self._shelf = VolumeShelf(base, btrfs.destroy_tree)
+        super().__init__(VolumeShelf(base, btrfs.destroy_tree), clock)
 
     @property
     def capabilities(self) -> VolumeCapabilities:
@@ -90,10 +90,6 @@ class BtrfsVolumeDriver:
         """See :meth:`VolumeDriver.close`; unmounts the pool."""
         if self.pool is not None:
             self.pool.close()
-
-    def recover(self) -> None:
-        """See :meth:`VolumeDriver.recover`."""
-        self._shelf.recover()
 
     # ---- volumes
 
@@ -144,51 +140,11 @@ class BtrfsVolumeDriver:
 
         self._shelf.make(name, made, build)
 
-    def exists(self, name: str) -> bool:
-        """See :meth:`VolumeDriver.exists`."""
-        return self._shelf.exists(name)
-
-    def names(self) -> list[str]:
-        """See :meth:`VolumeDriver.names`."""
-        return self._shelf.names()
-
-    def location(self, name: str) -> Path:
-        """See :meth:`VolumeDriver.location`."""
-        return self._shelf.location(name)
-
-    def mount(self, name: str) -> Path:
-        """See :meth:`VolumeDriver.mount`."""
-        folder = self._shelf.folder(name)
-        self._shelf.mark(name)
-        return folder / "data"
-
-    def unmount(self, name: str) -> None:
-        """See :meth:`VolumeDriver.unmount`."""
-        self._shelf.unmark(name)
-
-    def remove(self, name: str) -> None:
-        """See :meth:`VolumeDriver.remove`."""
-        self._shelf.remove(name)
-
-    def rename(self, name: str, new_name: str) -> None:
-        """See :meth:`VolumeDriver.rename`; open files and mounts stay valid."""
-        self._shelf.rename(name, new_name)
-
     # ---- snapshots
 
     def snapshot(self, name: str, snapshot: str, gate: WriteGate) -> SnapshotInfo:
         """See :meth:`VolumeDriver.snapshot`; atomic, so the gate stays open."""
         return self.snapshot_group([name], snapshot, OpenGate())[name]
-
-    def snapshot_group(
-        self, names: Sequence[str], snapshot: str, gate: WriteGate
-    ) -> dict[str, SnapshotInfo]:
-        """See :meth:`VolumeDriver.snapshot_group`; each volume costs one ioctl."""
-        check_snapshot_id(snapshot)
-        missing = [name for name in names if not self._shelf.has_snapshot(name, snapshot)]
-        if missing:
-            self._snapshot_missing(missing, snapshot, gate)
-        return {name: self._shelf.info(name, snapshot) for name in names}
 
     def _snapshot_missing(self, names: Sequence[str], snapshot: str, gate: WriteGate) -> None:
         folders = [self._shelf.folder(name) for name in names]
@@ -225,10 +181,6 @@ class BtrfsVolumeDriver:
         widened = VolumeRecord(now.options, now.limit, held)
         _set_limit(data, widened)
         self._shelf.update(name, widened)
-
-    def snapshots(self, name: str) -> list[SnapshotInfo]:
-        """See :meth:`VolumeDriver.snapshots`."""
-        return self._shelf.snapshots(name)
 
     def view(self, name: str, snapshot: str) -> Path:
         """See :meth:`VolumeDriver.view`; a read-only subvolume needs no mount."""

@@ -10,7 +10,7 @@ import errno
 import os
 import secrets
 import shutil
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,18 +23,17 @@ from lazarette.storage.compare import by_extents, everything, tree_changes
 from lazarette.storage.errors import NoSpace, Unsupported
 from lazarette.storage.syscalls import syncfs
 from lazarette.storage.volumes.contract import (
-    SnapshotInfo,
     SnapshotKind,
-    VolumeCapabilities,
     VolumeUsage,
     WriteGate,
 )
 from lazarette.storage.volumes.making import CopyMaking, ReflinkMaking, SnapshotMaking
 from lazarette.storage.volumes.record import SnapshotRecord, VolumeRecord
-from lazarette.storage.volumes.shelf import VolumeShelf, check_snapshot_id, exchange
+from lazarette.storage.volumes.shelf import VolumeShelf, exchange
+from lazarette.storage.volumes.shelved import ShelvedVolumeDriver
 
 
-class TreeVolumeDriver(ABC):
+class TreeVolumeDriver(ShelvedVolumeDriver):
     """A driver whose volumes are folders; subclasses say where they come from.
 
     Args:
@@ -45,17 +44,11 @@ class TreeVolumeDriver(ABC):
     """
 
     def __init__(self, root: Path, base: Path, clock: Clock, *, reflinks: bool) -> None:
-        self._shelf = VolumeShelf(base)
-        self._clock = clock
+        super().__init__(VolumeShelf(base), clock)
         self._reflinks = reflinks
         self._views = root / "views"
         self._views.mkdir(exist_ok=True, mode=0o711)
         self._viewers: Counter[tuple[str, str]] = Counter()
-
-    @property
-    @abstractmethod
-    def capabilities(self) -> VolumeCapabilities:
-        """See :class:`VolumeCapabilities`."""
 
     @abstractmethod
     def create(self, name: str, options: Mapping[str, str]) -> None:
@@ -63,7 +56,7 @@ class TreeVolumeDriver(ABC):
 
     def recover(self) -> None:
         """See :meth:`VolumeDriver.recover`."""
-        self._shelf.recover()
+        super().recover()
         self._drop_views()
 
     def _drop_views(self) -> None:
@@ -75,55 +68,11 @@ class TreeVolumeDriver(ABC):
         """See :meth:`VolumeDriver.close`."""
         self._drop_views()
 
-    def exists(self, name: str) -> bool:
-        """See :meth:`VolumeDriver.exists`."""
-        return self._shelf.exists(name)
-
-    def names(self) -> list[str]:
-        """See :meth:`VolumeDriver.names`."""
-        return self._shelf.names()
-
-    def location(self, name: str) -> Path:
-        """See :meth:`VolumeDriver.location`."""
-        return self._shelf.location(name)
-
     def _content(self, name: str) -> Path:
         """Where a volume's files are kept, mounted or not."""
         return self._shelf.location(name)
 
-    def mount(self, name: str) -> Path:
-        """See :meth:`VolumeDriver.mount`."""
-        self._shelf.folder(name)
-        self._shelf.mark(name)
-        return self.location(name)
-
-    def unmount(self, name: str) -> None:
-        """See :meth:`VolumeDriver.unmount`."""
-        self._shelf.unmark(name)
-
-    def remove(self, name: str) -> None:
-        """See :meth:`VolumeDriver.remove`."""
-        self._shelf.remove(name)
-
-    def rename(self, name: str, new_name: str) -> None:
-        """See :meth:`VolumeDriver.rename`."""
-        self._shelf.rename(name, new_name)
-
     # ---- snapshots
-
-    def snapshot(self, name: str, snapshot: str, gate: WriteGate) -> SnapshotInfo:
-        """See :meth:`VolumeDriver.snapshot`."""
-        return self.snapshot_group([name], snapshot, gate)[name]
-
-    def snapshot_group(
-        self, names: Sequence[str], snapshot: str, gate: WriteGate
-    ) -> dict[str, SnapshotInfo]:
-        """See :meth:`VolumeDriver.snapshot_group`."""
-        check_snapshot_id(snapshot)
-        missing = [name for name in names if not self._shelf.has_snapshot(name, snapshot)]
-        if missing:
-            self._snapshot_missing(missing, snapshot, gate)
-        return {name: self._shelf.info(name, snapshot) for name in names}
 
     def _snapshot_missing(self, names: Sequence[str], snapshot: str, gate: WriteGate) -> None:
         for name in names:
@@ -199,10 +148,6 @@ class TreeVolumeDriver(ABC):
             if shutil.disk_usage(target).free < copying.BLOCK:
                 raise NoSpace(f"copying {source}: the disk is full") from failed
             raise
-
-    def snapshots(self, name: str) -> list[SnapshotInfo]:
-        """See :meth:`VolumeDriver.snapshots`."""
-        return self._shelf.snapshots(name)
 
     def view(self, name: str, snapshot: str) -> Path:
         """See :meth:`VolumeDriver.view`: a read-only bind, counted."""
