@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -37,8 +38,10 @@ from lazarette.runtime.containers.streams import (
     parse_detach_keys,
 )
 from lazarette.runtime.containers.times import parse_instant
+from lazarette.storage.clock import NANOSECONDS
 from lazarette.storage.errors import InvalidArgument
 
+_FRESH_NS = 200_000_000
 _PRUNE_FILTERS = ("label", "label!", "until")
 
 
@@ -321,9 +324,28 @@ class ContainerRoutes:
         tty = container.definition.config.tty
         kind = "raw" if tty or call.version < (1, 42) else "multiplexed"
         response = await stream(call, f"application/vnd.docker.{kind}-stream")
+        if not query.follow:
+            await self._first_words(container)
         await while_connected(call, self._write_logs(call, container, query, response))
         await response.write_eof()
         return response
+
+    async def _first_words(self, container: Container) -> None:
+        """Let a container that was just started come to its first line, or its end.
+
+        dockerd's start takes so long that a short program has written when it returns:
+        clients ask for the log right after it, without waiting for the end.
+        """
+        path = container.log_path
+        age = self._manager.clock.now_ns() - container.state.started_ns
+        if path is None or not container.state.running or age > _FRESH_NS:
+            return
+        ended = container.expect(WaitFor.NOT_RUNNING)
+        deadline = time.monotonic() + (_FRESH_NS - age) / NANOSECONDS
+        while not (path.exists() and path.stat().st_size) and time.monotonic() < deadline:
+            done, _ = await asyncio.wait([ended], timeout=0.01)
+            if done:
+                return
 
     def _log_query(self, call: Call) -> LogQuery:
         if not (call.flag("stdout") or call.flag("stderr")):

@@ -212,3 +212,10 @@ def test_a_device_that_its_vendor_describes(host: Host) -> None:
     assert status == 400
     assert isinstance(said, dict)
     assert "unresolvable CDI devices" in said["message"]
+
+
+def test_logs_right_after_the_start(host: Host) -> None:
+    container, _ = create(host, {"Cmd": ["echo", "first words"]})
+    assert ask(host.daemon, "POST", f"/containers/{container}/start")[0] == 204
+    _, said = ask(host.daemon, "GET", f"/containers/{container}/logs?stdout=1")
+    assert "first words" in str(said) or host.state(container)["Running"]
