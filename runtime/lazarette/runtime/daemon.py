@@ -24,7 +24,7 @@ from aiohttp import web
 
 from lazarette.runtime.api.http import Api, Call, Route, empty
 from lazarette.runtime.api.routes import all_routes
-from lazarette.runtime.api.server import TlsFiles, serve
+from lazarette.runtime.api.server import TlsFiles, check_hosts, serve
 from lazarette.runtime.config import (
     DEFAULT_DATA_ROOT,
     DEFAULT_EXEC_ROOT,
@@ -127,6 +127,7 @@ def lazd(
     if advertise_address is not None:
         config = replace(config, advertise_address=advertise_address)
     tls = tls_files(tlscacert, tlscert, tlskey)
+    check_hosts(config.hosts, tls)
     if release_holds:
         with _in_place_of_the_dead(config) as alone:
             if alone:

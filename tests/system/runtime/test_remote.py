@@ -117,13 +117,15 @@ def test_plain_http_is_not_answered(remote: Remote) -> None:
 )
 def test_no_plain_tcp_off_loopback(tmp_path: Path, options: list[str], words: str) -> None:
     roots = ["--data-root", str(tmp_path / "data"), "--exec-root", str(tmp_path / "exec")]
-    bridge = ["--bridge", f"lzr{os.getpid() % 10**8}"]
+    name = f"lzr{os.getpid() % 10**8}"
+    bridge = ["--bridge", name]
     done = subprocess.run(
         [str(LAZD), *roots, *bridge, *options], capture_output=True, check=False, timeout=120
     )
     assert done.returncode == 2
     assert words in done.stderr.decode()
     assert b"Traceback" not in done.stderr
+    assert not Path("/sys/class/net", name).exists(), "a daemon that never was left its bridge"
 
 
 @pytest.mark.parametrize("far", ["laz", "docker"])

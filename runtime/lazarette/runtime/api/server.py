@@ -113,6 +113,20 @@ async def serve(hosts: Sequence[str], api: Api, tls: TlsFiles | None = None) -> 
     return Runner(server, listeners, paths)
 
 
+def check_hosts(hosts: Sequence[str], tls: TlsFiles | None) -> None:
+    """Refuse addresses before anything is made for the daemon.
+
+    Raises:
+        InvalidArgument: as :func:`serve`.
+    """
+    for host in hosts:
+        scheme, _, rest = host.partition("://")
+        if scheme == "tcp" and rest:
+            _tcp(rest, tls)
+        elif scheme != "unix" or not rest:
+            raise InvalidArgument(f"listen on {host}: neither unix://PATH nor tcp://HOST:PORT")
+
+
 def _encrypted(server: HijackServer, context: ssl.SSLContext) -> Callable[[], asyncio.BaseProtocol]:
     return lambda: TlsConnection(context, server)
 
