@@ -23,7 +23,8 @@ from lazarette.backup.repository.repository import Repository
 from lazarette.backup.repository.snapshots import SnapshotRecord
 from lazarette.backup.restore_content import Writer
 from lazarette.backup.restore_metadata import Metadata, OwnerMap, loosen
-from lazarette.backup.restore_walk import RestoreWalk, Selection
+from lazarette.backup.restore_selection import Selection
+from lazarette.backup.restore_walk import RestoreWalk
 from lazarette.backup.tree import PathNotFound, TreeReader
 from lazarette.storage.errors import Cancelled, Conflict
 
@@ -73,6 +74,8 @@ class RestoreOptions:
             out.  They are listed either way.
         root_metadata: the target gets the metadata of the volume's root.
         threads: workers; 0 for as many as CPUs.
+        known: with ``DELTA``, a snapshot the target is exactly like: what both have in common is
+            neither fetched nor looked at.
     """
 
     include: tuple[bytes, ...] = ()
@@ -82,6 +85,7 @@ class RestoreOptions:
     keep_damaged: bool = False
     root_metadata: bool = True
     threads: int = 0
+    known: SnapshotRecord | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +223,7 @@ def _restore(
         options.keep_damaged,
         warn,
         breathe,
+        None if options.known is None else TreeReader(repo.reader, options.known),
     )
     try:
         if options.mode is Mode.FRESH:

@@ -6,14 +6,13 @@ stand in the way and its times are the recorded ones.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
-from lazarette.backup import beneath, native, scan
+from lazarette.backup import beneath, holes, native
 from lazarette.backup.archive_content import SMALL
 from lazarette.backup.repository.entries import HOLE, PART, Entry, Kind
 from lazarette.backup.repository.format import RepositoryDamaged
@@ -26,7 +25,9 @@ from lazarette.backup.restore_content import (
     Target,
     Writer,
 )
+from lazarette.backup.restore_known import KnownTree
 from lazarette.backup.restore_metadata import Metadata, loosen
+from lazarette.backup.restore_selection import Selection
 from lazarette.backup.tree import Part, TreeReader
 from lazarette.storage.errors import NoSpace
 
@@ -35,7 +36,6 @@ _BATCH_BYTES = 4 << 20
 _RUN_BYTES = 8 << 20
 _BREATH = 32
 OPEN_DIRECTORIES = 400
-_libc = ctypes.CDLL(None, use_errno=True)
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -64,23 +64,7 @@ class Place:
     outstanding: int = 0
     dress: bool = True
     fresh: bool = False
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which paths are restored: all, or those given with what is beneath and above them."""
-
-    paths: tuple[bytes, ...] = ()
-
-    def whole(self, path: bytes) -> bool:
-        """Whether all at and beneath ``path`` is wanted."""
-        return not self.paths or any(
-            path == one or path.startswith(one + b"/") for one in self.paths
-        )
-
-    def wanted(self, path: bytes) -> bool:
-        """Whether ``path`` is wanted itself or leads to something that is."""
-        return self.whole(path) or any(one.startswith(path + b"/") for one in self.paths)
+    known: Mapping[bytes, Entry] = field(default_factory=dict)
 
 
 class RestoreWalk:
@@ -96,6 +80,7 @@ class RestoreWalk:
         threads: workers.
         warn: called with a path and a text.
         breathe: called often; may raise to stop.
+        known: a snapshot that the target is exactly like.
     """
 
     def __init__(
@@ -109,7 +94,9 @@ class RestoreWalk:
         keep_damaged: bool,
         warn: Callable[[bytes, str], None],
         breathe: Callable[[], None],
+        known: TreeReader | None = None,
     ) -> None:
+        self._known = KnownTree(known)
         self._tree = tree
         self._metadata = metadata
         self._selection = selection
@@ -136,7 +123,7 @@ class RestoreWalk:
         """Restore a directory's content into an open folder."""
         self._root = root
         self._top = path
-        self._enter(os.dup(root), path, entry, None, dress)
+        self._enter(os.dup(root), path, entry, None, dress, known=self._known.root)
         steps = 0
         while self._stack:
             place = self._stack[-1]
@@ -170,11 +157,19 @@ class RestoreWalk:
         parent: Place | None,
         dress: bool,
         fresh: bool = False,
+        known: Entry | None = None,
     ) -> None:
         if self._delete and not fresh and self._selection.whole(path):
             self._remove_others(descriptor, path, entry)
         place = Place(
-            descriptor, path, entry, parent, self._tree.pages(entry), dress=dress, fresh=fresh
+            descriptor,
+            path,
+            entry,
+            parent,
+            self._tree.pages(entry),
+            dress=dress,
+            fresh=fresh,
+            known=self._known.entries(known),
         )
         if parent is not None:
             parent.outstanding += 1
@@ -198,7 +193,22 @@ class RestoreWalk:
                 except OSError as failed:
                     self._warn(path + b"/" + name, f"cannot be removed: {failed.strerror}")
 
+    def _unchanged(self, entry: Entry, path: bytes) -> None:
+        """Count what the target has already, and learn the names of its hard links."""
+        try:
+            for below, one in self._tree.walk(path, entry):
+                if one.kind == Kind.FILE:
+                    self.files += 1
+                    self.bytes_total += one.size
+                if one.kind != Kind.DIRECTORY and one.extra is not None and one.extra.links > 1:
+                    self._links.setdefault((one.extra.filesystem, one.inode), []).append(below)
+        except RepositoryDamaged as bad:
+            self.damaged.append((path, f"directory is damaged: {bad}"))
+
     def _make(self, place: Place, entry: Entry, path: bytes) -> None:
+        if place.known.get(entry.name) == entry:
+            self._unchanged(entry, path)
+            return
         try:
             if entry.kind == Kind.DIRECTORY:
                 self._directory(place, entry, path)
@@ -223,7 +233,8 @@ class RestoreWalk:
         descriptor = os.open(entry.name, beneath.OPEN_DIRECTORY, dir_fd=place.descriptor)
         if not fresh:
             loosen(descriptor)
-        self._enter(descriptor, path, entry, place, True, fresh)
+        known = None if fresh else place.known.get(entry.name)
+        self._enter(descriptor, path, entry, place, True, fresh, known)
 
     @staticmethod
     def _make_directory(place: Place, name: bytes) -> bool:
@@ -286,6 +297,7 @@ class RestoreWalk:
         parts = self._parts(entry, path)
         if parts is None:
             return
+        before = place.known.get(entry.name)
         usable = (
             self._delta and found is not None and stat.S_ISREG(found.st_mode) and found.st_nlink < 2
         )
@@ -296,7 +308,10 @@ class RestoreWalk:
         if found is None and entry.size <= SMALL and not linked:
             self._small(place, target, parts)
         else:
-            self._large(place, target, parts, found)
+            if found is not None and before is not None:
+                parts = self._known.missing(parts, before)
+            differs = before is not None and before.content != entry.content
+            self._large(place, target, parts, found, differs)
 
     def _parts(self, entry: Entry, path: bytes) -> list[Part] | None:
         if entry.depth == 0 and len(entry.content) == PART.size:
@@ -324,7 +339,12 @@ class RestoreWalk:
         self._writer.collect(16)
 
     def _large(
-        self, place: Place, target: Target, parts: list[Part], found: os.stat_result | None
+        self,
+        place: Place,
+        target: Target,
+        parts: list[Part],
+        found: os.stat_result | None,
+        differs: bool,
     ) -> None:
         entry = target.entry
         target.sparse = any(part.chunk is None for part in parts)
@@ -336,7 +356,7 @@ class RestoreWalk:
         place.outstanding += 1
         self._places[id(target)] = place
         try:
-            if found is not None and self._same(found, entry):
+            if found is not None and not differs and self._same(found, entry):
                 parts = []
             else:
                 self._shape(target, parts, found)
@@ -375,7 +395,7 @@ class RestoreWalk:
         os.ftruncate(descriptor, target.entry.size)
         for part in parts:
             if part.chunk is None:
-                _clear(descriptor, part.offset, part.length)
+                holes.clear(descriptor, part.offset, part.length)
 
     def _finished(self, job: Job) -> None:
         if isinstance(job, PartRun):
@@ -471,24 +491,3 @@ def _runs(parts: list[Part]) -> Iterator[list[Part]]:
                 run, size = [], 0
     if run:
         yield run
-
-
-def _clear(descriptor: int, offset: int, length: int) -> None:
-    """Make a run of an existing file a hole, or zeros where there are no holes."""
-    end = min(offset + length, os.fstat(descriptor).st_size)
-    for start, stop in scan.data_ranges(descriptor, end):
-        first = max(start, offset)
-        if first >= stop:
-            continue
-        if not punch(descriptor, first, stop - first):
-            for at in range(first, stop, 1 << 20):
-                os.pwrite(descriptor, bytes(min(1 << 20, stop - at)), at)
-
-
-def punch(descriptor: int, offset: int, length: int) -> bool:
-    """Deallocate a run of a file; False when the filesystem does not do that."""
-    keep_size_punch = 0x01 | 0x02
-    done = _libc.fallocate(
-        descriptor, keep_size_punch, ctypes.c_longlong(offset), ctypes.c_longlong(length)
-    )
-    return int(done) == 0

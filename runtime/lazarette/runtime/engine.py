@@ -27,6 +27,7 @@ from lazarette.runtime.networks.manager import NetworkManager
 from lazarette.runtime.protection.backups import BackupService
 from lazarette.runtime.protection.describe import Describer
 from lazarette.runtime.protection.drills import Drills
+from lazarette.runtime.protection.fencing import Fencing
 from lazarette.runtime.protection.fills import FillService
 from lazarette.runtime.protection.follower import PolicyFollower
 from lazarette.runtime.protection.holding import Stillness
@@ -38,6 +39,7 @@ from lazarette.runtime.protection.repositories import RepositoryBook
 from lazarette.runtime.protection.restores import RestoreService
 from lazarette.runtime.protection.runs import RunBook
 from lazarette.runtime.protection.service import Protection
+from lazarette.runtime.protection.standby import StandbyService
 from lazarette.runtime.protection.telling import Teller
 from lazarette.storage.clock import Clock
 from lazarette.storage.files import write_atomic
@@ -147,6 +149,16 @@ class Engine:
         runs = RunBook(self.state, self.clock)
         teller = Teller(book, journal, runs, self.state, self.clock)
         stillness = Stillness(self.containers, self.volumes, book, self.state, self.clock)
+        fencing = Fencing(
+            self.id,
+            repositories,
+            self.volumes,
+            runs,
+            self.containers,
+            self.state,
+            self.events,
+            self.clock,
+        )
         backups = BackupService(
             self.volumes,
             self.containers,
@@ -154,6 +166,7 @@ class Engine:
             teller,
             repositories,
             self.fills,
+            fencing,
             runs,
             journal,
             jobs,
@@ -166,6 +179,16 @@ class Engine:
         restores = RestoreService(self.volumes, repositories, self.fills, jobs, self.state)
         hands = EngineHands(self.images, keep, self.networks, self.containers)
         recovery = HostRecovery(repositories, restores, self.volumes, hands)
+        standbys = StandbyService(
+            self.volumes,
+            repositories,
+            restores,
+            recovery,
+            fencing,
+            jobs,
+            self.state,
+            self.clock,
+        )
         drills = Drills(
             self.containers,
             self.volumes,
@@ -202,6 +225,8 @@ class Engine:
             stillness,
             teller,
             drills,
+            fencing,
+            standbys,
         )
 
     def _network_of(self, container: str) -> Joined:

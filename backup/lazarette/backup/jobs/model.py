@@ -16,6 +16,8 @@ from lazarette.storage.errors import EXIT_FAULT, InternalError, LazaretteError, 
 
 PROGRESS_FILE = "progress"
 RESULT_FILE = "result"
+DAMAGED = "damaged, not restored: "
+"""Begins the warning of a path that a restore could not bring back."""
 
 Outcome = Literal["ok", "warnings", "failed", "cancelled"]
 
@@ -77,12 +79,14 @@ class RestoreJob(msgspec.Struct, frozen=True, tag="restore"):
         snapshot: its id in the repository.
         target: the folder; made if missing.
         in_place: what is there already is changed into the snapshot.
+        known: id of a snapshot that the folder is exactly like; empty for none.
         paths: only these, relative to the root; all when empty.
     """
 
     snapshot: str
     target: str
     in_place: bool = False
+    known: str = ""
     paths: list[str] = []
 
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -15,6 +16,7 @@ from lazarette.backup import archive, copying, restore
 from lazarette.backup.jobs.access import open_repository
 from lazarette.backup.jobs.changelog import read_changes
 from lazarette.backup.jobs.model import (
+    DAMAGED,
     PROGRESS_FILE,
     RESULT_FILE,
     BackupJob,
@@ -145,9 +147,14 @@ def _base(repository: Repository, job: BackupJob) -> SnapshotRecord | None:
 
 def _restore(repository: Repository, job: RestoreJob, show: Show, stop: Stop) -> Result:
     record = repository.snapshot(job.snapshot)
+    known: SnapshotRecord | None = None
+    if job.known:
+        with suppress(SnapshotNotFound):  # without it everything is compared
+            known = repository.snapshot(job.known)
     options = restore.RestoreOptions(
         include=tuple(path.encode("utf-8", "surrogateescape") for path in job.paths),
         mode=restore.Mode.DELTA if job.in_place else restore.Mode.FRESH,
+        known=known,
     )
     expected = record.stats.bytes_total
     report = restore.run(
@@ -158,7 +165,7 @@ def _restore(repository: Repository, job: RestoreJob, show: Show, stop: Stop) ->
         lambda seen: show(Progress("restore", seen.bytes_total, expected, seen.files)),
         stop,
     )
-    lost = [f"damaged, not restored: {_line(one.path, one.text)}" for one in report.damaged]
+    lost = [DAMAGED + _line(one.path, one.text) for one in report.damaged]
     return Result(
         report.outcome.value,
         snapshot=record.id,

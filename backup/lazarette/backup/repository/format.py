@@ -48,6 +48,7 @@ INDEXES = "index/"
 SNAPSHOTS = "snapshots/"
 CONDEMNED = "condemned/"
 LOST = "lost/"
+OWNERS = "owners/"
 
 _SEALED_MAGIC = b"LAZSEAL"
 _SEALED_HEAD = struct.Struct("<7sB16sB")

@@ -19,6 +19,7 @@ from lazarette.backup.repository.format import (
     ID_SIZE,
     INDEXES,
     LOST,
+    OWNERS,
     PACKS,
     SNAPSHOTS,
     WrongRepository,
@@ -79,8 +80,11 @@ def run(
     return report
 
 
+_SEALED = (PACKS, INDEXES, SNAPSHOTS, CONDEMNED, LOST, OWNERS, _KEYS)
+
+
 def _checkable(name: str) -> bool:
-    return name == CONFIG or name.startswith((PACKS, INDEXES, SNAPSHOTS, CONDEMNED, LOST, _KEYS))
+    return name == CONFIG or name.startswith(_SEALED)
 
 
 def _verify(store: BlobStore, info: BlobInfo) -> tuple[int, str]:

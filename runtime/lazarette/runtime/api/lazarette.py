@@ -147,9 +147,9 @@ class ProtectionRoutes:
         body = await call.json(CheckBody)
 
         async def work(tell: Tell) -> object:
-            return await self._protection.check(call.path["name"], body.read_data, _teller(tell))
+            return await self._protection.check(call.path["name"], body.read_data, teller(tell))
 
-        return await _long(call, work)
+        return await long_work(call, work)
 
     async def back_up(self, call: Call) -> web.StreamResponse:
         """Back volumes up."""
@@ -158,7 +158,7 @@ class ProtectionRoutes:
             raise InvalidArgument("a backup needs at least one volume")
 
         async def work(tell: Tell) -> object:
-            show = _teller(tell)
+            show = teller(tell)
             runs = await self._protection.backups.run(
                 body.volumes,
                 repository=body.repository,
@@ -167,7 +167,7 @@ class ProtectionRoutes:
             )
             return {"runs": [encode_run(run) for run in runs]}
 
-        return await _long(call, work)
+        return await long_work(call, work)
 
     async def points(self, call: Call) -> web.StreamResponse:
         """Restore points in a repository."""
@@ -207,11 +207,11 @@ class ProtectionRoutes:
                 repository=body.repository,
                 instant=body.instant,
                 rate=body.rate,
-                show=_teller(tell),
+                show=teller(tell),
             )
             return msgspec.to_builtins(done)
 
-        return await _long(call, work)
+        return await long_work(call, work)
 
     async def policies(self, call: Call) -> web.StreamResponse:
         """All policies with what applies and the next run."""
@@ -266,7 +266,7 @@ class ProtectionRoutes:
                 "restore_ns": outcome.restore_ns,
             }
 
-        return await _long(call, work)
+        return await long_work(call, work)
 
     async def metrics(self, call: Call) -> web.StreamResponse:
         """Prometheus metrics."""
@@ -288,10 +288,10 @@ class ProtectionRoutes:
                 tell=tell,
             )
 
-        return await _long(call, work)
+        return await long_work(call, work)
 
 
-def _teller(tell: Tell) -> Callable[[Progress], None]:
+def teller(tell: Tell) -> Callable[[Progress], None]:
     """A plain callback that passes progress on to a stream, the newest only."""
     pending: set[asyncio.Task[None]] = set()
 
@@ -303,7 +303,7 @@ def _teller(tell: Tell) -> Callable[[Progress], None]:
     return show
 
 
-async def _long(call: Call, work: Callable[[Tell], Awaitable[object]]) -> web.StreamResponse:
+async def long_work(call: Call, work: Callable[[Tell], Awaitable[object]]) -> web.StreamResponse:
     """Answer work that takes long; it goes on when the client leaves."""
     answer = await stream(call, "application/x-ndjson")
     lock = asyncio.Lock()

@@ -15,7 +15,7 @@ import msgspec
 from aiohttp import web
 
 from lazarette.runtime.api import lazarette as ours
-from lazarette.runtime.api import networks, volumes
+from lazarette.runtime.api import networks, standbys, volumes
 from lazarette.runtime.api.http import API_VERSION, Call, Route, json_response, version_text
 from lazarette.runtime.containers.model import (
     CreateRequest,
@@ -108,6 +108,8 @@ _BODIES: dict[str, type[msgspec.Struct]] = {
     "POST /lazarette/v1/restores": ours.RestoreBody,
     "PUT /lazarette/v1/policies/{volume}": ours.PolicyBody,
     "POST /lazarette/v1/recover": ours.RecoverBody,
+    "POST /lazarette/v1/standbys": standbys.FollowBody,
+    "POST /lazarette/v1/standbys/{volume}/promote": standbys.PromoteBody,
 }
 _TARS = (
     "POST /build",

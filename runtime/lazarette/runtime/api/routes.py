@@ -16,6 +16,7 @@ from lazarette.runtime.api.http import Route
 from lazarette.runtime.api.lazarette import ProtectionRoutes
 from lazarette.runtime.api.networks import NetworkRoutes
 from lazarette.runtime.api.openapi import described
+from lazarette.runtime.api.standbys import StandbyRoutes
 from lazarette.runtime.api.volumes import VolumeRoutes
 from lazarette.runtime.engine import Engine
 
@@ -58,6 +59,7 @@ def all_routes(engine: Engine) -> list[Route]:
         *NetworkRoutes(engine.networks, engine.containers).routes(),
         *volumes.routes(),
         *ProtectionRoutes(engine.protection).routes(),
+        *StandbyRoutes(engine.protection).routes(),
         *absent.routes(),
     ]
     return [described(routes), *routes]

@@ -331,7 +331,7 @@ def _restore_folder(
             snapshot = choose_point(opened.snapshots(volume), moment).id
         else:
             snapshot = opened.snapshot(point).id
-    job = RestoreJob(snapshot, os.path.abspath(folder), in_place, paths)
+    job = RestoreJob(snapshot, os.path.abspath(folder), in_place, paths=paths)
     result = local.perform(job, access, f"restore to {folder}", as_json)
     if as_json:
         output.write_json(result)

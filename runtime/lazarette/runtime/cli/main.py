@@ -29,6 +29,7 @@ _MODULES = {
     "repositories": "repo",
     "policies": "policy status",
     "recovery": "recover",
+    "standby": "standby",
     "browse": "mount ls find cat dump diff",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}

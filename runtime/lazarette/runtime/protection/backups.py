@@ -120,6 +120,23 @@ class Tells(Protocol):
         ...
 
 
+class Owns(Protocol):
+    """Knows whether this host may continue a volume's history."""
+
+    def require(self, volume: str, repository: str) -> None:
+        """Make sure that it may.
+
+        Raises:
+            Fenced: another host took it over.
+            InUse: the volume here only follows another host's.
+        """
+        ...
+
+    def withdraw(self, volume: str, repository: str, snapshot: str) -> LazaretteError | None:
+        """Take a snapshot back if another host took over while it was written; why."""
+        ...
+
+
 class BackupService:
     """Runs backups.
 
@@ -130,6 +147,7 @@ class BackupService:
         teller: judges runs and tells people of them.
         repositories: where to.
         fills: volumes that are not all here cannot be backed up.
+        owns: whether this host may continue a history.
         runs: the record of what is under way.
         journal: the history.
         jobs: starts the processes.
@@ -148,6 +166,7 @@ class BackupService:
         teller: Tells,
         repositories: RepositoryBook,
         fills: FillService,
+        owns: Owns,
         runs: RunBook,
         journal: Journal,
         jobs: JobRunner,
@@ -163,6 +182,7 @@ class BackupService:
         self._teller = teller
         self._repositories = repositories
         self._fills = fills
+        self._owns = owns
         self.runs = runs
         self._journal = journal
         self._jobs = jobs
@@ -198,6 +218,7 @@ class BackupService:
             VolumeNotFound: one of them does not exist.
             RepositoryUnknown: no such repository.
             BackupRunning: one of them is being backed up.
+            Fenced: another host took one of them over.
         """
         known = self._repositories.get(repository)
         places = {volume: self._volumes.get(volume).mountpoint for volume in volumes}
@@ -216,6 +237,7 @@ class BackupService:
             try:
                 for volume, place in places.items():
                     self._fills.content(volume, place)
+                    await asyncio.to_thread(self._owns.require, volume, known.name)
                 async with self._stillness.still(numbers[0], volumes, rule) as held:
                     taken = await asyncio.to_thread(self._snapshot, volumes, local)
             except Exception as error:
@@ -267,7 +289,8 @@ class BackupService:
         job = self._jobs.find(run.id)
         assert job is not None
         try:
-            await self._finish(run.id, await self._jobs.watch(job, lambda progress: None))
+            result = await self._jobs.watch(job, lambda progress: None)
+            await self._finish(run.id, await self._judged(run, result))
         finally:
             self._busy.discard(run.volume)
         ended = self.runs.get(run.id)
@@ -302,10 +325,24 @@ class BackupService:
                 request, upload=limits.upload, read=limits.read, zone=limits.zone
             )
             job = self._jobs.start(run.id, request)
-            result = await self._jobs.watch(job, lambda progress: show(run.volume, progress))
+            watched = await self._jobs.watch(job, lambda progress: show(run.volume, progress))
+            result = await self._judged(run, watched)
         except Exception as error:  # noqa: BLE001 - logged; a run always ends
             result = _failed(_told(error, f"the backup of {run.volume}"))
         await self._finish(run.id, result)
+
+    async def _judged(self, run: Run, result: Result) -> Result:
+        """A job's result, unless another host took the history over meanwhile."""
+        if result.outcome not in _DONE:
+            return result
+        try:
+            fenced = await asyncio.to_thread(
+                self._owns.withdraw, run.volume, run.repository, result.snapshot
+            )
+        except LazaretteError as away:
+            result.warnings.append(f"whether another host took over is not known: {away.message}")
+            return result
+        return result if fenced is None else _failed(fenced)
 
     def _request(self, run: Run, labels: dict[str, str], definitions: Definitions) -> Request:
         view = self._fills.content(run.volume, self._volumes.view(run.volume, run.local))

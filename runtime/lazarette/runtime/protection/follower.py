@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,6 +92,8 @@ class PolicyFollower:
         self._members: dict[str, list[str]] = {}
         self._forgotten: dict[str, int] = {}
         self._groups_at_once = asyncio.Semaphore(_GROUPS_AT_ONCE)
+        self.passive: Callable[[str], bool] = lambda volume: False
+        """Whether a volume follows another host's backups and makes none of its own."""
         self._changed = asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None
         backups.on_adopted(self._after_adopted)
@@ -189,7 +191,8 @@ class PolicyFollower:
         if policy.name.startswith(_DRILL):
             await self._drill(policy, reason)
             return
-        volumes = self._members.get(policy.name, [])
+        members = self._members.get(policy.name, [])
+        volumes = [each for each in members if not self.passive(each)]
         if not volumes:
             return
         try:

@@ -18,7 +18,7 @@ from lazarette.runtime.protection.definitions import (
 from lazarette.runtime.protection.images import PREFIX as IMAGE_PREFIX
 from lazarette.runtime.protection.repositories import RepositoryBook
 from lazarette.runtime.protection.restores import RestoreService
-from lazarette.storage.errors import LazaretteError, VolumeNotFound
+from lazarette.storage.errors import LazaretteError, NotModified, VolumeNotFound
 from lazarette.storage.volumes.manager import VolumeManager
 
 Tell = Callable[[object], Awaitable[None]]
@@ -127,12 +127,43 @@ class HostRecovery:
         items = [
             await self._volume(record, known.name, instant, dry_run, tell) for record in newest
         ]
-        for network in unique(one for found in definitions for one in found.networks):
-            items.append(await self._network(network, dry_run))
+        items += await self._bring(definitions, known.name, start, dry_run)
+        return Report("ok" if all(item.good for item in items) else "warnings", items)
+
+    async def bring(self, definitions: Definitions, repository: str, *, start: bool) -> Report:
+        """Bring what belongs to a volume that is here; containers that exist are started."""
+        items = await self._bring([definitions], repository, start, False, existing=True)
+        return Report("ok" if all(item.good for item in items) else "warnings", items)
+
+    async def _bring(
+        self,
+        definitions: Sequence[Definitions],
+        repository: str,
+        start: bool,
+        dry_run: bool,
+        existing: bool = False,
+    ) -> list[Item]:
+        networks = unique(one for found in definitions for one in found.networks)
+        items = [await self._network(network, dry_run) for network in networks]
         containers = unique(one for found in definitions for one in found.containers)
         for container in in_order(containers):
-            items.append(await self._container(container, known.name, start, dry_run))
-        return Report("ok" if all(item.good for item in items) else "warnings", items)
+            if existing and await self._hands.has_container(container.name):
+                items.append(await self._start(container, start))
+            else:
+                items.append(await self._container(container, repository, start, dry_run))
+        return items
+
+    async def _start(self, container: ContainerDefinition, start: bool) -> Item:
+        item = Item("container", container.name, "", "exists")
+        if start and container.running:
+            try:
+                await self._hands.start_container(container.name)
+                item.result = "started"
+            except NotModified:
+                item.result = "runs"
+            except LazaretteError as error:
+                item.result, item.good = error.message, False
+        return item
 
     async def _volume(
         self, record: SnapshotRecord, repository: str, instant: bool, dry_run: bool, tell: Tell

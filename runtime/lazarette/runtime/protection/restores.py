@@ -197,7 +197,7 @@ class RestoreService:
         result = Result("failed")
         try:
             if existing is None:
-                await asyncio.to_thread(self._make, target, record)
+                await asyncio.to_thread(self.make, target, record)
             else:
                 safety = f"before-restore-{secrets.token_hex(4)}"
                 await asyncio.to_thread(self._volumes.snapshot, [target], OpenGate(), safety)
@@ -207,7 +207,7 @@ class RestoreService:
         return Restored(target, record.id, result, safety)
 
     def _show(self, target: str, record: SnapshotRecord, repository: str, rate: int) -> Restored:
-        self._make(target, record)
+        self.make(target, record)
         try:
             self._fills.begin(target, self._repositories.get(repository).name, record.id, rate)
         except LazaretteError:
@@ -215,7 +215,7 @@ class RestoreService:
             raise
         return Restored(target, record.id, Result("ok", snapshot=record.id))
 
-    def _make(self, target: str, record: SnapshotRecord) -> None:
+    def make(self, target: str, record: SnapshotRecord) -> None:
         """A new volume as the old one was; on a host without its driver, the default one."""
         known = Definitions.parse(record.meta).volume or VolumeDefinition(target)
         driver = known.driver if known.driver in self._volumes.drivers else ""

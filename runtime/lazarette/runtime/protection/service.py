@@ -13,6 +13,7 @@ from lazarette.backup.policy.outcome import Result as JournalResult
 from lazarette.backup.policy.status import Level, status_line, unprotected
 from lazarette.runtime.protection.backups import BackupService
 from lazarette.runtime.protection.drills import Drills
+from lazarette.runtime.protection.fencing import Fencing
 from lazarette.runtime.protection.fills import FillService
 from lazarette.runtime.protection.follower import PolicyFollower
 from lazarette.runtime.protection.holding import Stillness
@@ -21,6 +22,7 @@ from lazarette.runtime.protection.jobs import JobRunner
 from lazarette.runtime.protection.recovery import HostRecovery
 from lazarette.runtime.protection.repositories import RepositoryBook
 from lazarette.runtime.protection.restores import RestoreService
+from lazarette.runtime.protection.standby import StandbyService
 from lazarette.runtime.protection.telling import Teller
 from lazarette.storage.clock import rfc3339
 from lazarette.storage.errors import LazaretteError
@@ -39,6 +41,8 @@ class Protection:
         recovery: brings hosts back.
         teller: judges, counts and tells.
         drills: proves that backups come back.
+        fencing: stops what another host took over.
+        standbys: follow another host's volumes.
     """
 
     def __init__(
@@ -55,6 +59,8 @@ class Protection:
         stillness: Stillness,
         teller: Teller,
         drills: Drills,
+        fencing: Fencing,
+        standbys: StandbyService,
     ) -> None:
         self._volumes = volumes
         self.repositories = repositories
@@ -69,6 +75,9 @@ class Protection:
         self.teller = teller
         self.drills = drills
         self._outliving: set[asyncio.Task[None]] = set()
+        self.fencing = fencing
+        self.standbys = standbys
+        policies.passive = standbys.follows
 
     async def start(self) -> None:
         """Take up what an earlier daemon left, then follow the policies."""
@@ -80,10 +89,13 @@ class Protection:
         await self.drills.recover()
         await self.policies.start()
         self.teller.start()
+        self.fencing.start()
+        await self.standbys.start()
 
     def _sweep(self) -> None:
         """Remove what jobs of an earlier daemon left that nobody takes up: copies, prunes."""
         known = {run.id for run in self.backups.runs.unfinished()} | self.restores.unfinished()
+        known |= self.standbys.unfinished()
         for job in self._jobs.sweep(known):
             task = asyncio.create_task(self._outlive(job))
             self._outliving.add(task)
@@ -106,6 +118,8 @@ class Protection:
 
     async def stop(self) -> None:
         """Follow no policy any more; running jobs go on by themselves."""
+        await self.standbys.stop()
+        await self.fencing.stop()
         await self.policies.stop()
         await self._stillness.stop()
         await self.teller.stop()
@@ -172,7 +186,7 @@ class Protection:
         drill = seen.last_drill.outcome if seen.last_drill else None
         return {
             "volume": volume,
-            "state": _state(seen, policy is not None),
+            "state": self._word(volume, seen, policy is not None),
             "last_backup": rfc3339(good) if good else "",
             "last_backup_ns": good,
             "last_outcome": outcome,
@@ -206,6 +220,11 @@ class Protection:
             "error": why,
             "overdue": True,
         }
+
+    def _word(self, volume: str, seen: VolumeState, has_policy: bool) -> str:
+        if self.standbys.follows(volume):
+            return "standby"
+        return "fenced" if self.fencing.fences(volume) else _state(seen, has_policy)
 
 
 def _state(seen: VolumeState, has_policy: bool) -> str:

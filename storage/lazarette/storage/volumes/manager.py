@@ -179,15 +179,16 @@ class VolumeManager(VolumeStore):
         finally:
             driver.release_view(source, snapshot)
 
-    def rollback(self, name: str, snapshot: str) -> str:
+    def rollback(self, name: str, snapshot: str, user: str = "") -> str:
         """Set a volume back in place; the id of the safety snapshot taken before.
 
         Raises:
-            InUse: somebody has it mounted.
+            InUse: somebody has it mounted, or reserved it and is not ``user``.
             SnapshotNotFound: no such snapshot.
             Unsupported: its driver cannot.
         """
         with self._held(name):
+            self._refuse_reserved(name, user)
             volume = self.get(name)
             driver = self.driver(volume.driver)
             if not driver.capabilities.rollback:

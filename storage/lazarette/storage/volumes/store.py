@@ -107,6 +107,7 @@ class VolumeStore:
         self._locks: dict[str, threading.RLock] = {}
         self._guard = threading.Lock()
         self._shown: dict[str, Path] = {}
+        self._reserved: dict[str, tuple[str, str]] = {}
         self._recovered: set[str] = set()
 
     # ---- records
@@ -334,6 +335,7 @@ class VolumeStore:
                 if force:
                     return
                 raise
+            self._refuse_reserved(name, "")
             if volume.users:
                 raise InUse(
                     f"remove {name}: volume is in use - [{', '.join(volume.users)}]",
@@ -394,6 +396,7 @@ class VolumeStore:
     def mount(self, name: str, user: str) -> Path:
         """Mount a volume for a user; repeating it with one id counts once (case A35)."""
         with self._held(name):
+            self._refuse_reserved(name, user)
             driver = self._of(name)
             self._book.add_user(name, user)
             try:
@@ -402,6 +405,24 @@ class VolumeStore:
                 self._book.drop_user(name, user)
                 raise
             return self._shown.get(name, root)
+
+    def reserve(self, name: str, user: str, why: str) -> None:
+        """Let nobody but ``user`` mount or remove a volume; ``why`` is told to the others.
+
+        Not remembered over a restart.
+        """
+        with self._guard:
+            self._reserved[name] = (user, why)
+
+    def release(self, name: str) -> None:
+        """Undo :meth:`reserve`."""
+        with self._guard:
+            self._reserved.pop(name, None)
+
+    def _refuse_reserved(self, name: str, user: str) -> None:
+        holder, why = self._reserved.get(name, (user, ""))
+        if holder != user:
+            raise InUse(f"volume {name} cannot be used now: {why}")
 
     def redirect(self, name: str, shown: Path | None) -> None:
         """Give users of a volume another folder than its root from now on (None: its root).

@@ -1,0 +1,31 @@
+"""Holes in files that exist."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+from lazarette.backup import scan
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def clear(descriptor: int, offset: int, length: int) -> None:
+    """Make a run of an existing file a hole, or zeros where there are no holes."""
+    end = min(offset + length, os.fstat(descriptor).st_size)
+    for start, stop in scan.data_ranges(descriptor, end):
+        first = max(start, offset)
+        if first >= stop:
+            continue
+        if not punch(descriptor, first, stop - first):
+            for at in range(first, stop, 1 << 20):
+                os.pwrite(descriptor, bytes(min(1 << 20, stop - at)), at)
+
+
+def punch(descriptor: int, offset: int, length: int) -> bool:
+    """Deallocate a run of a file; False when the filesystem does not do that."""
+    keep_size_punch = 0x01 | 0x02
+    done = _libc.fallocate(
+        descriptor, keep_size_punch, ctypes.c_longlong(offset), ctypes.c_longlong(length)
+    )
+    return int(done) == 0
