@@ -72,7 +72,7 @@ def read(store: BlobStore, crypt: Crypt, volume: str) -> Owner | None:
         return None
     try:
         return _decode(unseal(crypt, name, stored))
-    except msgspec.MsgspecError as bad:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as bad:
         raise RepositoryDamaged(f"owner of {volume}: object {name} is malformed: {bad}") from bad
 
 

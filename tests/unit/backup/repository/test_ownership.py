@@ -25,12 +25,12 @@ def test_a_history_is_anybodys_until_it_is_claimed(tmp_path: Path) -> None:
 
 def test_claims_count_and_repeat(tmp_path: Path) -> None:
     with repositories.local(tmp_path) as repo:
-        first = ownership.claim(repo, "db", "a", "host-a")
-        assert ownership.claim(repo, "db", "a", "host-a") == first
-        assert ownership.claim(repo, "db", "b", "host-b").epoch == 2
-        assert ownership.claim(repo, "db", "a", "host-a").epoch == 3
+        first = ownership.claim(repo, "pgdata", "a", "host-a")
+        assert ownership.claim(repo, "pgdata", "a", "host-a") == first
+        assert ownership.claim(repo, "pgdata", "b", "host-b").epoch == 2
+        assert ownership.claim(repo, "pgdata", "a", "host-a").epoch == 3
         [info] = repo.store.list(OWNERS)
-        assert "db" not in info.name.removeprefix(OWNERS)
+        assert "pgdata" not in info.name.removeprefix(OWNERS)
         assert not scrub.run(repo.store).damaged
 
 
