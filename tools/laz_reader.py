@@ -201,7 +201,8 @@ class Reader:
                 chunk, length = next(rows)
                 size = length & 0x3FFFFFFF
                 place = (pack, field, kind, offset, stored, plain, start, length)
-                self._chunks.setdefault(chunk, place)
+                if chunk not in self._chunks or self._chunks[chunk][7] & 0x80000000:
+                    self._chunks[chunk] = place
                 start += size
 
     def _payload(self, chunk: bytes) -> tuple[bytes, bool]:

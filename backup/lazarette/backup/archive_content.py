@@ -350,8 +350,7 @@ class Worker:
                 found = self._delta(chunk, block, hashes, bases.get(offset + at), paged)
                 if found is not None:
                     span.close()
-                    self.lane.add(chunk, found.payload, found.needs, paged)
-                    maps.note(chunk, found.pages)
+                    self.add_delta(chunk, found, paged)
                 else:
                     span.add(chunk, block, data, at)
                     maps.note(chunk, PageMap.plain(chunk, hashes))
@@ -387,10 +386,21 @@ class Worker:
         known = self.known_pages(base, len(block) // PAGE, paged)
         if known is None:
             return None
-        found = delta(chunk, lambda page: block[page * PAGE : (page + 1) * PAGE], hashes, known)
-        if found is None or not all(map(self.ingest.has, found.needs)):
-            return None
-        return found
+        return delta(
+            lambda page: block[page * PAGE : (page + 1) * PAGE],
+            hashes,
+            known,
+            self.ingest.holds_plain,
+            self.crypt.chunk_id,
+        )
+
+    def add_delta(self, chunk: bytes, found: Delta, paged: bool) -> None:
+        """Store a block as a patch, and the chunk of its new pages."""
+        if found.new and self.ingest.claim(found.holder):
+            self.lane.add(found.holder, found.new)
+        self.lane.add(chunk, found.payload, found.needs, paged)
+        if self.maps is not None:
+            self.maps.note(chunk, found.pages)
 
     def known_pages(self, chunk: bytes, pages: int, paged: bool) -> PageMap | None:
         """The map of a block stored before, if this host has it."""

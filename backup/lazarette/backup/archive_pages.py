@@ -50,6 +50,10 @@ class _Short(Exception):
     """The file ended before the block."""
 
 
+class _Stale(Exception):
+    """A page is not what the record of changes says it still is."""
+
+
 @dataclass
 class Pages:
     """A run of a large file: parts kept as they were and blocks touched, in order.
@@ -111,18 +115,32 @@ class Pages:
         chunk = worker.crypt.paged_id(bytes(hashes))
         ingest = worker.ingest
         if not ingest.has(chunk):
-            view = worker.view
-            found = delta(
-                chunk, lambda page: view[page * PAGE : (page + 1) * PAGE], bytes(hashes), known
-            )
-            if found is None or worker.maps is None or chunk in worker.lost:
+            if worker.maps is None or chunk in worker.lost:
                 return None
-            if not all(map(ingest.has, found.needs)):
+            try:
+                found = delta(
+                    lambda page: self._page(worker, block, page, bytes(hashes)),
+                    bytes(hashes),
+                    known,
+                    ingest.holds_plain,
+                    worker.crypt.chunk_id,
+                )
+            except _Stale:
+                return None
+            if found is None:
                 return None
             if ingest.claim(chunk):
-                worker.lane.add(chunk, found.payload, found.needs, True)
-                worker.maps.note(chunk, found.pages)
+                worker.add_delta(chunk, found, True)
         return PART.pack(chunk, block.length)
+
+    def _page(self, worker: Worker, block: Touched, page: int, hashes: bytes) -> memoryview:
+        """A page to store: one that was read for its hash, or one that only a patch holds."""
+        view = worker.view[page * PAGE : (page + 1) * PAGE]
+        if page not in block.pages:
+            self._fill(worker, view, block.offset + page * PAGE)
+            if worker.crypt.page_hashes(view) != hashes[page * ID_SIZE : (page + 1) * ID_SIZE]:
+                raise _Stale
+        return view
 
     def _fill(self, worker: Worker, view: memoryview, offset: int) -> None:
         got = fill_buffer(self.file, view, 0, len(view), offset)

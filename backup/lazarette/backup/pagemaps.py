@@ -157,37 +157,53 @@ class Delta:
         payload: what is stored.
         needs: chunks it takes pages from.
         pages: its map.
+        holder: id of a chunk of the new pages, which is stored beside it.
+        new: the new pages, joined.
     """
 
     payload: bytes
     needs: tuple[bytes, ...]
     pages: PageMap
+    holder: bytes
+    new: bytes
 
 
 def delta(
-    chunk: bytes, page_of: Callable[[int], memoryview], hashes: bytes, base: PageMap
+    page_of: Callable[[int], memoryview],
+    hashes: bytes,
+    base: PageMap,
+    whole: Callable[[bytes], bool],
+    name_of: Callable[[bytes], bytes],
 ) -> Delta | None:
     """A block as a patch against an earlier one; None when too much of it is new.
 
+    The new pages become a chunk of their own.  Held in the patch they could not be named by
+    the next one: another host may store the same block as another patch at the same time.
+
     Args:
-        chunk: id of the block.
-        page_of: gives a page of the block that is not the earlier one's, by its number.
+        page_of: gives a page of the block, by its number.
         hashes: of all its pages.
         base: the earlier block's map.
+        whole: whether a chunk is stored whole; pages are taken from such chunks only.
+        name_of: gives the id of a chunk.
     """
-    places: list[tuple[bytes | None, int]] = []
+    usable = set(filter(whole, {source for source, _ in base.places}))
+    places: list[tuple[bytes, int]] = []
     new: list[memoryview] = []
-    known: list[tuple[bytes, int]] = []
     most = len(hashes) // _HASH * MOST_NEW
     for number, at in enumerate(range(0, len(hashes), _HASH)):
-        if hashes[at : at + _HASH] == base.hashes[at : at + _HASH]:
+        same = hashes[at : at + _HASH] == base.hashes[at : at + _HASH]
+        if same and base.places[number][0] in usable:
             places.append(base.places[number])
-            known.append(base.places[number])
+        elif len(new) >= most:
+            return None
         else:
-            places.append((None, len(new)))
-            known.append((chunk, len(new)))
+            places.append((b"", len(new)))
             new.append(page_of(number))
-    if len(new) > most or len(new) == len(places):
+    if len(new) == len(places):
         return None
-    payload, needs = patches.encode(PAGE, places, new)
-    return Delta(payload, needs, PageMap(hashes, tuple(known)))
+    data = b"".join(new)
+    holder = name_of(data)
+    found = tuple((source or holder, page) for source, page in places)
+    payload, needs = patches.encode(PAGE, found, ())
+    return Delta(payload, needs, PageMap(hashes, found), holder, data)

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 from tests.support.repositories import backup, bring_back, local, reopen
 from tests.support.trees import describe
 
@@ -85,33 +86,30 @@ def test_damaged_cache_is_made_anew(tmp_path: Path) -> None:
 def test_delta_of_a_delta_refers_to_where_the_pages_are(tmp_path: Path) -> None:
     maps = PageMaps(tmp_path / "pages.sqlite", bytes(32))
     chance = random.Random(3)
-    stored = {b"0" * 16: chance.randbytes(BLOCK)}
-    payloads: dict[bytes, bytes] = {}
-    block = bytearray(stored[b"0" * 16])
-    known = PageMap.plain(b"0" * 16, maps.hashes(memoryview(block)))
-    for generation in range(1, 6):
-        page = chance.randrange(8)
+    whole = b"0" * 16
+    stored = {whole: chance.randbytes(BLOCK)}
+
+    def name_of(data: bytes) -> bytes:
+        return blake3(data).digest(16)
+
+    block = bytearray(stored[whole])
+    known = PageMap.plain(whole, maps.hashes(memoryview(block)))
+    for generation, page in enumerate((3, 5, 3, 0, 7, 1), 1):
         block[page * PAGE : page * PAGE + 10] = chance.randbytes(10)
-        name = b"%d" % generation * 16
         view = memoryview(bytes(block))
-        found = delta(
-            name,
-            partial(_page, view),
-            maps.hashes(view),
-            known,
-        )
-        assert found is not None and len(found.payload) < 2 * PAGE
-        payloads[name] = found.payload
-        packed = found.pages.pack(name)
-        assert PageMap.unpack(name, packed, 8) == found.pages
+        arguments = (partial(_page, view), maps.hashes(view), known)
+        found = delta(*arguments, stored.__contains__, name_of)
+        assert found is not None and len(found.new) == PAGE and len(found.payload) < 300
+        assert patches.decode(found.payload).new_pages == b""
+        stored[found.holder] = found.new
+        name = b"%d" % generation * 16
+        assert PageMap.unpack(name, found.pages.pack(name), 8) == found.pages
+        assert patches.assemble(patches.decode(found.payload), stored.__getitem__) == bytes(block)
+        again = delta(*arguments, lambda chunk: chunk == whole, name_of)
+        if again is not None:
+            assert set(again.needs) == {whole, again.holder}, "what is not whole is stored again"
         known = found.pages
-
-        def pages_of(chunk: bytes) -> bytes | memoryview:
-            if chunk in payloads:
-                return memoryview(patches.decode(payloads[chunk]).new_pages)
-            return stored[chunk]
-
-        assert patches.assemble(patches.decode(found.payload), pages_of) == bytes(block)
+    assert again is None, "more than half of it would be"
     maps.close()
 
 

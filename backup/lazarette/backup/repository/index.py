@@ -86,12 +86,20 @@ def _join(segments: Sequence[_Segment]) -> _Segment:
         for name in ("high", "low", "block", "start", "length")
     ]
     # By the first half alone: two ids that share it are next to never met, and looked for.
-    order = np.argsort(columns[0])
+    patch = (columns[4] & np.uint32(PATCH_BIT)) != 0
+    if patch.any():
+        plain_first = np.argsort(patch, kind="stable")
+        order = plain_first[np.argsort(columns[0][plain_first], kind="stable")]
+    else:
+        order = np.argsort(columns[0])
     return _Segment(*(column[order] for column in columns))
 
 
 class Index:
-    """All chunks of a repository that are known here."""
+    """All chunks of a repository that are known here.
+
+    Of a chunk that is stored more than once the plain form counts: patches name pages of it.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -193,7 +201,8 @@ class Index:
         for row in patches:
             gathered.setdefault(ids[row["chunk"]].tobytes(), []).append(row["source"].tobytes())
         for chunk, needs in gathered.items():
-            self._needs[chunk] = tuple(needs)
+            # Two hosts may have made different patches of one chunk: what either needs stays.
+            self._needs[chunk] = tuple(dict.fromkeys((*self._needs.get(chunk, ()), *needs)))
 
     def _remember(self, segment: _Segment) -> None:
         ids = np.stack((segment.high, segment.low), axis=1).astype(">u8").tobytes()
@@ -201,7 +210,10 @@ class Index:
             segment.block.tolist(), segment.start.tolist(), segment.length.tolist(), strict=True
         )
         for number, row in enumerate(rows):
-            self._fresh[ids[number * ID_SIZE : (number + 1) * ID_SIZE]] = row
+            chunk = ids[number * ID_SIZE : (number + 1) * ID_SIZE]
+            known = self._fresh.get(chunk)
+            if known is None or known[2] & PATCH_BIT:
+                self._fresh[chunk] = row
 
     def _fresh_segment(self) -> _Segment:
         high, low = _split(np.frombuffer(b"".join(self._fresh), "V16"))
@@ -218,16 +230,20 @@ class Index:
         return self._find(chunk) is not None
 
     def _find(self, chunk: bytes) -> tuple[int, int, int] | None:
-        row = self._fresh.get(chunk)
-        if row is not None:
-            return row
+        patch = self._fresh.get(chunk)
+        if patch is not None and not patch[2] & PATCH_BIT:
+            return patch
         high = int.from_bytes(chunk[:8], "big")
         low = int.from_bytes(chunk[8:], "big")
         for segment in self._segments:
             at = segment.find(high, low)
             if at >= 0:
-                return int(segment.block[at]), int(segment.start[at]), int(segment.length[at])
-        return self._fresh.get(chunk)
+                length = int(segment.length[at])
+                row = int(segment.block[at]), int(segment.start[at]), length
+                if not length & PATCH_BIT:
+                    return row
+                patch = patch or row
+        return patch or self._fresh.get(chunk)
 
     def find(self, chunk: bytes) -> Location | None:
         """Where a chunk is, or None."""

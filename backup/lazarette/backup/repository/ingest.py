@@ -219,6 +219,15 @@ class Ingest:
         """Whether a chunk is stored or about to be."""
         return chunk in self._claimed or chunk in self.index
 
+    def holds_plain(self, chunk: bytes) -> bool:
+        """Whether a chunk is stored whole: only then patches may name pages of it.
+
+        Another host may store the same chunk as another patch at the same time; which pages
+        such a patch holds is not known, while a whole chunk has the same pages everywhere.
+        """
+        location = self.index.find(chunk)
+        return location is not None and not location.patch
+
     def new_builder(self, kind: int) -> PackBuilder:
         """An empty pack."""
         size = TREE_BLOCK_SIZE if kind == TREE else 1 << 20

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -123,6 +124,39 @@ def test_patches_know_what_they_need() -> None:
     assert found.length == plain.chunk_array()["length"][1]
     assert index.needs(patch) == (b"n" * 16,)
     assert index.needs(chunks["id"][0].tobytes()) == ()
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("plain_first", [False, True])
+def test_the_whole_form_of_a_chunk_goes_before_its_patches(
+    plain_first: bool, many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two hosts stored the same chunk at once: one whole, two as different patches."""
+    monkeypatch.setattr(index_module, "FRESH_LIMIT", 10 if many else FRESH_LIMIT)
+    chance = random.Random(8)
+    chunk = chance.randbytes(16)
+
+    def form(need: bytes) -> PackRecord:
+        made = record(chance, 1, 7)
+        chunks = made.chunk_array().copy()
+        chunks["id"][3] = np.void(chunk)
+        patched = np.empty(1 if need else 0, PATCH_DTYPE)
+        if need:
+            chunks["length"][3] |= PATCH_BIT
+            patched["chunk"], patched["source"] = 3, np.void(need)
+        return msgspec.structs.replace(made, chunks=chunks.tobytes(), patches=patched.tobytes())
+
+    patches, whole = [form(b"n" * 16), form(b"m" * 16)], form(b"")
+    order = [whole, *patches] if plain_first else [*patches, whole]
+    index = Index()
+    for one in order:
+        index.add([one])
+    found = index.find(chunk)
+    assert found is not None and (found.pack, found.patch) == (whole.pack, False)
+    assert set(index.needs(chunk)) == {b"n" * 16, b"m" * 16}, "what any form needs is kept"
+    index.consolidate()
+    [row] = index.rows(chunk)
+    assert index.packs()[index.row_packs()[row]].pack == whole.pack
 
 
 @pytest.mark.parametrize("field", ["pack", "blocks", "chunks", "patches", "key"])
