@@ -18,13 +18,14 @@ from lazarette.runtime.containers import recover
 from lazarette.runtime.containers.manager import ContainerManager
 from lazarette.runtime.containers.networking import Networking
 from lazarette.runtime.events import EventBus
-from lazarette.runtime.hands import EngineHands, StoreArchives
+from lazarette.runtime.hands import EngineHands, StoreArchives, VolumeUsers
 from lazarette.runtime.images.endpoints import RegistryConfig
 from lazarette.runtime.images.registries import Registries
 from lazarette.runtime.images.store import ImageStore
 from lazarette.runtime.networks.etcd import cluster_of
 from lazarette.runtime.networks.manager import NetworkManager
 from lazarette.runtime.protection.backups import BackupService
+from lazarette.runtime.protection.branches import BranchService
 from lazarette.runtime.protection.describe import Describer
 from lazarette.runtime.protection.drills import Drills
 from lazarette.runtime.protection.fencing import Fencing
@@ -176,7 +177,19 @@ class Engine:
             self.events,
             self.clock,
         )
-        restores = RestoreService(self.volumes, repositories, self.fills, jobs, self.state)
+        users = VolumeUsers(self.containers)
+        restores = RestoreService(self.volumes, repositories, self.fills, jobs, self.state, users)
+        branches = BranchService(
+            self.volumes,
+            repositories,
+            restores,
+            self.fills,
+            runs,
+            lambda volume: [one.id for one in self.containers.using_volume(volume)],
+            self.events,
+            self.state,
+        )
+        self.fills.replaced = self._restart_users
         hands = EngineHands(self.images, keep, self.networks, self.containers)
         recovery = HostRecovery(repositories, restores, self.volumes, hands)
         standbys = StandbyService(
@@ -227,6 +240,7 @@ class Engine:
             drills,
             fencing,
             standbys,
+            branches,
         )
 
     def _network_of(self, container: str) -> Joined:
@@ -244,6 +258,14 @@ class Engine:
             for one in self.containers.using_volume(volume)
         ]
 
+    async def _restart_users(self, volume: str) -> None:
+        """Start containers anew whose mount died with its server, and say so."""
+        restarted = await self.protection.restores.in_place.restart(volume)
+        if restarted:
+            names = ", ".join(restarted)
+            log.warning("restarted %s: the mount of volume %s had died", names, volume)
+        self.events.publish("volume", "remount", volume, {"restarted": ",".join(restarted)})
+
     async def start(self) -> None:
         """Repair what an earlier daemon left, find its containers, follow the policies."""
         await self._recover()
@@ -260,6 +282,7 @@ class Engine:
         await asyncio.to_thread(self.builder.recover)
         await asyncio.to_thread(self.images.recover)
         await self.fills.start()
+        await asyncio.to_thread(self.protection.restores.in_place.prepare)
         running = recover.load(self.containers)
         await asyncio.to_thread(self.networks.recover, running)
         await recover.resume(self.containers)

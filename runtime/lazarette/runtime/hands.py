@@ -16,7 +16,9 @@ from lazarette.runtime.images.store import ImageStore
 from lazarette.runtime.networks.manager import NetworkManager
 from lazarette.runtime.networks.model import NetworkSpec
 from lazarette.runtime.protection.definitions import ContainerDefinition
+from lazarette.runtime.protection.holding import EngineAccess
 from lazarette.runtime.protection.images import ImageKeep
+from lazarette.runtime.protection.recovery import in_order
 from lazarette.storage.errors import NotFound
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,23 @@ class StoreArchives:
         """Load an archive."""
         with open(path, "rb") as source:
             archive.load(self._images, source)
+
+
+class VolumeUsers(EngineAccess):
+    """The containers of volumes, to be stopped and started; implements ``inplace.Users``."""
+
+    def running(self, volume: str) -> list[str]:
+        """See ``Users.running``."""
+        found = [one for one in self._containers.using_volume(volume) if one.state.running]
+        found.sort(key=lambda one: one.state.started_ns)
+        return [one.id for one in in_order([each.definition for each in found])]
+
+    def name(self, container: str) -> str:
+        """See ``Users.name``."""
+        try:
+            return self._containers.get(container).name
+        except NotFound:
+            return container[:12]
 
 
 class EngineHands:

@@ -42,13 +42,14 @@ class _AccessFile(msgspec.Struct):
     access: StoreAccess
 
 
-def open_source(access: str, snapshot: str, cache: str) -> RepositorySource:
+def open_source(access: str, snapshot: str, cache: str, blocks: str = "0") -> RepositorySource:
     """What a FUSE server calls to get its source.
 
     Args:
         access: file with the access to the repository, readable by root alone.
         snapshot: id of the snapshot.
         cache: folder for copies of index and directories.
+        blocks: bytes of file contents to keep there too, for others that read the same.
 
     Raises:
         OSError: EIO, when the repository cannot be opened.
@@ -57,6 +58,8 @@ def open_source(access: str, snapshot: str, cache: str) -> RepositorySource:
         told = msgspec.json.decode(Path(access).read_bytes(), type=_AccessFile)
         repository = open_repository(told.access, SystemClock(), Path(cache))
         repository.ready()
+        if int(blocks):
+            repository.keep_blocks(int(blocks))
         return RepositorySource(repository, repository.snapshot(snapshot))
     except LazaretteError as error:
         raise OSError(errno.EIO, error.message) from error

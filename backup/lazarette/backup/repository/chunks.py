@@ -9,6 +9,7 @@ from collections.abc import Callable
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from lazarette.backup.repository import patches
+from lazarette.backup.repository.blockcache import BlockCache
 from lazarette.backup.repository.format import (
     Crypt,
     RepositoryDamaged,
@@ -44,6 +45,9 @@ class ChunkReader:
         cache_bytes: plain blocks kept in memory.
         trees: local copies of packs of directories, if kept.
         refresh: brings the index up to date; called when a chunk is not in it.
+
+    Attributes:
+        kept: local copies of blocks of data, if kept.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class ChunkReader:
         self._limit = cache_bytes
         self._trees = trees
         self._refresh = refresh
+        self.kept: BlockCache | None = None
         self._lock = threading.Lock()
         self._blocks: OrderedDict[tuple[bytes, int], bytes] = OrderedDict()
         self._held = 0
@@ -134,16 +139,35 @@ class ChunkReader:
             if found is not None:
                 self._blocks.move_to_end(key)
                 return found
+        plain = self._opened(location)
+        self.keep(location, plain)
+        return plain
+
+    def _opened(self, location: Location) -> bytes:
+        kept = None
+        if self._index.head(location.pack).kind != TREE:
+            kept = self.kept
+        if kept is not None:
+            copy = kept.read(location.pack, location.offset)
+            if copy is not None:
+                try:
+                    return self._open(location, copy)
+                except RepositoryDamaged:
+                    kept.drop(location.pack, location.offset)
         stored = self._fetch(location)
-        plain = open_block(
+        plain = self._open(location, stored)
+        if kept is not None:
+            kept.write(location.pack, location.offset, stored)
+        return plain
+
+    def _open(self, location: Location, stored: Buffer) -> bytes:
+        return open_block(
             self._cipher(location.pack),
             location.pack.hex(),
             location.offset,
             stored,
             location.plain,
         )
-        self.keep(location, plain)
-        return plain
 
     def keep(self, location: Location, plain: bytes) -> None:
         """Hold a plain block in memory for later readers."""

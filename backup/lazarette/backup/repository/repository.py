@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from lazarette.backup.repository import check, indexes, marks, snapshots
+from lazarette.backup.repository.blockcache import BlockCache
 from lazarette.backup.repository.check import CheckReport
 from lazarette.backup.repository.chunks import ChunkReader
 from lazarette.backup.repository.format import (
@@ -186,6 +187,11 @@ class Repository:
             self.store.put(CONFIG, sealed)
             self.config = config
         return True
+
+    def keep_blocks(self, limit: int) -> None:
+        """Keep copies of the data read from now on in the local cache, at most so many bytes."""
+        if self.cache_dir is not None:
+            self.reader.kept = BlockCache(self.cache_dir / "blocks", limit, self.clock)
 
     def refresh(self) -> None:
         """Bring the index up to date with the store.

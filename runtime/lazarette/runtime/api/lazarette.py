@@ -18,7 +18,9 @@ from lazarette.backup.jobs.model import Failure, Progress, StoreAccess
 from lazarette.backup.policy.metrics import CONTENT_TYPE
 from lazarette.backup.policy.outcome import Kind
 from lazarette.runtime.api.http import Call, Route, empty, json_response, stream
+from lazarette.runtime.events import EventBus
 from lazarette.runtime.protection.backups import encode_run
+from lazarette.runtime.protection.branches import Wanted
 from lazarette.runtime.protection.history import encode_history
 from lazarette.runtime.protection.restores import encode_point
 from lazarette.runtime.protection.service import Protection
@@ -54,6 +56,30 @@ class RestoreBody(msgspec.Struct):
     repository: str = ""
     instant: bool = False
     rate: int = 0
+    stop_users: bool = False
+
+
+class UndoBody(msgspec.Struct):
+    """``POST /volumes/{volume}/undo``."""
+
+    stop_users: bool = False
+
+
+class BranchBody(msgspec.Struct):
+    """A writable volume of a point; see :class:`Wanted`."""
+
+    source: str
+    name: str
+    repository: str = ""
+    ephemeral: bool = False
+    fill: bool = False
+    labels: dict[str, str] = {}
+
+
+class FillBody(msgspec.Struct):
+    """A lazy volume to make whole; bytes a second, 0 for no limit."""
+
+    rate: int = 0
 
 
 class PolicyBody(msgspec.Struct):
@@ -85,8 +111,9 @@ Tell = Callable[[object], Awaitable[None]]
 class ProtectionRoutes:
     """Handlers of everything that keeps volumes safe."""
 
-    def __init__(self, protection: Protection) -> None:
+    def __init__(self, protection: Protection, events: EventBus) -> None:
         self._protection = protection
+        self._events = events
 
     def routes(self) -> list[Route]:
         """All routes."""
@@ -101,6 +128,10 @@ class ProtectionRoutes:
             Route("GET", _V1 + "/runs", self.runs),
             Route("GET", _V1 + "/history", self.history),
             Route("POST", _V1 + "/restores", self.restore),
+            Route("POST", _V1 + "/branches", self.branch),
+            Route("GET", _V1 + "/volumes/{volume}/users", self.users),
+            Route("POST", _V1 + "/volumes/{volume}/undo", self.undo),
+            Route("POST", _V1 + "/volumes/{volume}/fill", self.fill),
             Route("GET", _V1 + "/policies", self.policies),
             Route("GET", _V1 + "/policies/{volume}", self.policy),
             Route("PUT", _V1 + "/policies/{volume}", self.set_policy),
@@ -207,11 +238,44 @@ class ProtectionRoutes:
                 repository=body.repository,
                 instant=body.instant,
                 rate=body.rate,
+                stop_users=body.stop_users,
                 show=teller(tell),
             )
             return msgspec.to_builtins(done)
 
         return await long_work(call, work)
+
+    async def users(self, call: Call) -> web.StreamResponse:
+        """The running containers of a volume, in the order they start."""
+        names = self._protection.restores.in_place.users(call.path["volume"])
+        return json_response([{"name": name} for name in names])
+
+    async def undo(self, call: Call) -> web.StreamResponse:
+        """Take the last restore over a volume back."""
+        body, volume = await call.json(UndoBody), call.path["volume"]
+
+        async def work(tell: Tell) -> object:
+            now, safety = await self._protection.restores.undo(volume, stop_users=body.stop_users)
+            return {"volume": volume, "snapshot": now, "safety": safety}
+
+        return await long_work(call, work)
+
+    async def branch(self, call: Call) -> web.StreamResponse:
+        """Make a branch."""
+        body = await call.json(BranchBody)
+        wanted = Wanted(body.source, body.name, body.repository, body.ephemeral, body.fill)
+        made = await asyncio.to_thread(self._protection.branches.branch, wanted, body.labels)
+        self._events.publish("volume", "create", made.name, {"driver": "local"})
+        lazy = self._protection.fills.of(made.name) is not None
+        return json_response(
+            {"volume": made.name, "labels": dict(made.labels), "shared": lazy}, 201
+        )
+
+    async def fill(self, call: Call) -> web.StreamResponse:
+        """Begin to make a lazy volume whole, or change the limit of its fill."""
+        body = await call.json(FillBody)
+        await asyncio.to_thread(self._protection.fills.complete, call.path["volume"], body.rate)
+        return empty()
 
     async def policies(self, call: Call) -> web.StreamResponse:
         """All policies with what applies and the next run."""
@@ -241,7 +305,12 @@ class ProtectionRoutes:
         for fill in self._protection.fills.all():
             seen = await asyncio.to_thread(self._protection.fills.progress, fill.volume)
             found.append(
-                {"volume": fill.volume, "snapshot": fill.snapshot, "whole": fill.whole}
+                {
+                    "volume": fill.volume,
+                    "snapshot": fill.snapshot,
+                    "whole": fill.whole,
+                    "lazy": fill.lazy,
+                }
                 | ({} if seen is None else msgspec.to_builtins(seen))
             )
         return json_response(found)

@@ -32,6 +32,7 @@ def all_routes(engine: Engine) -> list[Route]:
         engine.containers,
         referrers,
         engine.fills.require_ordinary,
+        engine.fills.remove,
         engine.events,
     )
     builds = BuildRoutes(engine.builder, engine.clock)
@@ -58,7 +59,7 @@ def all_routes(engine: Engine) -> list[Route]:
         *distribution.routes(engine.registries),
         *NetworkRoutes(engine.networks, engine.containers).routes(),
         *volumes.routes(),
-        *ProtectionRoutes(engine.protection).routes(),
+        *ProtectionRoutes(engine.protection, engine.events).routes(),
         *StandbyRoutes(engine.protection).routes(),
         *absent.routes(),
     ]

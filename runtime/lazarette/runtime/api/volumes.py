@@ -88,6 +88,7 @@ class VolumeRoutes:
         writers: holds the containers that write them.
         referrers: ids of the containers, stopped ones too, that name a volume.
         require_ordinary: refuses what a volume that is still being restored cannot do.
+        remove: removes a volume of any kind.
         events: told what happens to them.
     """
 
@@ -97,12 +98,14 @@ class VolumeRoutes:
         writers: Writers,
         referrers: Callable[[str], Sequence[str]],
         require_ordinary: Callable[[str], None],
+        remove: Callable[[str, bool], None],
         events: EventBus,
     ) -> None:
         self._volumes = volumes
         self._writers = writers
         self._referrers = referrers
         self._require_ordinary = require_ordinary
+        self._remove = remove
         self._events = events
 
     def routes(self) -> list[Route]:
@@ -176,7 +179,7 @@ class VolumeRoutes:
                 hint="remove those containers first",
             )
         try:
-            await asyncio.to_thread(self._volumes.remove, name, force)
+            await asyncio.to_thread(self._remove, name, force)
         except VolumeNotFound as gone:
             if not force:
                 raise VolumeNotFound(f"get {name}: no such volume", hint="laz volume ls") from gone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from datetime import UTC, datetime
 from typing import cast
 
@@ -263,6 +264,8 @@ def path(
 @click.option("--include", "paths", multiple=True, help="Only this path (repeatable).")
 @click.option("--instant", is_flag=True, help="Usable at once; filled in the background.")
 @click.option("--rate", default="", help="Limit of the background fill, e.g. 50m (a second).")
+@click.option("-y", "--yes", is_flag=True, help="Stop containers that use it, without asking.")
+@click.option("--undo", is_flag=True, help="Take the last restore over VOLUME back.")
 @click.option("--in-place", is_flag=True, help="Change what is in the folder into the snapshot.")
 @secret_options
 @json_option
@@ -277,6 +280,8 @@ def restore(
     paths: tuple[str, ...],
     instant: bool,
     rate: str,
+    yes: bool,
+    undo: bool,
     in_place: bool,
     key_file: str | None,
     kit: str | None,
@@ -288,8 +293,12 @@ def restore(
             point, repository, folder, list(paths), in_place, (key_file, kit), as_json
         )
     volume, _, moment = point.partition("@")
+    stop = bool((undo or not instant) and _may_stop(session, into or volume, yes))
+    if undo:
+        return _undo(session, volume, stop, as_json)
     body = {
         "volume": volume,
+        "stop_users": stop,
         "point": moment or "latest",
         "into": into,
         "repository": repository,
@@ -300,13 +309,35 @@ def restore(
     if as_json:
         output.write_json(done)
     elif done.get("safety"):
-        click.echo(
-            f"{done['volume']}: restored; undo with: "
-            f"laz volume rollback {done['volume']} {done['safety']}"
-        )
+        click.echo(f"{done['volume']}: restored; undo with: laz restore --undo {done['volume']}")
     else:
         click.echo(str(done["volume"]))
     return _exit_code({"outcome": cast(Json, done["result"])["outcome"], "result": done["result"]})
+
+
+def _may_stop(session: Session, volume: str, yes: bool) -> bool:
+    """Whether the running containers of a volume may be stopped; a person is asked."""
+    from urllib.parse import quote
+
+    if yes:
+        return True
+    users = session.daemon.ask_list(f"/volumes/{quote(volume, safe='')}/users")
+    if not users or not sys.stdin.isatty():
+        return False  # the daemon says who is in the way
+    names = ", ".join(str(one["name"]) for one in users)
+    return click.confirm(f"{volume} is used by {names}; stop and start them again?", err=True)
+
+
+def _undo(session: Session, volume: str, stop: bool, as_json: bool) -> int:
+    from urllib.parse import quote
+
+    path = f"/volumes/{quote(volume, safe='')}/undo"
+    done = follow(session, path, {"stop_users": stop}, f"undo {volume}", as_json)
+    if as_json:
+        output.write_json(done)
+    else:
+        click.echo(f"{volume}: as before the restore; again to have the restored state back")
+    return EXIT_OK
 
 
 def _restore_folder(

@@ -26,6 +26,7 @@ _MODULES = {
     "networks": "network",
     "system": "info version events system shutdown",
     "backup": "backup restore",
+    "branches": "branch",
     "repositories": "repo",
     "policies": "policy status",
     "recovery": "recover",

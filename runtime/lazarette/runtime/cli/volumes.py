@@ -247,11 +247,17 @@ def usage(session: Session, name: str, as_json: bool) -> None:
 
 
 @volume.command("fill")
+@click.option("--start", is_flag=True, help="Bring everything of a branch here.")
+@click.option("--rate", default="", help="Limit, e.g. 50m (a second).")
 @click.argument("name", required=False)
 @json_option
 @pass_session
-def fill(session: Session, name: str | None, as_json: bool) -> None:
-    """Show how far instantly restored volumes are filled."""
+def fill(session: Session, name: str | None, start: bool, rate: str, as_json: bool) -> None:
+    """Show how far instantly restored volumes are filled; begin with a branch."""
+    if start or rate:
+        if name is None:
+            raise click.UsageError("--start and --rate need the name of a volume")
+        session.daemon.call("POST", _path(name, "fill"), {"rate": parse_bytes(rate) if rate else 0})
     found = [
         one for one in session.daemon.ask_list("/fills") if name is None or one["volume"] == name
     ]
@@ -263,7 +269,7 @@ def fill(session: Session, name: str | None, as_json: bool) -> None:
         [
             (
                 str(one["volume"]),
-                "whole" if one["whole"] else "filling",
+                "whole" if one["whole"] else "lazy" if one["lazy"] else "filling",
                 f"{one.get('fetched_files', '?')}/{one.get('files', '?')}",
                 output.size_text(cast(int, one.get("bytes", 0))),
                 str(one.get("error", "")),

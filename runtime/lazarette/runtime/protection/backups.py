@@ -222,6 +222,8 @@ class BackupService:
         """
         known = self._repositories.get(repository)
         places = {volume: self._volumes.get(volume).mountpoint for volume in volumes}
+        for volume in volumes:
+            self._volumes.require_free(volume)
         with self._claim(volumes):
             group = secrets.token_hex(8)
             local = LOCAL_PREFIX + group

@@ -8,6 +8,9 @@ the root.  States::
                (all data here)   nobody uses it any more: the tree is moved up into the
                                  volume's root, which is then ordinary
 
+A *lazy* one is not filled: what it does not change stays in the repository, and what it reads
+in a cache on disk that all volumes of one repository share, until it is told to become whole.
+
 A fill is written down before its server starts.  Killing the daemon ends neither the
 server nor the fill; a killed server is replaced at the next look.
 """
@@ -19,6 +22,7 @@ import logging
 import os
 import shutil
 import threading
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +35,13 @@ from lazarette.fuse.spec import LazySpec
 from lazarette.runtime.protection.repositories import RepositoryBook
 from lazarette.storage.beneath import names, open_folder, opened, remove_path
 from lazarette.storage.copying import renew_metadata
-from lazarette.storage.errors import InternalError, LazaretteError, Unavailable
+from lazarette.storage.errors import (
+    InternalError,
+    InUse,
+    LazaretteError,
+    Unavailable,
+    VolumeNotFound,
+)
 from lazarette.storage.state import State
 from lazarette.storage.volumes.manager import VolumeManager
 
@@ -52,7 +62,9 @@ _MIGRATIONS = (
         whole INTEGER NOT NULL DEFAULT 0
     ) STRICT
     """,
+    "ALTER TABLE fills ADD COLUMN lazy INTEGER NOT NULL DEFAULT 0",
 )
+CACHE_BYTES = 10 << 30
 
 
 class StillFilling(Unavailable):
@@ -72,6 +84,7 @@ class Fill:
         snapshot: which state.
         rate: limit in bytes a second; 0 for none.
         whole: all data are here.
+        lazy: data come only when they are read.
     """
 
     volume: str
@@ -79,6 +92,7 @@ class Fill:
     snapshot: str
     rate: int
     whole: bool
+    lazy: bool = False
 
 
 class FillService:
@@ -89,11 +103,16 @@ class FillService:
         repositories: where from.
         state: the daemon's database.
         run_root: folder of mount points and control sockets.
+
+    Attributes:
+        replaced: called, in the loop, with a volume whose server died and was replaced: its
+            users still have the mount of the dead one.
     """
 
     def __init__(
         self, volumes: VolumeManager, repositories: RepositoryBook, state: State, run_root: Path
     ) -> None:
+        self.replaced: Callable[[str], Awaitable[None]] = _nothing
         self._volumes = volumes
         self._repositories = repositories
         self._state = state
@@ -139,7 +158,7 @@ class FillService:
         if not found.whole:
             raise StillFilling(
                 f"volume {volume} is still being restored, its backup must wait",
-                hint=f"laz volume fill {volume}",
+                hint=f"laz volume fill {volume}{' --start' if found.lazy else ''}",
             )
         return root / FOLDER / _TREE
 
@@ -155,18 +174,21 @@ class FillService:
 
     # ---- life
 
-    def begin(self, volume: str, repository: str, snapshot: str, rate: int = 0) -> None:
-        """Make an empty volume show a snapshot at once, and begin to fill it.
+    def begin(
+        self, volume: str, repository: str, snapshot: str, rate: int = 0, *, lazy: bool = False
+    ) -> None:
+        """Make an empty volume show a snapshot at once, and begin to fill it unless ``lazy``.
 
         Raises:
             InternalError: the FUSE server does not start; the volume is as it was.
         """
-        fill = Fill(volume, repository, snapshot, rate, False)
+        fill = Fill(volume, repository, snapshot, rate, False, lazy)
         with self._serving:
             with self._state.write() as db:
                 db.execute(
-                    "INSERT INTO fills (volume, repository, snapshot, rate) VALUES (?, ?, ?, ?)",
-                    (volume, repository, snapshot, rate),
+                    "INSERT INTO fills (volume, repository, snapshot, rate, lazy)"
+                    " VALUES (?, ?, ?, ?, ?)",
+                    (volume, repository, snapshot, rate, int(lazy)),
                 )
             try:
                 self._serve(fill)
@@ -174,9 +196,50 @@ class FillService:
                 self._abandon(fill)
                 raise InternalError(f"volume {volume} cannot be shown: {bad}") from bad
 
+    def complete(self, volume: str, rate: int = 0) -> None:
+        """Begin to fill a lazy volume, or give a fill that runs another limit.
+
+        Raises:
+            VolumeNotFound: the volume is an ordinary one, or there is none.
+        """
+        with self._serving:
+            if self.of(volume) is None:
+                raise VolumeNotFound(f"volume {volume} is not being restored", hint="laz volume ls")
+            with self._state.write() as db:
+                db.execute("UPDATE fills SET lazy = 0, rate = ? WHERE volume = ?", (rate, volume))
+            found = self.of(volume)
+            assert found is not None
+            self._serve(found)
+
+    def remove(self, volume: str, force: bool = False) -> None:
+        """Remove a volume, ordinary or not; see :meth:`VolumeManager.remove`.
+
+        Raises:
+            InUse: somebody uses it.
+        """
+        with self._serving:
+            fill = self.of(volume)
+            if fill is not None and self._volumes.users(volume) in ((), (_USER,)):
+                try:
+                    self._mount(fill).stop()
+                except OSError as busy:
+                    raise InUse(
+                        f"remove {volume}: volume is in use: {busy.strerror}",
+                        hint="end what looks into it first",
+                    ) from busy
+                self._volumes.redirect(volume, None)
+                self._volumes.unmount(volume, _USER)
+            self._volumes.remove(volume, force)
+            if fill is not None:
+                self._forget(fill)
+
     async def start(self) -> None:
         """Show again what an earlier daemon showed; call before containers are resumed."""
+        here = {volume.name for volume in await asyncio.to_thread(self._volumes.list)}
         for fill in self.all():
+            if fill.volume not in here:  # its removal had come so far
+                self._forget(fill)
+                continue
             try:
                 await asyncio.to_thread(self._serve, fill)
             except (OSError, LazaretteError) as bad:
@@ -217,12 +280,14 @@ class FillService:
                     "access": str(self._repositories.file(fill.repository)),
                     "snapshot": fill.snapshot,
                     "cache": str(self._repositories.cache),
+                    "blocks": str(CACHE_BYTES if fill.lazy else 0),
                 },
                 log=str(place / "log"),
             )
         )
 
-    def _serve(self, fill: Fill) -> None:
+    def _serve(self, fill: Fill) -> bool:
+        """Have a server for it; whether there was one already."""
         self._volumes.mount(fill.volume, _USER)
         root = self._volumes.get(fill.volume).mountpoint  # mount gives what is shown
         (root / FOLDER).mkdir(mode=0o700, exist_ok=True)
@@ -230,10 +295,11 @@ class FillService:
         with suppress(OSError):  # a dead server's mount point cannot even be looked at
             merged.mkdir(parents=True, exist_ok=True)
         mount = self._mount(fill)
-        mount.ensure()
+        adopted = mount.ensure()
         self._volumes.redirect(fill.volume, merged)
-        if not fill.whole:
+        if not fill.whole and not fill.lazy:
             mount.call("fill", bytes_per_second=float(fill.rate))
+        return adopted
 
     def _abandon(self, fill: Fill) -> None:
         with suppress(OSError):
@@ -252,28 +318,37 @@ class FillService:
             await asyncio.sleep(_LOOK_S)
             for fill in self.all():
                 try:
-                    await asyncio.to_thread(self._look, fill.volume)
+                    if await asyncio.to_thread(self._look, fill.volume):
+                        log.warning("the server of volume %s had died", fill.volume)
+                        await self.replaced(fill.volume)
                 except (OSError, LazaretteError) as bad:
                     log.warning("fill of volume %s: %s", fill.volume, bad)
 
-    def _look(self, volume: str) -> None:
-        """Replace a dead server, note a whole volume, settle one nobody uses."""
+    def _look(self, volume: str) -> bool:
+        """Replace a dead server, note a whole volume, settle one nobody uses.
+
+        Returns:
+            Whether a server was replaced.
+        """
         with self._serving:
             fill = self.of(volume)
-            if fill is not None:
-                self._advance(fill)
+            return fill is not None and self._advance(fill)
 
-    def _advance(self, fill: Fill) -> None:
-        if not fill.whole:
-            seen = self.progress(fill.volume)
-            if seen is None:
-                self._serve(fill)
-            elif seen.complete:
+    def _advance(self, fill: Fill) -> bool:
+        if fill.whole and self._volumes.users(fill.volume) == (_USER,):
+            self.settle(fill)
+            return False
+        seen = self.progress(fill.volume)
+        if seen is None:
+            return not self._serve(fill)
+        if not fill.whole and not fill.lazy:
+            if seen.complete:
                 with self._state.write() as db:
                     db.execute("UPDATE fills SET whole = 1 WHERE volume = ?", (fill.volume,))
                 log.info("volume %s is whole", fill.volume)
-        elif self._volumes.users(fill.volume) == (_USER,):
-            self.settle(fill)
+            elif not seen.filling:
+                self._serve(fill)
+        return False
 
     def settle(self, fill: Fill) -> None:
         """Make a whole volume that nobody uses ordinary; repeatable after a crash.
@@ -313,4 +388,9 @@ def move_up(root: Path) -> None:
 
 
 def _fill(row: dict[str, object]) -> Fill:
-    return msgspec.convert({**row, "whole": bool(row["whole"])}, type=Fill)
+    flags = {name: bool(row[name]) for name in ("whole", "lazy")}
+    return msgspec.convert({**row, **flags}, type=Fill)
+
+
+async def _nothing(volume: str) -> None:
+    """What is done for nobody."""

@@ -10,6 +10,7 @@ import msgspec
 
 from lazarette.backup.jobs.model import StoreAccess
 from lazarette.backup.repository.snapshots import SnapshotRecord
+from lazarette.runtime.containers.model import ContainerConfig
 from lazarette.runtime.networks.model import NetworkSpec
 from lazarette.runtime.protection.definitions import (
     ContainerDefinition,
@@ -251,7 +252,13 @@ class _Named(Protocol):
     def name(self) -> str: ...
 
 
+class _Configured(_Named, Protocol):
+    @property
+    def config(self) -> ContainerConfig: ...
+
+
 T = TypeVar("T", bound=_Named)
+C = TypeVar("C", bound=_Configured)
 
 
 def unique(found: Iterable[T]) -> list[T]:
@@ -259,14 +266,14 @@ def unique(found: Iterable[T]) -> list[T]:
     return list({one.name: one for one in found}.values())
 
 
-def in_order(containers: Sequence[ContainerDefinition]) -> list[ContainerDefinition]:
+def in_order(containers: Sequence[C]) -> list[C]:
     """Containers after those they depend on, by compose's labels; others as given."""
     services = {
         container.config.labels.get(_SERVICE, container.name): container for container in containers
     }
-    ordered: dict[str, ContainerDefinition] = {}
+    ordered: dict[str, C] = {}
 
-    def place(container: ContainerDefinition, above: frozenset[str]) -> None:
+    def place(container: C, above: frozenset[str]) -> None:
         if container.name in ordered or container.name in above:
             return
         depends = container.config.labels.get(_DEPENDS_ON, "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
@@ -16,19 +16,17 @@ from lazarette.backup.jobs.model import Progress, Request, RestoreJob, Result
 from lazarette.backup.repository.snapshots import SnapshotRecord
 from lazarette.runtime.protection.definitions import Definitions, VolumeDefinition
 from lazarette.runtime.protection.fills import FillService
+from lazarette.runtime.protection.inplace import InPlace, Users, user_of
 from lazarette.runtime.protection.jobs import JobRunner
 from lazarette.runtime.protection.repositories import RepositoryBook
 from lazarette.storage.clock import NANOSECONDS
 from lazarette.storage.errors import (
-    InUse,
     InvalidArgument,
-    LazaretteError,
     NameTaken,
     SnapshotNotFound,
     VolumeNotFound,
 )
 from lazarette.storage.state import State
-from lazarette.storage.volumes.contract import OpenGate
 from lazarette.storage.volumes.manager import VolumeManager
 
 LATEST = "latest"
@@ -108,6 +106,10 @@ class RestoreService:
         fills: shows volumes before their data are here.
         jobs: starts the processes.
         state: the daemon's database.
+        users: the containers of volumes.
+
+    Attributes:
+        in_place: changes volumes that are there.
     """
 
     def __init__(
@@ -117,7 +119,9 @@ class RestoreService:
         fills: FillService,
         jobs: JobRunner,
         state: State,
+        users: Users,
     ) -> None:
+        self.in_place = InPlace(volumes, users, jobs, state)
         self._fills = fills
         self._volumes = volumes
         self._repositories = repositories
@@ -132,6 +136,9 @@ class RestoreService:
 
     async def recover(self) -> None:
         """Take up the restores an earlier daemon left: wait for living jobs, undo the rest."""
+        changing = asyncio.create_task(self.in_place.recover())
+        self._adopted.add(changing)
+        changing.add_done_callback(self._adopted.discard)
         for row in self._state.rows("SELECT * FROM restores"):
             task = asyncio.create_task(
                 self._take_up(str(row["job"]), str(row["volume"]), bool(row["fresh"]))
@@ -160,17 +167,19 @@ class RestoreService:
         repository: str = "",
         instant: bool = False,
         rate: int = 0,
+        stop_users: bool = False,
         show: Callable[[Progress], None] = lambda progress: None,
     ) -> Restored:
-        """Restore a point of ``volume`` into a new volume, or over one nobody uses.
+        """Restore a point of ``volume`` into a new volume, or over one that is there.
 
-        An existing volume keeps a safety snapshot of what it was.  A new one that could
-        not be filled is removed again.  An ``instant`` one can be used when this returns,
-        and is filled in the background, at most ``rate`` bytes a second if given.
+        Of an existing volume only what differs is changed, while its containers are stopped
+        if ``stop_users`` says so; it keeps a safety snapshot of what it was.  A new one that
+        could not be filled is removed again.  An ``instant`` one can be used when this
+        returns, and is filled in the background, at most ``rate`` bytes a second if given.
 
         Raises:
             SnapshotNotFound: no such point.
-            InUse: the target is mounted.
+            InUse: the target is used, and its users must not be stopped.
         """
         target = into or volume
         record = choose_point(await self.points(volume, repository), point)
@@ -178,49 +187,82 @@ class RestoreService:
             existing = self._volumes.get(target)
         except VolumeNotFound:
             existing = None
-        if existing is not None and existing.users:
-            raise InUse(
-                f"volume {target} is used by {', '.join(existing.users)}",
-                hint="stop them, or restore into a new volume with --as NAME",
-            )
         if instant:
             if existing is not None:
                 raise NameTaken(
                     f"volume {target} exists", hint="an instant restore needs --as NEWNAME"
                 )
             return await asyncio.to_thread(self._show, target, record, repository, rate)
+        job_id = secrets.token_hex(16)
         if existing is not None:
             self._fills.require_ordinary(target)
-        job_id, safety = secrets.token_hex(16), ""
-        with self._state.write() as db:
-            db.execute("INSERT INTO restores VALUES (?, ?, ?)", (job_id, target, existing is None))
+            result, safety = await self.in_place.change(
+                target,
+                job_id,
+                lambda: self._fill(job_id, target, record, repository, True, show),
+                stop_users=stop_users,
+            )
+            return Restored(target, record.id, result, safety)
+        self._begin(job_id, target)
         result = Result("failed")
         try:
-            if existing is None:
-                await asyncio.to_thread(self.make, target, record)
-            else:
-                safety = f"before-restore-{secrets.token_hex(4)}"
-                await asyncio.to_thread(self._volumes.snapshot, [target], OpenGate(), safety)
-            result = await self._fill(job_id, target, record, repository, bool(safety), show)
+            await asyncio.to_thread(self.make, target, record)
+            result = await self._fill(job_id, target, record, repository, False, show)
         finally:
-            await asyncio.to_thread(self._settle, job_id, target, existing is None, result)
-        return Restored(target, record.id, result, safety)
+            await asyncio.to_thread(self._settle, job_id, target, True, result)
+        return Restored(target, record.id, result)
+
+    async def undo(self, volume: str, *, stop_users: bool = False) -> tuple[str, str]:
+        """Take the last restore over a volume back; see :meth:`InPlace.undo`."""
+        self._fills.require_ordinary(volume)
+        return await self.in_place.undo(volume, stop_users=stop_users)
+
+    def _begin(self, job_id: str, target: str) -> None:
+        with self._state.write() as db:
+            db.execute("INSERT INTO restores VALUES (?, ?, ?)", (job_id, target, 1))
 
     def _show(self, target: str, record: SnapshotRecord, repository: str, rate: int) -> Restored:
-        self.make(target, record)
-        try:
-            self._fills.begin(target, self._repositories.get(repository).name, record.id, rate)
-        except LazaretteError:
-            self._volumes.remove(target, force=True)
-            raise
+        self.show(target, record, repository, rate)
         return Restored(target, record.id, Result("ok", snapshot=record.id))
 
-    def make(self, target: str, record: SnapshotRecord) -> None:
+    def show(
+        self,
+        target: str,
+        record: SnapshotRecord,
+        repository: str,
+        rate: int = 0,
+        *,
+        lazy: bool = False,
+        labels: Mapping[str, str] | None = None,
+    ) -> None:
+        """Make a new volume that shows a snapshot at once; a failed one is removed again.
+
+        Args:
+            target: its name.
+            record: the snapshot.
+            repository: where it is.
+            rate: limit of the fill, bytes a second; 0 for none.
+            lazy: nothing is fetched that is not read.
+            labels: other ones than the volume had.
+        """
+        job_id, result = secrets.token_hex(16), Result("failed")
+        self._begin(job_id, target)
+        try:
+            self.make(target, record, labels)
+            known = self._repositories.get(repository).name
+            self._fills.begin(target, known, record.id, rate, lazy=lazy)
+            result = Result("ok")
+        finally:
+            self._settle(job_id, target, True, result)
+
+    def make(
+        self, target: str, record: SnapshotRecord, labels: Mapping[str, str] | None = None
+    ) -> None:
         """A new volume as the old one was; on a host without its driver, the default one."""
         known = Definitions.parse(record.meta).volume or VolumeDefinition(target)
         driver = known.driver if known.driver in self._volumes.drivers else ""
         options = known.options if driver else {}
-        self._volumes.create(target, driver, options, known.labels)
+        self._volumes.create(target, driver, options, known.labels if labels is None else labels)
 
     async def _fill(
         self,
@@ -231,7 +273,7 @@ class RestoreService:
         in_place: bool,
         show: Callable[[Progress], None],
     ) -> Result:
-        folder = await asyncio.to_thread(self._volumes.mount, target, _user(job_id))
+        folder = await asyncio.to_thread(self._volumes.mount, target, user_of(job_id))
         access = self._repositories.get(repository).access
         job = RestoreJob(record.id, str(folder), in_place=in_place)
         started = self._jobs.start(job_id, Request(job, access, str(self._repositories.cache)))
@@ -240,16 +282,13 @@ class RestoreService:
     def _settle(self, job_id: str, volume: str, fresh: bool, result: Result) -> None:
         """Let go of the volume; remove it if it was made for this and is not whole."""
         with suppress(VolumeNotFound):
-            self._volumes.unmount(volume, _user(job_id))
-            if fresh and result.outcome not in ("ok", "warnings"):
+            self._volumes.unmount(volume, user_of(job_id))
+            shown = self._fills.of(volume) is not None  # the daemon ended just after it was
+            if fresh and not shown and result.outcome not in ("ok", "warnings"):
                 self._volumes.remove(volume, force=True)
         with self._state.write() as db:
             db.execute("DELETE FROM restores WHERE job = ?", (job_id,))
         self._jobs.discard(job_id)
-
-
-def _user(job_id: str) -> str:
-    return f"restore:{job_id}"
 
 
 def encode_point(record: SnapshotRecord) -> dict[str, object]:

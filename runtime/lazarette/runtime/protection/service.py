@@ -12,6 +12,7 @@ from lazarette.backup.policy.outcome import Kind, Outcome
 from lazarette.backup.policy.outcome import Result as JournalResult
 from lazarette.backup.policy.status import Level, status_line, unprotected
 from lazarette.runtime.protection.backups import BackupService
+from lazarette.runtime.protection.branches import BranchService
 from lazarette.runtime.protection.drills import Drills
 from lazarette.runtime.protection.fencing import Fencing
 from lazarette.runtime.protection.fills import FillService
@@ -43,6 +44,7 @@ class Protection:
         drills: proves that backups come back.
         fencing: stops what another host took over.
         standbys: follow another host's volumes.
+        branches: makes writable volumes of points.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Protection:
         drills: Drills,
         fencing: Fencing,
         standbys: StandbyService,
+        branches: BranchService,
     ) -> None:
         self._volumes = volumes
         self.repositories = repositories
@@ -78,6 +81,7 @@ class Protection:
         self.fencing = fencing
         self.standbys = standbys
         policies.passive = standbys.follows
+        self.branches = branches
 
     async def start(self) -> None:
         """Take up what an earlier daemon left, then follow the policies."""
@@ -87,6 +91,7 @@ class Protection:
         await self.backups.recover()
         self._close_abandoned()
         await self.drills.recover()
+        await self.branches.start()
         await self.policies.start()
         self.teller.start()
         self.fencing.start()
@@ -121,6 +126,7 @@ class Protection:
         await self.standbys.stop()
         await self.fencing.stop()
         await self.policies.stop()
+        await self.branches.stop()
         await self._stillness.stop()
         await self.teller.stop()
         for task in self._outliving:

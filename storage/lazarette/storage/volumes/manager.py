@@ -188,7 +188,7 @@ class VolumeManager(VolumeStore):
             Unsupported: its driver cannot.
         """
         with self._held(name):
-            self._refuse_reserved(name, user)
+            self.require_free(name, user)
             volume = self.get(name)
             driver = self.driver(volume.driver)
             if not driver.capabilities.rollback:

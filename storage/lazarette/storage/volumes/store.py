@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +82,10 @@ class Pruned:
     reclaimed: int
 
 
+Origin = Callable[[str, Mapping[str, str], Mapping[str, str]], Volume]
+ORIGIN = "from"
+
+
 class VolumeStore:
     """All named volumes of a host.
 
@@ -91,11 +95,16 @@ class VolumeStore:
         clock: for creation times.
         default: name of the driver taken when none is asked for; ``"local"`` and ``""``
             stand for it, as tools made for Docker send them.
+
+    Attributes:
+        origin: makes volumes with the option ``from`` of name, options and labels; they begin
+            as something that is kept elsewhere.
     """
 
     def __init__(
         self, state: State, drivers: Mapping[str, VolumeDriver], clock: Clock, default: str
     ) -> None:
+        self.origin: Origin | None = None
         if default not in drivers:
             raise InvalidArgument(
                 f"the default volume driver {default} is not among {', '.join(sorted(drivers))}"
@@ -264,6 +273,8 @@ class VolumeStore:
         options, labels = dict(options or {}), dict(labels or {})
         if anonymous:
             labels.setdefault(ANONYMOUS_LABEL, "")
+        if ORIGIN in options and self.origin is not None and driver in ("", "local"):
+            return self.origin(wanted, options, labels)
         with self._held(wanted):
             existing = self._same(wanted, driver, options)
             if existing is not None:
@@ -335,7 +346,7 @@ class VolumeStore:
                 if force:
                     return
                 raise
-            self._refuse_reserved(name, "")
+            self.require_free(name)
             if volume.users:
                 raise InUse(
                     f"remove {name}: volume is in use - [{', '.join(volume.users)}]",
@@ -394,10 +405,14 @@ class VolumeStore:
     # ---- mounts
 
     def mount(self, name: str, user: str) -> Path:
-        """Mount a volume for a user; repeating it with one id counts once (case A35)."""
+        """Mount a volume for a user; repeating it with one id counts once (case A35).
+
+        Raises:
+            InUse: it is reserved for somebody else.
+        """
         with self._held(name):
-            self._refuse_reserved(name, user)
             driver = self._of(name)
+            self.require_free(name, user)
             self._book.add_user(name, user)
             try:
                 root = driver.mount(name)
@@ -405,24 +420,6 @@ class VolumeStore:
                 self._book.drop_user(name, user)
                 raise
             return self._shown.get(name, root)
-
-    def reserve(self, name: str, user: str, why: str) -> None:
-        """Let nobody but ``user`` mount or remove a volume; ``why`` is told to the others.
-
-        Not remembered over a restart.
-        """
-        with self._guard:
-            self._reserved[name] = (user, why)
-
-    def release(self, name: str) -> None:
-        """Undo :meth:`reserve`."""
-        with self._guard:
-            self._reserved.pop(name, None)
-
-    def _refuse_reserved(self, name: str, user: str) -> None:
-        holder, why = self._reserved.get(name, (user, ""))
-        if holder != user:
-            raise InUse(f"volume {name} cannot be used now: {why}")
 
     def redirect(self, name: str, shown: Path | None) -> None:
         """Give users of a volume another folder than its root from now on (None: its root).
@@ -435,6 +432,37 @@ class VolumeStore:
                 self._shown.pop(name, None)
             else:
                 self._shown[name] = shown
+
+    def reserve(self, name: str, user: str, why: str) -> None:
+        """Let nobody but ``user`` mount, remove or set back a volume until :meth:`release`.
+
+        Those who have it mounted keep it.  Not remembered over a restart.
+
+        Args:
+            name: the volume.
+            user: who may.
+            why: told to the others.
+
+        Raises:
+            InUse: it is reserved for somebody else.
+        """
+        with self._held(name):
+            self.require_free(name, user)
+            self._reserved[name] = (user, why)
+
+    def release(self, name: str) -> None:
+        """Undo :meth:`reserve`."""
+        self._reserved.pop(name, None)
+
+    def require_free(self, name: str, user: str = "") -> None:
+        """Refuse a volume that is reserved for somebody else.
+
+        Raises:
+            InUse: it is.
+        """
+        holder, why = self._reserved.get(name, (user, ""))
+        if holder != user:
+            raise InUse(f"volume {name} cannot be used now: {why}")
 
     def unmount(self, name: str, user: str) -> None:
         """Let a user go; the volume is unmounted with the last one."""
