@@ -94,7 +94,12 @@ def _restore_and_kill(daemon: Daemon, *, jobs: bool, the_daemon: bool) -> bool:
     command = [str(LAZ), "-H", daemon.host, "restore", "--yes", "v1@latest"]
     asking = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        until(lambda: _jobs(daemon) or asking.poll() is not None, "no job begins", pause=0.005)
+        begun = daemon.root / "data" / "jobs"
+        until(
+            lambda: list(begun.glob("*/progress*")) or asking.poll() is not None,
+            "no job begins",
+            pause=0.005,
+        )
         found = _jobs(daemon)
         if the_daemon:
             daemon.kill()
@@ -116,7 +121,7 @@ def _must_be_one_state(daemon: Daemon, killed: bool) -> None:
 def _idle(daemon: Daemon) -> bool:
     """Whether the volume may be mounted by others again."""
     done = daemon.laz("restore", "--undo", "v1", check=False)
-    return b"changed in place" not in done.stderr and running(daemon)
+    return b"cannot be used now" not in done.stderr and running(daemon)
 
 
 def _jobs(daemon: Daemon) -> list[int]:
