@@ -166,10 +166,9 @@ def probe_volumes(root: Path) -> tuple[Finding, ...]:
         server = Finding("fuse", False, f"needs reflinks: {reflinks.reason}")
     elif server.usable:
         server = Finding("fuse", True, f"a server process over {reflinks.reason}")
-    # on one filesystem both write alike, so the better snapshots count; else the faster one
-    best = (subvolumes, reflinks) if native else (reflinks, subvolumes)
     return (
-        *best,
+        subvolumes,
+        reflinks,
         server,
         Finding("bind", True, "plain folders: snapshots are copies"),
         Finding("tmpfs", True, "in memory"),
