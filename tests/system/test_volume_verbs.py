@@ -2,6 +2,7 @@
 
 import io
 import json
+import secrets
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ class Kind:
     Attributes:
         grows, shrinks: its limit can be changed so.
         rolls_back: it can be set back in place.
-        clone: the driver of its clones.
+        clone: the driver of its clones, where it is another one.
     """
 
     driver: str
@@ -28,18 +29,18 @@ class Kind:
     grows: bool = False
     shrinks: bool = False
     rolls_back: bool = True
-    clone: str = "local"
+    clone: str | None = None
     kind: str = "gated"
 
 
 KINDS = {
     "overlay": Kind("overlay"),
     "overlay-size": Kind("overlay", {"size": "64m"}, grows=True, kind="atomic"),
-    "btrfs": Kind("btrfs", clone="btrfs", grows=True, shrinks=True, kind="atomic"),
-    "fuse": Kind("fuse", clone="fuse"),
-    "fuse-size": Kind("fuse", {"size": "64m"}, grows=True, clone="fuse", kind="atomic"),
-    "tmpfs": Kind("tmpfs", clone="tmpfs", grows=True, shrinks=True),
-    "bind": Kind("bind", rolls_back=False, kind="unsafe"),
+    "btrfs": Kind("btrfs", grows=True, shrinks=True, kind="atomic"),
+    "fuse": Kind("fuse"),
+    "fuse-size": Kind("fuse", {"size": "64m"}, grows=True, kind="atomic"),
+    "tmpfs": Kind("tmpfs", grows=True, shrinks=True),
+    "bind": Kind("bind", clone="btrfs", rolls_back=False, kind="unsafe"),
 }
 
 
@@ -82,17 +83,27 @@ def refused(daemon: Daemon, *arguments: str) -> str:
     return said
 
 
+def driver_of(daemon: Daemon, name: str) -> str:
+    """The driver whose folder a volume is in; the default one is shown as ``local``."""
+    (seen,) = json.loads(daemon.laz("volume", "inspect", name).stdout)
+    return Path(seen["Mountpoint"]).relative_to(daemon.root / "data/volumes").parts[0]
+
+
 @pytest.mark.parametrize("id", KINDS)
 def test_every_verb_by_hand(daemon: Daemon, id: str) -> None:
-    kind, name = KINDS[id], f"v-{id}"
+    kind, name = KINDS[id], f"v-{id}-{secrets.token_hex(2)}"
     options = [f"--opt={key}={value}" for key, value in kind.options.items()]
     made = daemon.json("volume", "create", "-d", kind.driver, *options, "--label", "a=b", name)
     assert isinstance(made, dict)
     assert made["Labels"] == {"a": "b"}
     assert name in daemon.laz("volume", "ls", "-q").stdout.decode().split()
 
-    daemon.laz("volume", "import", name, stdin=tar(f=b"one", same=b"s" * 100_000))
-    assert "not empty" in refused(daemon, "volume", "import", name)
+    # more than any buffer on the way holds: what refuses it need not read it
+    archive = tar(f=b"one", same=b"s" * 100_000, more=bytes(MIB // 2))
+    daemon.laz("volume", "import", name, stdin=archive)
+    said = daemon.laz("volume", "import", name, stdin=archive, check=False)
+    assert said.returncode != 0
+    assert "not empty" in said.stderr.decode()
     taken = daemon.json("volume", "snapshot", "--name", "s1", name)
     assert isinstance(taken, dict)
     (info,) = taken["snapshots"]
@@ -102,12 +113,11 @@ def test_every_verb_by_hand(daemon: Daemon, id: str) -> None:
 
     clone = daemon.json("volume", "clone", f"{name}@s1", f"{name}-copy", "--label", "c=d")
     assert isinstance(clone, dict)
-    assert clone["Driver"] == kind.clone
+    assert driver_of(daemon, f"{name}-copy") == (kind.clone or kind.driver)
     assert clone["Labels"] == {"c": "d"}
     assert content(daemon, f"{name}-copy")["f"] == b"one"
-    elsewhere = daemon.json("volume", "clone", name, f"{name}-other", "-d", "btrfs")
-    assert isinstance(elsewhere, dict)
-    assert elsewhere["Driver"] == "btrfs"
+    daemon.json("volume", "clone", name, f"{name}-other", "-d", "btrfs")
+    assert driver_of(daemon, f"{name}-other") == "btrfs"
     assert content(daemon, f"{name}-other") == content(daemon, name)
 
     root = Path(made["Mountpoint"])

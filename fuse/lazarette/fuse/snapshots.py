@@ -108,7 +108,10 @@ class Snapshots:
             previous = self._dirty.snapshot if self._dirty.known else ""
             self._dirty.begin()
             self._pending = self._dirty.take()
-            paths = self._pending | dict.fromkeys(self._dirty.writers(), False)
+            # one that is open now may be written to and closed before step 2, which then
+            # no longer finds it among those open
+            self._dirty.note_writers()
+            paths = self._pending | self._dirty.paths()
         try:
             if previous and os.path.isdir(previous):
                 copy.link_all(previous)

@@ -67,6 +67,18 @@ def by_path(found: Iterator[Difference]) -> dict[bytes, Difference]:
     return {each.path: each for each in found}
 
 
+def test_what_was_open_before_and_closed_during_a_snapshot_is_in_it(union: Union) -> None:
+    with serving(union):
+        for name in ("s1", "s2"):  # the first is made of everything, the second of changes
+            target = union.base / "snaps" / name
+            with (union.root / "a").open("w") as stream:
+                union.mounted.prepare(str(target))
+                stream.write(name)
+            union.mounted.take(str(target))
+            union.mounted.settle(str(target))
+            assert (target / "upper/a").read_text() == name
+
+
 def test_snapshot_does_not_change_any_more(union: Union) -> None:
     (union.lower() / "base").write_text("below")
     with serving(union):

@@ -318,17 +318,20 @@ class VolumeRoutes:
         """Unpack a tar into a volume."""
         self._require_ordinary(call.path["name"])
         reader, writer = os.pipe()
-        with os.fdopen(reader, "rb") as source:
-            unpacking = asyncio.create_task(
-                asyncio.to_thread(self._volumes.import_, call.path["name"], source)
-            )
-            with os.fdopen(writer, "wb", buffering=0) as out:
-                try:
-                    async for chunk in call.request.content.iter_chunked(_CHUNK):
-                        await asyncio.to_thread(_write_all, out, chunk)
-                except BrokenPipeError:  # the unpacking failed; its own error says why
-                    pass
-            await unpacking
+
+        def unpack() -> None:
+            # closed here: what is still being sent has nobody to take it once this is over
+            with os.fdopen(reader, "rb") as source:
+                self._volumes.import_(call.path["name"], source)
+
+        unpacking = asyncio.create_task(asyncio.to_thread(unpack))
+        with os.fdopen(writer, "wb", buffering=0) as out:
+            try:
+                async for chunk in call.request.content.iter_chunked(_CHUNK):
+                    await asyncio.to_thread(_write_all, out, chunk)
+            except BrokenPipeError:  # the unpacking failed; its own error says why
+                pass
+        await unpacking
         return empty()
 
     def _render(self, volume: Volume, labelled: bool = False) -> dict[str, object]:
