@@ -135,9 +135,15 @@ class Editor:
 
     def _delete(self) -> None:
         path = self._file()
-        if path is not None:
-            path.unlink()
-            self._report(ChangeKind.REMOVED, path)
+        if path is None:
+            return
+        inode = path.stat().st_ino
+        path.unlink()
+        self._report(ChangeKind.REMOVED, path)
+        # what was written to it before is reported under a name that it still has (C6)
+        for other in self._paths(False):
+            if other.stat().st_ino == inode:
+                self._report(ChangeKind.MODIFIED, other)
 
     def _rename(self) -> None:
         path = self._chance.choice([self._file(), *self._paths(True)[:1]])

@@ -59,6 +59,8 @@ class Source:
         volume: name under which snapshots are filed.
         base_snapshot: what to compare with; None reads everything.
         changes: what differs from ``base_snapshot``; None compares inode, size and times.
+        inodes_kept: inodes have the numbers they had in ``base_snapshot`` (rule C6 of
+            :mod:`lazarette.storage.changes`).
         instant_ns: the instant ``root`` shows, wall clock; 0 stands for now, for a tree in use.
         consistency: how it was held still, recorded in the snapshot.
         meta: definitions to keep with the data, JSON.
@@ -68,6 +70,7 @@ class Source:
     volume: str
     base_snapshot: SnapshotRecord | None = None
     changes: Iterator[Change] | None = None
+    inodes_kept: bool = True
     instant_ns: int = 0
     consistency: str = "not consistent"
     meta: bytes = b""
@@ -293,11 +296,12 @@ class _Backup:
         if base is not None and reader is not None and whole_record:
             assert source.changes is not None
             try:
-                changed = plan(source.changes, self._root, reader)
+                changed = plan(source.changes, self._root, reader, source.inodes_kept)
             except ChangesUnknown as unknown:
                 work.warn(b"", f"the record of changes is lost, all files are compared: {unknown}")
             else:
-                with closing(ChangedWalk(work, reader, mounts)) as walk:
+                following = ChangedWalk(work, reader, mounts, source.inodes_kept)
+                with closing(following) as walk:
                     return walk.apply(os.dup(self._root), base, changed), True
         with closing(Walk(work, reader, mounts)) as whole:
             return whole.whole(os.dup(self._root), None if base is None else base.root), False

@@ -31,11 +31,11 @@ class Node:
     children: dict[bytes, Node] = field(default_factory=dict)
 
 
-def plan(changes: Iterator[Change], root: int, base: TreeReader) -> Node:
+def plan(changes: Iterator[Change], root: int, base: TreeReader, inodes_kept: bool) -> Node:
     """Gather a record of changes.
 
     Other names of a changed inode are found in the earlier snapshot and added, because a
-    record need only have one of them (rule C6).
+    record need only have one of them (rule C6) where inodes keep their numbers.
 
     Raises:
         ChangesUnknown: the record is not complete.
@@ -45,7 +45,7 @@ def plan(changes: Iterator[Change], root: int, base: TreeReader) -> Node:
     names: dict[int, list[Node]] = {}
     for change in changes:
         node = _insert(top, change)
-        if change.kind is not ChangeKind.REMOVED and change.path:
+        if inodes_kept and change.kind is not ChangeKind.REMOVED and change.path:
             status = _status(root, change.path)
             if status is not None and status.st_nlink > 1:
                 known = linked.get(status.st_ino, ())
@@ -137,11 +137,24 @@ class ChangedFrame(Frame):
 
 
 class ChangedWalk(Walk):
-    """A walk along a record of changes."""
+    """A walk along a record of changes.
 
-    def __init__(self, run: Run, base: TreeReader, mounts: set[bytes]) -> None:
+    Args:
+        run: the backup.
+        base: the earlier snapshot.
+        mounts: paths where something else is mounted.
+        inodes_kept: an inode has the same number as in the earlier snapshot; otherwise what
+            the record says of a path goes for what lies there, as nothing else can (C2, C6).
+    """
+
+    def __init__(
+        self, run: Run, base: TreeReader, mounts: set[bytes], inodes_kept: bool = True
+    ) -> None:
         super().__init__(run, base, mounts)
         self._reader = base
+        self._inodes_kept = inodes_kept
+        if not inodes_kept:
+            run.renumber_links()
 
     def apply(self, descriptor: int, base: SnapshotRecord, changed: Node) -> Entry:
         """Save a tree; returns the root's entry."""
@@ -233,14 +246,23 @@ class ChangedWalk(Walk):
         self, frame: Frame, entry: Entry, path: bytes, base: Entry | None, node: Node
     ) -> None:
         ranges = None if node.change is None else node.change.ranges
-        same = base is not None and base.kind == Kind.FILE and base.inode == entry.inode
+        if not self._same(base, entry):
+            base = None
         unstable = base is not None and base.extra is not None and base.extra.unstable
-        if base is None or not same or unstable or ranges is None:
+        if base is None or unstable or ranges is None:
             self._run.read_file(frame, entry, path, base, None)
         elif ranges or entry.size != base.size:
             self._run.read_file(frame, entry, path, base, ranges)
         else:
             self._metadata_only(frame, entry, path, base)
+
+    def _same(self, base: Entry | None, entry: Entry) -> bool:
+        """Whether what the record says of an entry is said of its difference to ``base``."""
+        return (
+            base is not None
+            and base.kind == entry.kind
+            and (base.inode == entry.inode or not self._inodes_kept)
+        )
 
     def _metadata_only(self, frame: Frame, entry: Entry, path: bytes, base: Entry) -> None:
         try:
@@ -255,6 +277,7 @@ class ChangedWalk(Walk):
             entry.extra.block = base.extra.block
             entry.extra.paged = base.extra.paged
         entry.content, entry.depth = base.content, base.depth
+        self._run.number(entry)
         frame.children.append(entry)
         self._run.count(entry)
 
@@ -269,8 +292,7 @@ class ChangedWalk(Walk):
     def _directory(
         self, frame: Frame, entry: Entry, path: bytes, base: Entry | None, node: Node
     ) -> None:
-        known = base is not None and base.kind == Kind.DIRECTORY and base.inode == entry.inode
-        if not known or base is None:
+        if base is None or not self._same(base, entry):
             self._descend(frame, entry, path, None)
             return
         try:

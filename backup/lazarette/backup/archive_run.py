@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import xxhash
+
 from lazarette.backup.archive_content import SMALL, Batch, Segment, SmallFile, Task, Workers
 from lazarette.backup.archive_files import FileJob
 from lazarette.backup.archive_frame import Frame
@@ -26,6 +28,7 @@ _BATCH_FILES = 128
 _BATCH_BYTES = 4 << 20
 _REPORT_EVERY_NS = 100_000_000
 _SECOND = 1_000_000_000
+_RENUMBERED = 1 << 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,7 @@ class Run:
         self._owners: dict[int, Frame] = {}
         self._jobs: dict[int, FileJob] = {}
         self._links: dict[tuple[int, int], _Links] = {}
+        self._salt = b""
         self._reported_ns = 0
         self._path = b""
         self.warnings: list[Notice] = []
@@ -191,7 +195,15 @@ class Run:
         base: Entry | None,
         ranges: tuple[ByteRange, ...] | None,
     ) -> None:
-        """Have a regular file read; the owner gets its entry when it is done."""
+        """Have a regular file read; the owner gets its entry when it is done.
+
+        Args:
+            owner: the directory it is in.
+            entry: what is known of it.
+            path: where it is, for messages.
+            base: the same file in the earlier snapshot, if it was there.
+            ranges: where it may differ from ``base``; None for anywhere.
+        """
         owner.outstanding += 1
         self._path = path
         if entry.extra is not None and entry.extra.links > 1 and self._follow(owner, entry, path):
@@ -203,8 +215,7 @@ class Run:
             if len(self._batch.files) >= _BATCH_FILES or self._batch.bytes >= _BATCH_BYTES:
                 self._flush()
             return
-        same = base is not None and base.kind == Kind.FILE and base.inode == entry.inode
-        job = FileJob(owner.descriptor, entry, path, base if same else None, ranges)
+        job = FileJob(owner.descriptor, entry, path, base, ranges)
         self._owners[id(entry)] = owner
         self._jobs[id(job)] = job
         self._begin(job)
@@ -308,7 +319,22 @@ class Run:
         else:
             self._deliver(owner, entry)
 
+    def renumber_links(self) -> None:
+        """Give inodes with several names numbers that the earlier snapshot's cannot have.
+
+        Entries taken over from it have the numbers they had then.
+        """
+        self._salt = os.urandom(8)
+
+    def number(self, entry: Entry) -> None:
+        """Set the number that an entry which was saved anew goes by."""
+        extra = entry.extra
+        if self._salt and extra is not None and extra.links > 1 and not entry.inode & _RENUMBERED:
+            seed = b"%b %d %d" % (self._salt, extra.filesystem, entry.inode)
+            entry.inode = xxhash.xxh3_64_intdigest(seed) | _RENUMBERED
+
     def _deliver(self, owner: Frame, entry: Entry) -> None:
+        self.number(entry)
         owner.children.append(entry)
         self.count(entry)
         self._let_go(owner)

@@ -155,7 +155,8 @@ class Walk:
     def save(self, frame: Frame, entry: Entry, path: bytes, base: Entry | None) -> None:
         """Save one entry that is no directory."""
         if entry.kind == Kind.FILE:
-            self._run.read_file(frame, entry, path, base, None)
+            same = base is not None and base.kind == Kind.FILE and base.inode == entry.inode
+            self._run.read_file(frame, entry, path, base if same else None, None)
             return
         try:
             place = scan.beside(frame.descriptor, entry.name)
@@ -165,6 +166,7 @@ class Walk:
         except OSError as failed:
             self._run.warn(path, f"cannot be read: {failed.strerror}")
             return
+        self._run.number(entry)
         frame.children.append(entry)
         self._run.count(entry)
 

@@ -16,7 +16,9 @@ C4. A stream that cannot be complete is never begun: the driver raises
 C5. A renamed entry is reported as ``RENAMED`` with ``origin``, or as ``REMOVED`` plus
     ``ADDED``; both are correct, capabilities say which one a driver gives.
 C6. With hard links, the content of a changed inode is reported under at least one of its
-    names; every name whose directory entry changed is reported.
+    names; every name whose directory entry changed is reported.  Where inodes do not keep
+    their numbers from one snapshot to the next, every name of a changed inode is reported,
+    and every name of inodes that exchanged names.
 """
 
 from __future__ import annotations

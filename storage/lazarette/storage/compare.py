@@ -32,10 +32,41 @@ def tree_changes(base: int, target: int, suspects: Suspects) -> Iterator[Change]
     """
     if not _same_metadata(base, target, b"."):
         yield Change(ChangeKind.MODIFIED, b"", ranges=())
-    yield from _folder(base, target, b"", suspects)
+    groups = _Groups()
+    yield from _folder(base, target, b"", suspects, groups)
+    for path in groups.regrouped():
+        yield Change(ChangeKind.MODIFIED, path, ranges=())
 
 
-def _folder(base: int, target: int, path: bytes, suspects: Suspects) -> Iterator[Change]:
+class _Groups:
+    """Names of inodes that have several, to see which were given to another one.
+
+    Two files that look the same are told apart by nothing else.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[tuple[bytes, int, int]] = []
+
+    def add(self, path: bytes, before: os.stat_result, after: os.stat_result) -> None:
+        """Note a name that is in both trees."""
+        if after.st_nlink > 1:
+            self._names.append((path, before.st_ino, after.st_ino))
+
+    def regrouped(self) -> Iterator[bytes]:
+        """Names of inodes that exchanged some."""
+        newer: dict[int, set[int]] = {}
+        older: dict[int, set[int]] = {}
+        for _, before, after in self._names:
+            newer.setdefault(before, set()).add(after)
+            older.setdefault(after, set()).add(before)
+        for path, before, after in self._names:
+            if len(newer[before]) > 1 or len(older[after]) > 1:
+                yield path
+
+
+def _folder(
+    base: int, target: int, path: bytes, suspects: Suspects, groups: _Groups
+) -> Iterator[Change]:
     was, now = set(beneath.names(base)), set(beneath.names(target))
     for name in sorted(was | now):
         own = path + b"/" + name if path else name
@@ -51,13 +82,14 @@ def _folder(base: int, target: int, path: bytes, suspects: Suspects) -> Iterator
         if before is None:
             yield from _all(ChangeKind.ADDED, target, name, own, after)
         elif stat.S_ISDIR(after.st_mode):
-            yield from _both_folders(base, target, name, own, suspects)
+            yield from _both_folders(base, target, name, own, suspects, groups)
         else:
+            groups.add(own, before, after)
             yield from _entry(base, target, name, own, before, after, suspects)
 
 
 def _both_folders(
-    base: int, target: int, name: bytes, path: bytes, suspects: Suspects
+    base: int, target: int, name: bytes, path: bytes, suspects: Suspects, groups: _Groups
 ) -> Iterator[Change]:
     if not _same_metadata(base, target, name):
         yield Change(ChangeKind.MODIFIED, path, ranges=())
@@ -65,7 +97,7 @@ def _both_folders(
     try:
         newer = beneath.open_folder(target, name)
         try:
-            yield from _folder(older, newer, path, suspects)
+            yield from _folder(older, newer, path, suspects, groups)
         finally:
             os.close(newer)
     finally:

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from tests.support.trees import describe
 from lazarette.backup.archive import Outcome
 from lazarette.backup.restore import Mode
 from lazarette.backup.tree import TreeReader
+from lazarette.storage import beneath, copying
 from lazarette.storage.changes import ByteRange, Change, ChangeKind, ChangesUnknown
+from lazarette.storage.compare import everything, tree_changes
 
 ROUNDS = int(os.environ.get("LAZ_TEST_EXAMPLES", "4"))
 
@@ -62,6 +65,91 @@ def test_any_edits_come_back_by_record_and_by_walk(
             assert describe(tmp_path / "delta") == wanted
         assert repo.check(1.0).clean
     shutil.rmtree(tmp_path)
+
+
+@contextmanager
+def _record(base: Path, target: Path) -> Iterator[Iterator[Change]]:
+    """What a driver reports whose snapshots are copies."""
+    with beneath.opened(base) as was, beneath.opened(target) as now:
+        yield tree_changes(was, now, everything)
+
+
+@pytest.mark.timeout(1800)
+@settings(
+    max_examples=ROUNDS,
+    deadline=None,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(seed=st.integers(0, 2**32), steps=st.lists(st.integers(1, 12), min_size=2, max_size=5))
+def test_any_edits_come_back_from_snapshots_that_are_copies(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, steps: list[int]
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("copies")
+    source = tmp_path / "source"
+    source.mkdir()
+    editor = Editor(source, random.Random(seed))
+    for _ in range(15):
+        editor.step()
+
+    def snapshot(number: int) -> Path:
+        target = tmp_path / f"copy{number}"
+        target.mkdir()
+        with beneath.opened(source) as reading, beneath.opened(target) as writing:
+            copying.copy_tree(reading, writing)
+        return target
+
+    with local(tmp_path) as repo:
+        base = snapshot(0)
+        known = backup(repo, base).snapshot
+        for number, count in enumerate(steps, 1):
+            for _ in range(count):
+                editor.step()
+            target = snapshot(number)
+            wanted = describe(target)
+            with _record(base, target) as changes:
+                report = backup(repo, target, known, changes=changes, inodes_kept=False)
+            assert report.by_changes
+            known = report.snapshot
+            assert report.stats.entries == len(wanted) - 1  # without the root
+            bring_back(reopen(repo), known, tmp_path / f"back{number}")
+            assert describe(tmp_path / f"back{number}") == wanted
+            shutil.rmtree(base)  # so that the next copy gets the same inode numbers
+            base = target
+        assert repo.check(1.0).clean
+    shutil.rmtree(tmp_path)
+
+
+def test_names_that_two_like_files_exchanged_are_in_the_record(tmp_path: Path) -> None:
+    trees = {"base": (("a", "b"), ("c", "d")), "target": (("a", "c"), ("b", "d"))}
+    for name, pairs in trees.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        for one, other in pairs:
+            (folder / one).write_bytes(b"same")
+            (folder / other).hardlink_to(folder / one)
+            os.utime(folder / one, ns=(1, 1))
+        os.utime(folder, ns=(1, 1))
+    with _record(tmp_path / "base", tmp_path / "target") as changes:
+        assert {change.path for change in changes} == {b"a", b"b", b"c", b"d"}
+
+
+def test_copies_read_only_what_changed(tmp_path: Path) -> None:
+    base, target = tmp_path / "base", tmp_path / "target"
+    (base / "folder").mkdir(parents=True)
+    (base / "folder/table").write_bytes(random.Random(1).randbytes(64 << 20))
+    shutil.copytree(base, target)
+    with open(target / "folder/table", "r+b") as file:
+        file.seek(33 << 20)
+        file.write(b"changed")
+    with local(tmp_path) as repo:
+        known = backup(repo, base).snapshot
+        with _record(base, target) as changes:
+            report = backup(repo, target, known, changes=changes, inodes_kept=False)
+        assert report.stats.bytes_read <= 4 << 20
+        assert report.stats.bytes_total == 64 << 20
+        bring_back(reopen(repo), report.snapshot, tmp_path / "back")
+        assert describe(tmp_path / "back") == describe(target)
 
 
 def _changes(*changes: Change) -> Iterator[Change]:

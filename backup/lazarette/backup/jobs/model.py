@@ -55,6 +55,7 @@ class BackupJob(msgspec.Struct, frozen=True, tag="backup"):
         host: the machine's name, told apart in a shared repository.
         base: id of the repository snapshot that ``changes`` counts from; empty for none.
         changes: file of change records since ``base``; empty when there are none.
+        inodes_kept: inodes have the numbers that they had in ``base``.
         instant_ns: the moment the tree shows; 0 means when the job starts.
         consistency: ``application``, ``crash`` or ``none``.
         labels: kept with the snapshot.
@@ -66,6 +67,7 @@ class BackupJob(msgspec.Struct, frozen=True, tag="backup"):
     host: str
     base: str = ""
     changes: str = ""
+    inodes_kept: bool = True
     instant_ns: int = 0
     consistency: str = "none"
     labels: dict[str, str] = {}

@@ -107,6 +107,7 @@ def _back_up(repository: Repository, job: BackupJob, read: Rate, show: Show, sto
         volume=job.volume,
         base_snapshot=base,
         changes=changes,
+        inodes_kept=job.inodes_kept,
         instant_ns=job.instant_ns,
         consistency=job.consistency,
         meta=job.meta.encode(),

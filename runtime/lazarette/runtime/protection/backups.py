@@ -356,6 +356,7 @@ class BackupService:
             host=socket.gethostname(),
             base=base,
             changes=changes,
+            inodes_kept=self._volumes.capabilities(run.volume).inodes_kept,
             instant_ns=run.instant_ns,
             consistency=run.consistency,
             labels=labels,

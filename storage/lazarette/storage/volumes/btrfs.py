@@ -82,6 +82,7 @@ class BtrfsVolumeDriver(ShelvedVolumeDriver):
             resize_shrink=True,
             rollback=True,
             changes=ChangeSource.EXTENTS,
+            inodes_kept=True,
             options=_OPTIONS,
             needs=("btrfs", "loop devices (on a host with another filesystem)"),
         )

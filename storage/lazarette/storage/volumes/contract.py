@@ -89,6 +89,7 @@ class VolumeCapabilities:
         rollback: a volume can be set back in place.
         clone: a clone can be of the same driver; otherwise the manager copies into another.
         changes: what differences are found by.
+        inodes_kept: an inode has the same number in every snapshot (see rule C6).
         options: valid option names for ``create``.
         needs: kernel features it needs.
     """
@@ -100,6 +101,7 @@ class VolumeCapabilities:
     resize_shrink: bool
     rollback: bool
     changes: ChangeSource
+    inodes_kept: bool = False
     clone: bool = True
     options: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()

@@ -25,6 +25,7 @@ from lazarette.storage.volumes import content
 from lazarette.storage.volumes.contract import (
     OpenGate,
     SnapshotInfo,
+    VolumeCapabilities,
     VolumeDriver,
     WriteGate,
 )
@@ -207,6 +208,14 @@ class VolumeManager(VolumeStore):
                 driver.rollback(name, snapshot)
                 steps.reached("volume.rollback.done")
         return safety
+
+    def capabilities(self, name: str) -> VolumeCapabilities:
+        """What the driver of a volume can do.
+
+        Raises:
+            VolumeNotFound: there is no such volume.
+        """
+        return self._of(name).capabilities
 
     def changes(self, name: str, base: str, target: str) -> Iterator[Change]:
         """What differs between two snapshots of a volume.
