@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import click
 
+from lazarette.backup.jobs.model import StoreAccess
 from lazarette.backup.repository.entries import Entry, Kind
 from lazarette.backup.repository.repository import Repository
 from lazarette.backup.repository.snapshots import SnapshotRecord
@@ -15,7 +16,7 @@ from lazarette.backup.tree import TreeReader
 from lazarette.runtime.cli import local, output
 from lazarette.runtime.cli.backup import when
 from lazarette.runtime.cli.context import json_option
-from lazarette.runtime.cli.secrets import secret_options, store_access
+from lazarette.runtime.cli.secrets import repository_option, secret_options, store_access
 from lazarette.storage.errors import InvalidArgument
 
 _CHUNK = 1 << 20
@@ -58,16 +59,13 @@ def mount(url: str, folder: str, key_file: str | None, kit: str | None) -> None:
 
 
 @click.command("ls")
-@click.option("--repo", "url", required=True, help="The repository's URL.")
-@secret_options
+@repository_option
 @json_option
 @click.argument("point", metavar="VOLUME@POINT|SNAPSHOT")
 @click.argument("path", default="")
-def ls(
-    url: str, point: str, path: str, key_file: str | None, kit: str | None, as_json: bool
-) -> None:
+def ls(access: StoreAccess, point: str, path: str, as_json: bool) -> None:
     """List a folder of a snapshot."""
-    with local.opened(store_access(url, key_file, kit)) as opened:
+    with local.opened(access) as opened:
         opened.ready()
         tree = TreeReader(opened.reader, chosen(opened, point))
         entry = tree.lookup(os.fsencode(path))
@@ -79,18 +77,15 @@ def ls(
 
 
 @click.command("find")
-@click.option("--repo", "url", required=True, help="The repository's URL.")
-@secret_options
+@repository_option
 @json_option
 @click.argument("point", metavar="VOLUME@POINT|SNAPSHOT")
 @click.argument("pattern", default="*")
-def find(
-    url: str, point: str, pattern: str, key_file: str | None, kit: str | None, as_json: bool
-) -> None:
+def find(access: StoreAccess, point: str, pattern: str, as_json: bool) -> None:
     """List paths of a snapshot whose last part matches PATTERN (``*.conf``)."""
     from fnmatch import fnmatchcase
 
-    with local.opened(store_access(url, key_file, kit)) as opened:
+    with local.opened(access) as opened:
         opened.ready()
         tree = TreeReader(opened.reader, chosen(opened, point))
         wanted = os.fsencode(pattern)
@@ -107,13 +102,12 @@ def find(
 
 
 @click.command("cat")
-@click.option("--repo", "url", required=True, help="The repository's URL.")
-@secret_options
+@repository_option
 @click.argument("point", metavar="VOLUME@POINT|SNAPSHOT")
 @click.argument("path")
-def cat(url: str, point: str, path: str, key_file: str | None, kit: str | None) -> None:
+def cat(access: StoreAccess, point: str, path: str) -> None:
     """Write a file of a snapshot to standard output."""
-    with local.opened(store_access(url, key_file, kit)) as opened:
+    with local.opened(access) as opened:
         opened.ready()
         tree = TreeReader(opened.reader, chosen(opened, point))
         entry = tree.lookup(os.fsencode(path))
@@ -124,29 +118,25 @@ def cat(url: str, point: str, path: str, key_file: str | None, kit: str | None) 
 
 
 @click.command("dump")
-@click.option("--repo", "url", required=True, help="The repository's URL.")
-@secret_options
+@repository_option
 @click.argument("point", metavar="VOLUME@POINT|SNAPSHOT")
 @click.argument("path", default="")
-def dump(url: str, point: str, path: str, key_file: str | None, kit: str | None) -> None:
+def dump(access: StoreAccess, point: str, path: str) -> None:
     """Write a folder of a snapshot to standard output as a tar."""
     from lazarette.backup import tarstream
 
-    with local.opened(store_access(url, key_file, kit)) as opened:
+    with local.opened(access) as opened:
         tarstream.write(opened, chosen(opened, point), sys.stdout.buffer, os.fsencode(path))
 
 
 @click.command("diff")
-@click.option("--repo", "url", required=True, help="The repository's URL.")
-@secret_options
+@repository_option
 @json_option
 @click.argument("first", metavar="VOLUME@POINT|SNAPSHOT")
 @click.argument("second", metavar="VOLUME@POINT|SNAPSHOT")
-def diff(
-    url: str, first: str, second: str, key_file: str | None, kit: str | None, as_json: bool
-) -> None:
+def diff(access: StoreAccess, first: str, second: str, as_json: bool) -> None:
     """Show which paths differ between two snapshots."""
-    with local.opened(store_access(url, key_file, kit)) as opened:
+    with local.opened(access) as opened:
         opened.ready()
         before, after = (
             dict(TreeReader(opened.reader, chosen(opened, point)).walk())

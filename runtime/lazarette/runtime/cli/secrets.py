@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -32,6 +33,20 @@ def secret_options(command: Callable[P, R]) -> Callable[P, R]:
         default=None,
         help="A file with the recovery kit; - reads it from the terminal.",
     )(command)
+
+
+def repository_option(command: Callable[..., R]) -> Callable[..., R]:
+    """``--repo`` with :func:`secret_options`; the command gets them as ``access``."""
+
+    @secret_options
+    @click.option("--repo", "url", required=True, help="The repository's URL.")
+    @functools.wraps(command)
+    def with_access(
+        *arguments: object, url: str, key_file: str | None, kit: str | None, **options: object
+    ) -> R:
+        return command(*arguments, access=store_access(url, key_file, kit), **options)
+
+    return with_access
 
 
 def store_access(url: str, key_file: str | None = None, kit: str | None = None) -> StoreAccess:
