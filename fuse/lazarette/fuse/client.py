@@ -45,9 +45,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-import msgspec
-
-from lazarette.fuse import control, mount, spec
+from lazarette.fuse import control, jsontext, mount, spec
 from lazarette.fuse.lazy import Progress
 from lazarette.fuse.serve import Started, Status
 from lazarette.fuse.snapshots import Taken
@@ -89,7 +87,7 @@ class Mount:
         if not done.stdout:
             text = done.stderr.decode(errors="replace").strip() or "no reason given"
             raise OSError(errno.EIO, f"server does not start: {text}", self.spec.mountpoint)
-        started = msgspec.json.decode(done.stdout, type=Started)
+        started = jsontext.decode(done.stdout, type=Started)
         if started.errno:
             raise OSError(started.errno, started.message, self.spec.mountpoint)
         return started
@@ -104,7 +102,7 @@ class Mount:
         Raises:
             OSError: it is not there or does not answer.
         """
-        return msgspec.json.decode(self.call("status"), type=Status)
+        return jsontext.decode(self.call("status"), type=Status)
 
     def alive(self) -> bool:
         """Whether the mount is there and its server answers."""
@@ -160,7 +158,7 @@ class LazyMount(Mount):
 
     def progress(self) -> Progress:
         """How far the filling is."""
-        return msgspec.json.decode(self.call("progress"), type=Progress)
+        return jsontext.decode(self.call("progress"), type=Progress)
 
 
 class UnionMount(Mount):
@@ -178,7 +176,7 @@ class UnionMount(Mount):
         Raises:
             OSError: EUCLEAN when that is not known.
         """
-        return msgspec.json.decode(self.call("changed"), type=list[bytes])
+        return jsontext.decode(self.call("changed"), type=list[bytes])
 
     def prepare(self, target: str) -> None:
         """See :meth:`lazarette.fuse.snapshots.Snapshots.prepare`."""
@@ -187,9 +185,9 @@ class UnionMount(Mount):
     def take(self, target: str) -> Taken:
         """See :meth:`lazarette.fuse.snapshots.Snapshots.take`."""
         reply = self.call("take", _SNAPSHOT_TIMEOUT, target=target)
-        return msgspec.json.decode(reply, type=Taken)
+        return jsontext.decode(reply, type=Taken)
 
     def settle(self, target: str) -> Taken:
         """See :meth:`lazarette.fuse.snapshots.Snapshots.settle`."""
         reply = self.call("settle", _SNAPSHOT_TIMEOUT, target=target)
-        return msgspec.json.decode(reply, type=Taken)
+        return jsontext.decode(reply, type=Taken)

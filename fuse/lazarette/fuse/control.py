@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
 
+from lazarette.fuse import jsontext
+
 log = logging.getLogger(__name__)
 
 _LIMIT = 1 << 20
@@ -86,7 +88,7 @@ class ControlSocket:
 
     def _run(self, line: bytes) -> Reply:
         try:
-            arguments = msgspec.json.decode(line, type=dict[str, object])
+            arguments = jsontext.decode(line, type=dict[str, object])
             command = self._commands.get(str(arguments.get("command")))
             if command is None:
                 return Reply(errno=errno.ENOSYS, message="unknown command")
@@ -131,7 +133,7 @@ def call(path: str, command: str, timeout: float, **arguments: object) -> msgspe
             raise OSError(errno.ETIMEDOUT, f"no answer to {command}", path) from error
     if not line:
         raise OSError(errno.ECONNRESET, f"the server went away during {command}", path)
-    reply = msgspec.json.decode(line, type=Reply)
+    reply = jsontext.decode(line, type=Reply)
     if reply.errno:
         raise OSError(reply.errno, reply.message, path)
     return reply.result

@@ -20,6 +20,7 @@ import os
 
 import msgspec
 
+from lazarette.fuse import jsontext
 from lazarette.fuse.nodes import Dir, File
 from lazarette.fuse.tree import Tree
 
@@ -78,7 +79,7 @@ class DirtyPaths:
         with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError):
             fd = os.open(b"record", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._work)
             with os.fdopen(fd, "rb") as stream:
-                record = msgspec.json.decode(stream.read(), type=Record)
+                record = jsontext.decode(stream.read(), type=Record)
         self.generation, self.snapshot = record.generation, record.snapshot
         self.known = record.clean and bool(record.snapshot)
         if self.known:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from lazarette.fuse import mount, spec
+from lazarette.fuse import jsontext, mount, spec
 from lazarette.fuse.control import Arguments, Command, ControlSocket
 from lazarette.fuse.filesystem import Filesystem
 from lazarette.fuse.lazy import LazyFilesystem
@@ -259,7 +259,7 @@ def main() -> int:
         line = msgspec.json.encode(Started(errno=5, message="the server died")) + b"\n"
     sys.stdout.buffer.write(line)
     sys.stdout.buffer.flush()
-    return 0 if msgspec.json.decode(line, type=Started).errno == 0 else 1
+    return 0 if jsontext.decode(line, type=Started).errno == 0 else 1
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from lazarette.fuse import jsontext
+
 
 class _Common(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Fields of every kind.
@@ -69,7 +71,7 @@ def parse(document: bytes) -> Spec:
     Raises:
         msgspec.ValidationError: it is not one.
     """
-    parsed: Spec = msgspec.json.decode(document, type=Spec)
+    parsed: Spec = jsontext.decode(document, type=Spec)
     return parsed
 
 

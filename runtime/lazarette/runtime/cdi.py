@@ -17,6 +17,7 @@ from typing import Final, cast
 
 import msgspec
 
+from lazarette.fuse import jsontext
 from lazarette.storage.errors import InvalidArgument, NotFound
 
 FOLDERS: Final = (Path("/etc/cdi"), Path("/var/run/cdi"))
@@ -169,13 +170,14 @@ def _specs(folders: Iterable[Path]) -> dict[str, _Spec]:
     for folder in folders:
         here: dict[str, _Spec] = {}
         for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-            decode = {".json": msgspec.json.decode, ".yaml": msgspec.yaml.decode}.get(
-                ".yaml" if file.suffix == ".yml" else file.suffix
-            )
-            if decode is None:
+            if file.suffix not in (".json", ".yaml", ".yml"):
                 continue
             try:
-                spec = decode(file.read_bytes(), type=_Spec)
+                read = file.read_bytes()
+                if file.suffix == ".json":
+                    spec = jsontext.decode(read, type=_Spec)
+                else:
+                    spec = msgspec.yaml.decode(read, type=_Spec)
             except (OSError, msgspec.MsgspecError) as bad:
                 raise InvalidArgument(f"device file {file} cannot be read: {bad}") from bad
             if before := here.get(spec.kind):

@@ -161,7 +161,7 @@ def with_file(config: Config, path: Path) -> Config:
     """
     try:
         given = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as bad:
+    except (OSError, ValueError, RecursionError) as bad:  # no UTF-8 and no TOML are ValueErrors
         raise InvalidArgument(f"config file {path} cannot be read: {bad}") from bad
     for key, value in given.items():
         if key in _CONFIG_KEYS and isinstance(value, str):

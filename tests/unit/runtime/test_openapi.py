@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -29,6 +30,15 @@ def test_every_route_is_there_with_a_summary() -> None:
         assert operation["summary"], route.path
     references = set(re.findall(r'"#/components/schemas/([^"]+)"', str(told).replace("'", '"')))
     assert references <= set(told["components"]["schemas"])
+
+
+def test_every_body_that_is_read_is_told() -> None:
+    told = describe(routes())["paths"]
+    assert isinstance(told, dict)
+    for route in routes():
+        if "call.json(" in inspect.getsource(route.handler):
+            operation = told[plain(route.path)][route.method.lower()]
+            assert "application/json" in operation["requestBody"]["content"], route.path
 
 
 def test_every_query_value_that_is_read_is_told() -> None:

@@ -35,6 +35,7 @@ from lazarette.backup.repository import prune
 from lazarette.backup.repository.repository import Repository
 from lazarette.backup.repository.snapshots import SnapshotRecord
 from lazarette.backup.stores.limit import Rate, unlimited
+from lazarette.fuse import jsontext
 from lazarette.storage.changes import Change
 from lazarette.storage.clock import Clock, SystemClock
 from lazarette.storage.errors import Cancelled, DamagedData, LazaretteError, SnapshotNotFound
@@ -221,7 +222,7 @@ def _forget(repository: Repository, job: ForgetJob, stop: Stop) -> Result:
 def main() -> None:
     """Read a request, do it, leave the result in the folder."""
     folder = Path(sys.argv[1])
-    request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
+    request = jsontext.decode(sys.stdin.buffer.read(), type=Request)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     gc.freeze()

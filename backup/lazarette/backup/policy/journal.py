@@ -15,6 +15,7 @@ from sqlite3 import Row
 import msgspec
 
 from lazarette.backup.policy.outcome import Consistency, Kind, Outcome, Result, failed
+from lazarette.fuse import jsontext
 from lazarette.storage.clock import Clock
 from lazarette.storage.errors import NotFound
 from lazarette.storage.state import State
@@ -268,7 +269,7 @@ def _run(row: Row) -> Run:
     if row["ended_ns"] is not None:
         outcome = Outcome(
             result=Result(row["result"]),
-            warnings=tuple(msgspec.json.decode(row["warnings"], type=list[str])),
+            warnings=tuple(jsontext.decode(row["warnings"], type=list[str])),
             error=row["error"],
             snapshot=row["snapshot"],
             suspicious=bool(row["suspicious"]),

@@ -295,7 +295,7 @@ def parse_file(text: str, source: str, default_zone: str = "UTC") -> list[Policy
     """
     try:
         file = msgspec.convert(tomllib.loads(text), type=_File)
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as bad:
+    except (tomllib.TOMLDecodeError, RecursionError, msgspec.ValidationError) as bad:
         raise WrongPolicy(f"policy file {source} cannot be read: {bad}") from bad
     return [
         parse_words(name, {**file.defaults, **words}, Origin.FILE, source, default_zone)

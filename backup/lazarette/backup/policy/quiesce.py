@@ -22,6 +22,7 @@ from sqlite3 import Row
 import msgspec
 
 from lazarette.backup.policy.access import ContainerAccess
+from lazarette.fuse import jsontext
 from lazarette.storage.clock import Clock
 from lazarette.storage.errors import LazaretteError
 from lazarette.storage.state import State
@@ -166,7 +167,7 @@ class Quiesced:
 
 
 def _hold(row: Row) -> _Hold:
-    argv = tuple(msgspec.json.decode(row["argv"], type=list[str]))
+    argv = tuple(jsontext.decode(row["argv"], type=list[str]))
     release = Release(ReleaseKind(row["kind"]), row["container"], argv)
     return _Hold(row["id"], row["run"], release, row["state"] == "releasing")
 

@@ -24,6 +24,7 @@ from lazarette.backup.repository.repository import Repository
 from lazarette.backup.repository.snapshots import SnapshotRecord
 from lazarette.backup.stores.contract import Buffer
 from lazarette.backup.tree import Content
+from lazarette.fuse import jsontext
 from lazarette.fuse.source import SourceEntry, Totals
 from lazarette.storage.clock import SystemClock
 from lazarette.storage.errors import LazaretteError
@@ -55,7 +56,7 @@ def open_source(access: str, snapshot: str, cache: str, blocks: str = "0") -> Re
         OSError: EIO, when the repository cannot be opened.
     """
     try:
-        told = msgspec.json.decode(Path(access).read_bytes(), type=_AccessFile)
+        told = jsontext.decode(Path(access).read_bytes(), type=_AccessFile)
         repository = open_repository(told.access, SystemClock(), Path(cache))
         repository.ready()
         if int(blocks):

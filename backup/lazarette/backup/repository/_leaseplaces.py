@@ -16,6 +16,7 @@ from lazarette.backup.stores.contract import (
     BlobStore,
     TagMismatch,
 )
+from lazarette.fuse import jsontext
 from lazarette.storage.clock import NANOSECONDS, Clock
 from lazarette.storage.errors import LazaretteError
 
@@ -211,7 +212,7 @@ class TableEntries:
         except BlobNotFound:
             return "", _Table(1, "", ())
         try:
-            return tag, msgspec.json.decode(data, type=_Table)
+            return tag, jsontext.decode(data, type=_Table)
         except MALFORMED:
             # a table nobody can read holds nobody: those in it notice at their renewal
             return tag, _Table(1, "", ())
@@ -274,10 +275,10 @@ class ListedEntries:
 
     def _load(self, info: BlobInfo) -> Holder | None:
         try:
-            return msgspec.json.decode(self._store.get(info.name), type=Holder)
+            return jsontext.decode(self._store.get(info.name), type=Holder)
         except BlobNotFound:
             return None
-        except (msgspec.MsgspecError, UnicodeDecodeError, LazaretteError) as unreadable:
+        except (msgspec.MsgspecError, LazaretteError) as unreadable:
             if isinstance(unreadable, LazaretteError) and unreadable.exit_code == 30:
                 raise
             # somebody is there; who, nobody can say

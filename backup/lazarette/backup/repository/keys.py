@@ -36,7 +36,6 @@ from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from lazarette.backup.repository.malformed import MALFORMED
 from lazarette.backup.repository.secret import (
     KEY_BYTES,
     KIND_NAMES,
@@ -435,7 +434,7 @@ def _load(store: BlobStore, name: str) -> _Sealed:
         raise DamagedKey(f"key object {name} is damaged: its hash differs from its name")
     try:
         sealed = msgspec.msgpack.decode(data, type=_Sealed)
-    except MALFORMED as bad:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as bad:
         raise DamagedKey(f"key object {name} cannot be read: {bad}") from bad
     if sealed.version != 1:
         raise DamagedKey(
@@ -458,6 +457,6 @@ def _open(sealed: _Sealed, secret: Secret) -> _Opened | None:
             "this host's cryptography library cannot derive the passphrase's key",
             hint="install cryptography with OpenSSL 3.2 or later",
         ) from old
-    except (ValueError, msgspec.MsgspecError) as bad:
+    except (ValueError, RecursionError, msgspec.MsgspecError) as bad:
         raise DamagedKey(f"a key object cannot be read: {bad}") from bad
     return opened

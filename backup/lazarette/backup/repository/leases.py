@@ -58,6 +58,7 @@ from lazarette.backup.repository._leaseplaces import (
 )
 from lazarette.backup.repository.malformed import MALFORMED
 from lazarette.backup.stores.contract import BlobNotFound, BlobStore, StoreUnavailable
+from lazarette.fuse import jsontext
 from lazarette.storage.clock import NANOSECONDS, Clock
 from lazarette.storage.errors import Conflict, Forbidden, LazaretteError
 
@@ -402,7 +403,7 @@ class Lease:
 
 def _read_place(store: BlobStore) -> PlaceOfEntries:
     try:
-        said = msgspec.json.decode(store.get(_PROTOCOL), type=_Protocol)
+        said = jsontext.decode(store.get(_PROTOCOL), type=_Protocol)
     except BlobNotFound:
         return PlaceOfEntries.LISTED
     except MALFORMED:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import msgspec
 
 from lazarette.backup.repository.format import OWNERS, Crypt, RepositoryDamaged, seal, unseal
+from lazarette.backup.repository.malformed import MALFORMED
 from lazarette.backup.repository.repository import Repository
 from lazarette.backup.stores.contract import AlreadyThere, BlobNotFound, BlobStore, TagMismatch
 from lazarette.storage.errors import Conflict
@@ -72,7 +73,7 @@ def read(store: BlobStore, crypt: Crypt, volume: str) -> Owner | None:
         return None
     try:
         return _decode(unseal(crypt, name, stored))
-    except (msgspec.MsgspecError, UnicodeDecodeError) as bad:
+    except MALFORMED as bad:
         raise RepositoryDamaged(f"owner of {volume}: object {name} is malformed: {bad}") from bad
 
 

@@ -1,7 +1,7 @@
 """From a URL to a store.
 
 ========================================  =====================================
-``/mnt/disk/repo``, ``file:///mnt/…``     a folder
+``/mnt/disk/repo``, ``file:///mnt/…``     a folder, never a relative one
 ``s3://bucket/prefix``                    AWS
 ``s3://bucket/prefix?endpoint=http://…``  any other S3 server
 ========================================  =====================================
@@ -104,8 +104,16 @@ def parse_url(url: str) -> str | S3Place:
     Raises:
         InvalidArgument: the URL cannot be understood, or holds a secret.
     """
-    if url.startswith("/") or (url and "://" not in url):
-        return os.path.abspath(url)
+    if "\0" in url:
+        raise InvalidArgument("a repository's address cannot hold a zero byte")
+    if url.startswith("/"):
+        return os.path.normpath(url)
+    if "://" not in url:
+        # whose working directory would it be: the daemon's, a job's, the caller's?
+        raise InvalidArgument(
+            f'a repository\'s address cannot be "{url}"',
+            hint="give a folder from / on, file:///folder or s3://bucket/prefix",
+        )
     try:
         parts = urlsplit(url)
         options = {key: values[-1] for key, values in parse_qs(parts.query, True, True).items()}
@@ -119,10 +127,10 @@ def parse_url(url: str) -> str | S3Place:
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
             raise InvalidArgument(f"not an absolute file URL: {url}")
-        return os.path.abspath(unquote(parts.path))
+        return parse_url(unquote(parts.path))
     if parts.scheme != "s3":
         raise InvalidArgument(
-            f"no store is called {parts.scheme or url!r}", hint="use a folder, file:// or s3://"
+            f"no store is called {parts.scheme}", hint="use a folder, file:// or s3://"
         )
     return _s3_place(parts.netloc, unquote(parts.path), options)
 

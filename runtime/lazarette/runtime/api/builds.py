@@ -18,6 +18,7 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
+from lazarette.fuse import jsontext
 from lazarette.runtime.api.http import Call, Route, json_response, stream
 from lazarette.runtime.api.transfer import BodyReader, BodyWriter
 from lazarette.runtime.builds.builder import Builder, Built
@@ -49,7 +50,7 @@ class _Ulimit(msgspec.Struct, rename="pascal"):
     hard: int = 0
 
 
-class _Secrets(msgspec.Struct):
+class SecretsBody(msgspec.Struct):
     """Body of ``POST /lazarette/v1/builds/secrets``; secrets in base64."""
 
     secrets: dict[str, str] = {}
@@ -123,7 +124,7 @@ class BuildRoutes:
 
     async def secrets(self, call: Call) -> web.StreamResponse:
         """``POST /lazarette/v1/builds/secrets``."""
-        given = await call.json(_Secrets)
+        given = await call.json(SecretsBody)
         try:
             made = {
                 name: Secret(base64.b64decode(text, validate=True))
@@ -279,7 +280,7 @@ def _decoded(call: Call, key: str, kind: type[T]) -> T | None:
     if not raw or raw == "null":
         return None
     try:
-        return msgspec.json.decode(raw, type=kind, strict=False)
+        return jsontext.decode(raw, type=kind, strict=False)
     except msgspec.MsgspecError as bad:
         raise InvalidArgument(f"error reading {key}: {bad}") from bad
 
@@ -290,7 +291,7 @@ def _extra_hosts(given: Sequence[str]) -> list[str]:
     for text in given:
         if text.startswith("{"):
             try:
-                hosts = msgspec.json.decode(text, type=dict[str, str])
+                hosts = jsontext.decode(text, type=dict[str, str])
             except msgspec.MsgspecError as bad:
                 raise InvalidArgument(f"error reading extrahosts: {bad}") from bad
             found += [f"{name}:{address}" for name, address in hosts.items()]

@@ -126,7 +126,7 @@ class ContainerRoutes:
     async def start(self, call: Call) -> web.StreamResponse:
         """``POST /containers/{id}/start``."""
         container = self._container(call)
-        if (await call.request.read()).strip() not in (b"", b"{}", b"null"):
+        if (await call.body()).strip() not in (b"", b"{}", b"null"):
             raise InvalidArgument("starting container with non-empty request body is not supported")
         parse_detach_keys(call.text("detachKeys"))
         await self._manager.lifecycle.start(container)
@@ -351,8 +351,10 @@ class ContainerRoutes:
         if not (call.flag("stdout") or call.flag("stderr")):
             raise InvalidArgument("Bad parameters: you must choose at least one stream")
         now = self._manager.clock.now_ns()
-        tail = call.text("tail", "all")
-        number = int(tail) if tail.lstrip("-").isdigit() else -1
+        try:
+            number = int(call.text("tail", "all"))
+        except ValueError:
+            number = -1  # "all", and whatever else is no number
         return LogQuery(
             stdout=call.flag("stdout"),
             stderr=call.flag("stderr"),

@@ -12,7 +12,6 @@ clients depend on everywhere is done once here:
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
+from lazarette.fuse import jsontext
 from lazarette.storage.errors import InternalError, InvalidArgument, LazaretteError
 
 API_VERSION = (1, 50)
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _VERSIONED = re.compile(r"^/v(\d+)\.(\d+)(/.*)$")
-_CLIENT_LEFT = 499
+_LONGEST_BODY = 16 << 20
 _FALSE = frozenset({"", "0", "no", "false", "none"})
 
 
@@ -89,13 +89,26 @@ class Call:
         """
         return parse_filters(self.request.query.get("filters", ""), known)
 
+    async def body(self) -> bytes:
+        """The whole body.
+
+        Raises:
+            InvalidArgument: it is longer than any request of the API is.
+        """
+        read = bytearray()
+        async for piece in self.request.content.iter_any():
+            read += piece
+            if len(read) > _LONGEST_BODY:
+                raise InvalidArgument(f"request body is longer than {_LONGEST_BODY} bytes")
+        return bytes(read)
+
     async def json(self, kind: type[T]) -> T:
         """The body as ``kind``; an empty body is an empty object.
 
         Raises:
             InvalidArgument: wrong content type, broken JSON, or values of wrong type.
         """
-        body = await self.request.read()
+        body = await self.body()
         if body.strip():
             given = self.request.headers.get("Content-Type", "")
             if given.split(";")[0].strip().lower() != "application/json":
@@ -103,9 +116,7 @@ class Call:
                     f"unsupported Content-Type header ({given}): must be 'application/json'"
                 )
         try:
-            return msgspec.json.decode(body.strip() or b"{}", type=kind, strict=False)
-        except msgspec.ValidationError as bad:
-            raise InvalidArgument(f"invalid JSON: {bad}") from bad
+            return jsontext.decode(body.strip() or b"{}", type=kind, strict=False)
         except msgspec.DecodeError as bad:
             raise InvalidArgument(f"invalid JSON: {bad}") from bad
 
@@ -138,8 +149,8 @@ def parse_filters(raw: str, known: Sequence[str]) -> dict[str, list[str]]:
     if not raw.strip():
         return {}
     try:
-        given = json.loads(raw)
-    except ValueError as bad:
+        given = jsontext.decode(raw)
+    except msgspec.DecodeError as bad:
         raise InvalidArgument(f"invalid filters: {bad}") from bad
     if not isinstance(given, dict):
         raise InvalidArgument("invalid filters: not an object")
@@ -159,10 +170,26 @@ def parse_filters(raw: str, known: Sequence[str]) -> dict[str, list[str]]:
 
 
 def json_response(value: object, status: int = 200) -> web.Response:
-    """An answer of JSON: structs and plain values alike."""
-    return web.Response(
-        body=msgspec.json.encode(value) + b"\n", status=status, content_type="application/json"
-    )
+    """An answer of JSON: structs and plain values alike.
+
+    Bytes of file names and of headers that are no UTF-8 live in our text as lone surrogates,
+    which JSON cannot hold; as the Engine does, each becomes U+FFFD.
+    """
+    try:
+        body = msgspec.json.encode(value)
+    except UnicodeEncodeError:
+        body = msgspec.json.encode(_printable(msgspec.to_builtins(value)))
+    return web.Response(body=body + b"\n", status=status, content_type="application/json")
+
+
+def _printable(value: object) -> object:
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    if isinstance(value, dict):
+        return {_printable(key): _printable(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_printable(one) for one in value]
+    return value
 
 
 def empty(status: int = 204) -> web.Response:
@@ -211,8 +238,8 @@ class Api:
             return error_response(error)
         except ConnectionResetError:
             return web.Response(status=499)  # the client is gone: nobody reads it
-        except web.HTTPException:
-            raise
+        except web.HTTPException as refused:  # of the server underneath
+            return json_response({"message": refused.text or refused.reason}, refused.status)
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
             return error_response(InternalError("internal error, see the daemon's log"))

@@ -10,6 +10,7 @@ from typing import BinaryIO, Protocol
 import msgspec
 from aiohttp import web
 
+from lazarette.fuse import jsontext
 from lazarette.runtime.api.http import Call, Route, empty, json_response, stream
 from lazarette.runtime.api.transfer import BodyReader, BodyWriter
 from lazarette.runtime.images import archive, commit, listing, reference, save
@@ -147,15 +148,17 @@ class ImageRoutes:
             filters,
             everything=call.flag("all"),
             shared_size=call.flag("shared-size"),
+            manifests=call.flag("manifests") and call.version >= (1, 47),
         )
         return json_response([_summary(one, call.version) for one in found])
 
     async def inspect(self, call: Call) -> web.StreamResponse:
         """``GET /images/{name}/json``."""
-        if call.flag("manifests") and call.text("platform"):
+        manifests = call.flag("manifests") and call.version >= (1, 48)
+        if manifests and call.text("platform") and call.version >= (1, 49):
             raise InvalidArgument("conflicting options: manifests and platform cannot both be set")
         found = await asyncio.to_thread(
-            listing.inspect, self._store, call.path["name"], call.version
+            listing.inspect, self._store, call.path["name"], call.version, manifests=manifests
         )
         _check_platform(call, found)
         return json_response(found)
@@ -392,7 +395,7 @@ def read_platform(text: str) -> Platform | None:
     """
     try:
         if text.startswith("{"):
-            return msgspec.json.decode(text, type=Platform).normalised()
+            return jsontext.decode(text, type=Platform).normalised()
         return parse_platform(text)
     except (msgspec.MsgspecError, BadArchive) as bad:
         raise InvalidArgument(f"invalid platform: {bad}") from bad
@@ -411,6 +414,8 @@ def _summary(one: listing.Summary, version: tuple[int, int]) -> Mapping[str, obj
         shown["VirtualSize"] = one.size
     if version < (1, 43) and not one.repo_tags and not one.repo_digests:
         shown["RepoTags"], shown["RepoDigests"] = ["<none>:<none>"], ["<none>@<none>"]
+    if version < (1, 48):
+        shown.pop("Descriptor", None)
     return shown
 
 

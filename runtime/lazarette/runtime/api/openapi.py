@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 import msgspec
 from aiohttp import web
 
+from lazarette.runtime.api import builds, networks, standbys, volumes
 from lazarette.runtime.api import lazarette as ours
-from lazarette.runtime.api import networks, standbys, volumes
 from lazarette.runtime.api.http import API_VERSION, Call, Route, json_response, version_text
 from lazarette.runtime.containers.model import (
     CreateRequest,
@@ -23,6 +23,7 @@ from lazarette.runtime.containers.model import (
     ExecStart,
     UpdateRequest,
 )
+from lazarette.runtime.images import model
 from lazarette.runtime.images.credentials import Credentials
 
 PATH = "/lazarette/v1/openapi.json"
@@ -64,7 +65,7 @@ _QUERIES = {
     "GET /containers/{id}/archive": "path:s",
     "PUT /containers/{id}/archive": "path:s noOverwriteDirNonDir:b copyUIDGID:b",
     "POST /exec/{id}/resize": "h:i w:i",
-    "GET /images/json": "all:b filter:s filters:s shared-size:b",
+    "GET /images/json": "all:b filter:s filters:s shared-size:b manifests:b",
     "GET /images/search": "term:s limit:i",
     "GET /images/get": "names:s",
     "POST /images/create": "fromImage:s fromSrc:s repo:s tag:s message:s changes:s platform:s",
@@ -93,6 +94,7 @@ _BODIES: dict[str, type[msgspec.Struct]] = {
     "POST /containers/{id}/exec": ExecRequest,
     "POST /exec/{id}/start": ExecStart,
     "POST /auth": Credentials,
+    "POST /commit": model.RunConfig,
     "POST /networks/create": networks.CreateBody,
     "POST /networks/{id}/connect": networks.ConnectBody,
     "POST /networks/{id}/disconnect": networks.DisconnectBody,
@@ -102,6 +104,11 @@ _BODIES: dict[str, type[msgspec.Struct]] = {
     "POST /lazarette/v1/volumes/{name}/rollback": volumes.RollbackBody,
     "POST /lazarette/v1/volumes/{name}/resize": volumes.ResizeBody,
     "POST /lazarette/v1/volumes/{name}/rename": volumes.RenameBody,
+    "PUT /lazarette/v1/volumes/{name}/labels": volumes.LabelsBody,
+    "POST /lazarette/v1/volumes/{volume}/undo": ours.UndoBody,
+    "POST /lazarette/v1/volumes/{volume}/fill": ours.FillBody,
+    "POST /lazarette/v1/branches": ours.BranchBody,
+    "POST /lazarette/v1/builds/secrets": builds.SecretsBody,
     "POST /lazarette/v1/repositories": ours.RepositoryBody,
     "POST /lazarette/v1/repositories/{name}/check": ours.CheckBody,
     "POST /lazarette/v1/backups": ours.BackupBody,

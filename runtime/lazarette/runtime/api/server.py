@@ -175,7 +175,7 @@ def _remove_stale(path: Path) -> None:
 def _tcp(rest: str, tls: TlsFiles | None) -> tuple[str, int]:
     name, _, port = rest.rpartition(":")
     name = name.strip("[]")
-    if not port.isdigit() or int(port) > 65535:
+    if not port.isdecimal() or int(port) > 65535:
         raise InvalidArgument(f"listen on tcp://{rest}: no port number")
     if tls is None and not _is_loopback(name):
         raise InvalidArgument(

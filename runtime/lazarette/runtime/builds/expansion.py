@@ -214,9 +214,9 @@ class _Scan:
     def _name(self) -> str:
         start = self._at
         while (char := self._peek()) != "" and (char == "_" or (char.isascii() and char.isalnum())):
-            if char.isdigit() and self._at == start:
+            if char.isdecimal() and self._at == start:
                 self._at += 1  # a positional name is a single run of digits
-                while self._peek().isdigit():
+                while self._peek().isdecimal():
                     self._at += 1
                 break
             self._at += 1

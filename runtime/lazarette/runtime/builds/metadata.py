@@ -175,7 +175,7 @@ def _stop_signal(state: StageState, step: StopSignal) -> str:
 
 
 def _is_signal(name: str) -> bool:
-    if name.isdigit():
+    if name.isdecimal():
         return 0 < int(name) <= signal.SIGRTMAX
     plain = name.upper().removeprefix("SIG")
     if real_time := re.fullmatch(r"RT(MIN|MAX)(?:([+-])(\d{1,2}))?", plain):

@@ -99,4 +99,4 @@ class BuildOptions:
     def source_date_epoch(self) -> int | None:
         """Seconds since the epoch that all times of the image are to have, if asked for."""
         value = self.build_args.get("SOURCE_DATE_EPOCH")
-        return int(value) if value is not None and value.isdigit() else None
+        return int(value) if value is not None and value.isdecimal() else None

@@ -122,7 +122,7 @@ def find_stage(stages: Sequence[Stage], name: str) -> Stage | None:
     for stage in stages:
         if stage.name and stage.name == name.lower():
             return stage
-    if name.isdigit() and int(name) < len(stages):
+    if name.isdecimal() and int(name) < len(stages):
         return stages[int(name)]
     return None
 
@@ -181,7 +181,7 @@ def stage_origin(
     for other in earlier:
         if other.name and other.name == origin.lower():
             return other
-    if origin.isdigit():
+    if origin.isdecimal():
         number = int(origin)
         if number == stage.number:
             raise DockerfileError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from lazarette.fuse import jsontext
 from lazarette.runtime.builds.history import DEFAULT_SHELL
 from lazarette.runtime.builds.scope import DEFAULT_PATH, StageScope, env_map
 from lazarette.runtime.images.model import (
@@ -123,7 +124,7 @@ class StageState:
 
 def copy_config(config: RunConfig) -> RunConfig:
     """A configuration that can be changed without changing the original."""
-    return msgspec.json.decode(msgspec.json.encode(config), type=RunConfig)
+    return jsontext.decode(msgspec.json.encode(config), type=RunConfig)
 
 
 def with_path(config: RunConfig) -> None:

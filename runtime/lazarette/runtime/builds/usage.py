@@ -201,7 +201,7 @@ def _moment(text: str, now_ns: int) -> int:
         return now_ns - parse_duration(text)
     except ValueError:
         pass
-    if text.isdigit():
+    if text.isdecimal():
         return int(text) * NANOSECONDS
     moment = time_ns(text)
     if not moment:

@@ -19,7 +19,7 @@ def _rows(root: Tree, path: bytes, columns: int) -> list[list[str]]:
 
 
 def _number(text: str) -> int | None:
-    return int(text) if text.isdigit() and int(text) <= _LARGEST else None
+    return int(text) if text.isdecimal() and int(text) <= _LARGEST else None
 
 
 def find_user(root: Tree, user: str) -> tuple[int, int]:
@@ -32,7 +32,7 @@ def find_user(root: Tree, user: str) -> tuple[int, int]:
     if number is not None:
         return number, number
     for row in _rows(root, b"etc/passwd", 4):
-        if row[0] == user and row[2].isdigit():
+        if row[0] == user and row[2].isdecimal():
             return int(row[2]), _number(row[3]) or 0
     raise StepFailed(
         f"unable to convert uid/gid chown string to host mapping: can't find uid for"
@@ -50,7 +50,7 @@ def find_group(root: Tree, group: str) -> int:
     if number is not None:
         return number
     for row in _rows(root, b"etc/group", 3):
-        if row[0] == group and row[2].isdigit():
+        if row[0] == group and row[2].isdecimal():
             return int(row[2])
     raise StepFailed(
         f"unable to convert uid/gid chown string to host mapping: can't find gid for"

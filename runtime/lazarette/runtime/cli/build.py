@@ -19,6 +19,7 @@ import msgspec
 import requests
 from docker import auth as docker_auth
 
+from lazarette.fuse import jsontext
 from lazarette.runtime.builds.context import Located, locate, pack, sent_along
 from lazarette.runtime.builds.errors import ContextError
 from lazarette.runtime.builds.mounts import parse_size
@@ -199,7 +200,7 @@ def _sent(daemon: Daemon, folder: Path) -> str:
     with answer:
         if answer.status_code >= 400:
             raise failure(answer.content, answer.status_code)
-        return str(msgspec.json.decode(answer.content, type=dict[str, str])["context"])
+        return str(jsontext.decode(answer.content, type=dict[str, str])["context"])
 
 
 def _secret(text: str) -> tuple[str, str]:
@@ -308,7 +309,7 @@ def _follow(answer: requests.Response, quiet: bool, silent: bool) -> str:
     for line in answer.iter_lines(chunk_size=1):
         if not line:
             continue
-        record = msgspec.json.decode(line, type=dict[str, object])
+        record = jsontext.decode(line, type=dict[str, object])
         if "error" in record:
             detail = cast(dict[str, object], record.get("errorDetail") or {})
             output.write_error(str(record["error"]), str(record.get("hint", "")))
@@ -400,7 +401,7 @@ def prune(
     with answer:
         if answer.status_code >= 400:
             raise failure(answer.content, answer.status_code)
-        gone = msgspec.json.decode(answer.content, type=dict[str, object])
+        gone = jsontext.decode(answer.content, type=dict[str, object])
     caches = cast(list[str], gone["CachesDeleted"] or [])
     freed = output.size_text(cast(int, gone["SpaceReclaimed"]))
     output.answer(as_json, gone, *caches, f"reclaimed {freed}")

@@ -16,6 +16,7 @@ import msgspec
 import requests
 
 from lazarette.backup.jobs.model import Failure
+from lazarette.fuse import jsontext
 from lazarette.runtime.config import DEFAULT_HOST
 from lazarette.storage.errors import InternalError, LazaretteError, Unavailable, registry
 
@@ -40,7 +41,7 @@ def default_host() -> str:
 def failure(body: bytes, status: int) -> LazaretteError:
     """The error behind an answer of the daemon, of the class it was raised as there."""
     try:
-        told = msgspec.json.decode(body, type=_Answer)
+        told = jsontext.decode(body, type=_Answer)
     except msgspec.DecodeError:
         told = _Answer(message=body.decode(errors="replace").strip() or f"HTTP status {status}")
     kind = registry().get(_BY_STATUS.get(status, InternalError.number), InternalError)
@@ -79,13 +80,11 @@ class Daemon(docker.APIClient):
     def ask(self, method: str, path: str, body: object = None, **query: str) -> Json:
         """One call whose answer is a JSON object."""
         raw = self.call(method, path, body, **query)
-        return msgspec.json.decode(raw or b"{}", type=dict[str, object])
+        return jsontext.decode(raw or b"{}", type=dict[str, object])
 
     def ask_list(self, path: str, **query: str) -> list[Json]:
         """One GET whose answer is a JSON list of objects."""
-        found = msgspec.json.decode(
-            self.call("GET", path, None, **query), type=list[dict[str, object]]
-        )
+        found = jsontext.decode(self.call("GET", path, None, **query), type=list[dict[str, object]])
         return list(found)
 
     def follow(self, method: str, path: str, body: object = None, **query: str) -> Iterator[Json]:
@@ -94,7 +93,7 @@ class Daemon(docker.APIClient):
             for line in answer.iter_lines(chunk_size=1):
                 if not line:
                     continue
-                record = msgspec.json.decode(line, type=dict[str, object])
+                record = jsontext.decode(line, type=dict[str, object])
                 if "error" in record:
                     raise failure(msgspec.json.encode(record["error"]), 500)
                 yield record

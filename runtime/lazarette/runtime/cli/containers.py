@@ -51,12 +51,7 @@ def run(
     daemon = session.daemon
     container = make(daemon, image, command, given, attach=not detach)
     if detach:
-        try:
-            daemon.start(container)
-        except Exception:
-            if given["remove"]:
-                daemon.remove_container(container, force=True)
-            raise
+        daemon.start(container)
         output.answer(as_json, {"id": container}, container)
         return 0
     return terminal.run_attached(

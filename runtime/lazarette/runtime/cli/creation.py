@@ -109,7 +109,7 @@ def _mount(spec: str) -> dict[str, object]:
 
 def _restart(spec: str) -> dict[str, object]:
     name, _, count = spec.partition(":")
-    if count and not count.isdigit():
+    if count and not count.isdecimal():
         raise InvalidArgument(f"restart policy {spec} has no number after the colon")
     return {"Name": name or "no", "MaximumRetryCount": int(count or 0)}
 

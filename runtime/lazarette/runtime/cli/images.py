@@ -9,6 +9,7 @@ from typing import cast
 import click
 import msgspec
 
+from lazarette.fuse import jsontext
 from lazarette.runtime.cli import output
 from lazarette.runtime.cli.client import Daemon, Json
 from lazarette.runtime.cli.context import Session, json_option, pass_session
@@ -182,7 +183,7 @@ def import_(
             from lazarette.runtime.cli.client import failure
 
             raise failure(answer.content, answer.status_code)
-        lines = (msgspec.json.decode(line) for line in answer.iter_lines() if line)
+        lines = (jsontext.decode(line) for line in answer.iter_lines() if line)
         _show_stream(lines, False, as_json)
 
 

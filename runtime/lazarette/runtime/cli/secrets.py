@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 import click
 
 from lazarette.backup.jobs.model import StoreAccess
-from lazarette.storage.errors import NotFound
+from lazarette.storage.errors import InvalidArgument, NotFound
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,9 +52,14 @@ def repository_option(command: Callable[..., R]) -> Callable[..., R]:
 def store_access(url: str, key_file: str | None = None, kit: str | None = None) -> StoreAccess:
     """A store with its credentials (``AWS_*``) and, as far as one is given, a secret.
 
+    A relative folder is one of the working directory of whoever types it.
+
     Raises:
         NotFound: a file does not exist.
+        InvalidArgument: no store is named.
     """
+    if not url:
+        raise InvalidArgument("a repository's address cannot be empty")
     access = StoreAccess(
         url=url if "://" in url else os.path.abspath(url),
         access_key=os.environ.get("AWS_ACCESS_KEY_ID", ""),

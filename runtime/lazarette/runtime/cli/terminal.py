@@ -47,12 +47,7 @@ def run_attached(daemon: Daemon, container: str, *, stdin: bool, tty: bool, remo
         stream=True,
         timeout=None,
     )
-    try:
-        daemon.start(container)
-    except Exception:
-        if removed:
-            daemon.remove_container(container, force=True)
-        raise
+    daemon.start(container)
     _pump(stream, stdin, tty, lambda rows, columns: daemon.resize(container, rows, columns))
     return int(waiting.json()["StatusCode"])
 

@@ -115,14 +115,14 @@ class Group:
     def number(self, controller: str, name: str) -> int:
         """A file that holds one number; 0 for ``max`` or when it is not there."""
         text = self.read(controller, name).strip()
-        return int(text) if text.isdigit() else 0
+        return int(text) if text.isdecimal() else 0
 
     def table(self, controller: str, name: str) -> dict[str, int]:
         """A file of ``key number`` lines."""
         found: dict[str, int] = {}
         for line in self.read(controller, name).splitlines():
             key, _, value = line.rpartition(" ")
-            if value.strip().isdigit():
+            if value.strip().isdecimal():
                 found[key] = int(value)
         return found
 

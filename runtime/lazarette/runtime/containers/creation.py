@@ -138,7 +138,7 @@ def _port(text: str) -> str:
     number, _, proto = text.partition("/")
     proto = proto or "tcp"
     first, _, last = number.partition("-")
-    valid = first.isdigit() and int(first) < 65536 and (not last or last.isdigit())
+    valid = first.isdecimal() and int(first) < 65536 and (not last or last.isdecimal())
     if not valid or proto not in ("tcp", "udp", "sctp"):
         raise InvalidArgument(f"invalid port specification: '{text}'")
     return f"{number}/{proto}"
@@ -200,7 +200,7 @@ def _bindings(port: str, entries: list[PortBinding] | None) -> list[PortBinding]
     for entry in entries or [PortBinding()]:
         text = str(entry.host_port)
         first, _, last = text.partition("-")
-        if text and not (first.isdigit() and (not last or last.isdigit())):
+        if text and not (first.isdecimal() and (not last or last.isdecimal())):
             raise InvalidArgument(f"invalid port specification: '{text}'")
         if text and int(last or first) > 65535:
             raise InvalidArgument(f"invalid port specification: '{text}'")
@@ -236,6 +236,8 @@ def check(config: ContainerConfig, host: HostConfig, version: tuple[int, int]) -
             kind != "uts" and mode.startswith("container:") and mode != "container:"
         ):
             raise InvalidArgument(f"invalid {kind.upper()} mode: {mode}")
+    if host.userns_mode not in ("", "host"):
+        raise InvalidArgument(f"invalid user namespace mode: {host.userns_mode}")
     if host.cgroupns_mode not in ("", "host", "private"):
         raise InvalidArgument(f"invalid cgroup namespace mode: {host.cgroupns_mode}")
     if host.network_mode.startswith("container:") and config.hostname:

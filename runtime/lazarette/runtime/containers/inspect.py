@@ -236,7 +236,7 @@ class Inspector:
         exposed = container.definition.config.exposed_ports
         for port in exposed if isinstance(exposed, dict) else {}:
             number, _, proto = port.partition("/")
-            if number.isdigit() and (int(number), proto) not in seen:
+            if number.isdecimal() and (int(number), proto) not in seen:
                 made.append({"PrivatePort": int(number), "Type": proto})
         return made
 

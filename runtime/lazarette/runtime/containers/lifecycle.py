@@ -48,6 +48,10 @@ class AfterExit(Protocol):
         """Start the timer or the removal; called outside the container's lock."""
         ...
 
+    async def never_began(self, container: Container) -> None:
+        """A run could not begin: a container that is to remove itself is removed on return."""
+        ...
+
     def started(self, container: Container) -> None:
         """A run began: health checks and log rotation may."""
         ...
@@ -113,6 +117,9 @@ class Lifecycle:
     async def start(self, container: Container, *, by_policy: bool = False) -> None:
         """Start a container that does not run.
 
+        One that is to remove itself is gone when its start has failed, before the error
+        reaches whoever asked for the start.
+
         Raises:
             NotModified: it runs already.
             WrongState: it is paused, or being removed.
@@ -127,15 +134,21 @@ class Lifecycle:
             if container.removing or state.status in (Status.REMOVING, Status.DEAD):
                 raise WrongState("container is marked for removal and cannot be started")
             self._cancel_restart(container)
+            fault: BaseException | None = None
             try:
                 await self._start(container)
-            except BaseException as failed:
+            except BaseException as failed:  # noqa: BLE001 - raised again once the lock is free
                 await self._start_failed(container, failed)
-                raise
-            if not by_policy:
-                state.restart_count = 0
-                state.backoff_ns = 0
-            self._store.save_state(container.id, state)
+                fault = failed
+            else:
+                if not by_policy:
+                    state.restart_count = 0
+                    state.backoff_ns = 0
+                self._store.save_state(container.id, state)
+        if fault is not None:
+            if self.after is not None:
+                await asyncio.shield(self.after.never_began(container))
+            raise fault
         self.emit(container, "start")
         self.watch(container)
         if self.after is not None:
@@ -203,8 +216,6 @@ class Lifecycle:
         self._store.save_state(container.id, state)
         container.end_waiting()
         container.has_ended()
-        if container.definition.host.auto_remove and self.after is not None:
-            self.after.follow_up(container)
 
     @staticmethod
     def _cancel_restart(container: Container) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 
+from lazarette.fuse import jsontext
 from lazarette.runtime.containers.cgroups import Hierarchies, prime_move
 from lazarette.runtime.containers.errors import MonitorFailed, StartFailed
 from lazarette.runtime.containers.oci import OciRuntime
@@ -197,7 +198,7 @@ class Session:
         said = await _read_line(self._sync)
         if not said:
             raise MonitorFailed("conmon ended without a word")
-        sync = msgspec.json.decode(said.splitlines()[0], type=_Sync)
+        sync = jsontext.decode(said.splitlines()[0], type=_Sync)
         if sync.data < 0:
             raise start_failure(sync.message, self._runtime, self._command)
         monitor = int((folder / "conmon.pid").read_text())
@@ -324,4 +325,4 @@ def read_exit(folder: Path, unique: str) -> int | None:
         text = (folder / unique).read_text().strip()
     except FileNotFoundError:
         return None
-    return int(text) if text.lstrip("-").isdigit() else None
+    return int(text) if text.lstrip("-").isdecimal() else None

@@ -83,15 +83,16 @@ def on_exit(pid: int, call: Callable[[], None]) -> Callable[[], None]:
 def parse_signal(text: str) -> int:
     """A signal by name (``SIGTERM``, ``TERM``, ``RTMIN+3``) or number; 0 if it is none."""
     wanted = text.strip().upper()
-    if wanted.isdigit():
-        number = int(wanted)
+    if wanted.isdecimal():
+        number = int(wanted[:3])
         return number if 0 < number <= 64 else 0
     name = wanted.removeprefix("SIG")
     for base, sign in (("RTMIN+", 1), ("RTMAX-", -1)):
-        if name.startswith(base) and name[len(base) :].isdigit():
-            offset = int(name[len(base) :])
+        if name.startswith(base) and name[len(base) :].isdecimal():
+            offset = int(name[len(base) :][:3])
             first = signal.SIGRTMIN if sign > 0 else signal.SIGRTMAX
-            return int(first) + sign * offset
+            number = int(first) + sign * offset
+            return number if signal.SIGRTMIN <= number <= signal.SIGRTMAX else 0
     try:
         return int(signal.Signals[f"SIG{name}"])
     except KeyError:

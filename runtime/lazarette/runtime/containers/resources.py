@@ -367,7 +367,7 @@ def device_rules(texts: list[str]) -> list[dict[str, object]]:
             len(numbers) != 2
             or parts[0] not in ("a", "b", "c")
             or set(parts[2]) - set("rwm")
-            or any(n != "*" and not n.isdigit() for n in numbers)
+            or any(n != "*" and not n.isdecimal() for n in numbers)
         ):
             raise InvalidArgument(f"invalid device cgroup rule format: '{text}'")
         rule: dict[str, object] = {"allow": True, "type": parts[0], "access": parts[2]}

@@ -105,15 +105,15 @@ def resolve_user(root: int, wanted: str, extra_groups: tuple[str, ...] = ()) -> 
     name, _, group = wanted.partition(":")
     passwd = [line.split(":") for line in read_in_root(root, "etc/passwd").splitlines()]
     groups = [line.split(":") for line in read_in_root(root, "etc/group").splitlines()]
-    passwd = [row for row in passwd if len(row) >= 7 and row[2].isdigit() and row[3].isdigit()]
-    groups = [row for row in groups if len(row) >= 4 and row[2].isdigit()]
+    passwd = [row for row in passwd if len(row) >= 7 and row[2].isdecimal() and row[3].isdecimal()]
+    groups = [row for row in groups if len(row) >= 4 and row[2].isdecimal()]
     name = name or "0"
     row = next((r for r in passwd if r[0] == name), None)
-    if row is None and name.isdigit():
+    if row is None and name.isdecimal():
         row = next((r for r in passwd if r[2] == name), None)
     if row is not None:
         uid, gid, home, login = int(row[2]), int(row[3]), row[5] or "/", row[0]
-    elif name.isdigit():
+    elif name.isdecimal():
         uid, gid, home, login = _number(name), 0, "/", ""
     else:
         raise InvalidArgument(f"unable to find user {name}: no matching entries in passwd file")
@@ -130,7 +130,7 @@ def _group(groups: list[list[str]], wanted: str) -> int:
     for row in groups:
         if row[0] == wanted:
             return int(row[2])
-    if wanted.isdigit():
+    if wanted.isdecimal():
         return _number(wanted)
     raise InvalidArgument(f"unable to find group {wanted}: no matching entries in group file")
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import errno
 import os
 import platform
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 import msgspec
 
+from lazarette.fuse import jsontext
 from lazarette.storage.errors import InvalidArgument
 
 _ALLOWED_TEXT = """
@@ -134,6 +134,38 @@ def default_filter(capabilities: Collection[str]) -> Filter:
     }
 
 
+class _Argument(msgspec.Struct):
+    index: int
+    value: int
+    op: str
+    valueTwo: int = 0
+
+
+class _Condition(msgspec.Struct):
+    caps: list[str] | None = None
+    arches: list[str] | None = None
+    min_kernel: str = msgspec.field(default="", name="minKernel")
+
+
+class _Syscalls(msgspec.Struct):
+    action: str
+    names: list[str] | None = None
+    name: str = ""
+    args: list[_Argument] | None = None
+    errno: int | None = msgspec.field(default=None, name="errnoRet")
+    includes: _Condition | None = None
+    excludes: _Condition | None = None
+
+
+class _Profile(msgspec.Struct):
+    """The Engine's form, as its documentation of seccomp profiles has it."""
+
+    default_action: str = msgspec.field(name="defaultAction")
+    default_errno: int | None = msgspec.field(default=None, name="defaultErrnoRet")
+    architectures: list[str] | None = None
+    syscalls: list[_Syscalls] | None = None
+
+
 def from_profile(text: str, capabilities: Collection[str]) -> Filter:
     """A profile in the Engine's JSON form as the runtime's filter.
 
@@ -141,45 +173,43 @@ def from_profile(text: str, capabilities: Collection[str]) -> Filter:
         InvalidArgument: it is not such a profile.
     """
     try:
-        profile: Any = msgspec.json.decode(text)
+        profile = jsontext.decode(text, type=_Profile)
     except msgspec.DecodeError as bad:
         raise InvalidArgument(f"decoding seccomp profile failed: {bad}") from bad
-    if not isinstance(profile, dict) or not isinstance(profile.get("defaultAction"), str):
-        raise InvalidArgument("decoding seccomp profile failed: no defaultAction")
-    made: Filter = {"defaultAction": profile["defaultAction"]}
-    if isinstance(profile.get("defaultErrnoRet"), int):
-        made["defaultErrnoRet"] = profile["defaultErrnoRet"]
-    made["architectures"] = profile.get("architectures") or _ARCHES.get(platform.machine(), [])
+    made: Filter = {"defaultAction": profile.default_action}
+    if profile.default_errno is not None:
+        made["defaultErrnoRet"] = profile.default_errno
+    made["architectures"] = profile.architectures or _ARCHES.get(platform.machine(), [])
     rules: list[Filter] = []
-    for entry in profile.get("syscalls") or []:
-        names = entry.get("names") or ([entry["name"]] if entry.get("name") else [])
+    for entry in profile.syscalls or []:
+        names = entry.names or ([entry.name] if entry.name else [])
         if not names or not _applies(entry, capabilities):
             continue
-        rule = _rule(list(names), str(entry["action"]))
-        if entry.get("args"):
-            rule["args"] = entry["args"]
-        if entry.get("errnoRet") is not None:
-            rule["errnoRet"] = entry["errnoRet"]
+        rule = _rule(names, entry.action)
+        if entry.args:
+            rule["args"] = msgspec.to_builtins(entry.args)
+        if entry.errno is not None:
+            rule["errnoRet"] = entry.errno
         rules.append(rule)
     if rules:
         made["syscalls"] = rules
     return made
 
 
-def _applies(entry: Mapping[str, Any], capabilities: Collection[str]) -> bool:
-    includes, excludes = entry.get("includes") or {}, entry.get("excludes") or {}
+def _applies(entry: _Syscalls, capabilities: Collection[str]) -> bool:
+    includes, excludes = entry.includes or _Condition(), entry.excludes or _Condition()
     machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
-    if excludes.get("caps") and any(cap in capabilities for cap in excludes["caps"]):
+    if any(cap in capabilities for cap in excludes.caps or ()):
         return False
-    if excludes.get("arches") and machine in excludes["arches"]:
+    if machine in (excludes.arches or ()):
         return False
-    if includes.get("caps") and not all(cap in capabilities for cap in includes["caps"]):
+    if not all(cap in capabilities for cap in includes.caps or ()):
         return False
-    if includes.get("arches") and machine not in includes["arches"]:
+    if includes.arches and machine not in includes.arches:
         return False
-    if excludes.get("minKernel") and _kernel() >= _parsed(excludes["minKernel"]):
+    if excludes.min_kernel and _kernel() >= _parsed(excludes.min_kernel):
         return False
-    return not (includes.get("minKernel") and _kernel() < _parsed(includes["minKernel"]))
+    return not (includes.min_kernel and _kernel() < _parsed(includes.min_kernel))
 
 
 def _kernel() -> tuple[int, ...]:
@@ -188,4 +218,4 @@ def _kernel() -> tuple[int, ...]:
 
 def _parsed(version: str) -> tuple[int, ...]:
     numbers = version.split("-")[0].split(".")[:2]
-    return tuple(int(part) for part in numbers if part.isdigit())
+    return tuple(int(part) for part in numbers if part.isdecimal())

@@ -142,7 +142,7 @@ def _io_v1(text: str) -> list[Json] | None:
     made: list[Json] = []
     for line in text.splitlines():
         parts = line.split()
-        if len(parts) == 3 and parts[2].isdigit():
+        if len(parts) == 3 and parts[2].isdecimal():
             major, _, minor = parts[0].partition(":")
             made.append(
                 {
@@ -255,6 +255,6 @@ def top(group: Group, arguments: str) -> Json:
     rows = []
     for line in lines[1:]:
         fields = line.split(None, len(titles) - 1)
-        if len(fields) > column and fields[column].isdigit() and int(fields[column]) in pids:
+        if len(fields) > column and fields[column].isdecimal() and int(fields[column]) in pids:
             rows.append(fields)
     return {"Titles": titles, "Processes": rows}

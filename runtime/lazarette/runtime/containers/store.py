@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from lazarette.fuse import jsontext
 from lazarette.runtime.containers.record import Definition, State
 from lazarette.storage.state import State as Database
 
@@ -39,8 +40,8 @@ class ContainerStore:
         rows = self._database.rows("SELECT definition, state FROM containers")
         found = [
             (
-                msgspec.json.decode(row["definition"], type=Definition),
-                msgspec.json.decode(row["state"], type=State),
+                jsontext.decode(row["definition"], type=Definition),
+                jsontext.decode(row["state"], type=State),
             )
             for row in rows
         ]
@@ -80,7 +81,7 @@ class ContainerStore:
     def closed_gates(self) -> dict[str, list[str]]:
         """Gates that a killed daemon left closed, with the ids of their containers."""
         rows = self._database.rows("SELECT id, containers FROM container_gates")
-        return {row["id"]: msgspec.json.decode(row["containers"], type=list[str]) for row in rows}
+        return {row["id"]: jsontext.decode(row["containers"], type=list[str]) for row in rows}
 
 
 def _text(value: object) -> str:

@@ -69,6 +69,11 @@ class Supervisor:
         elif container.definition.host.auto_remove and not container.removing:
             self._manager.lifecycle.in_background(self._remove(container))
 
+    async def never_began(self, container: Container) -> None:
+        """See :class:`lazarette.runtime.containers.lifecycle.AfterExit`."""
+        if container.definition.host.auto_remove and not container.removing:
+            await self._remove(container)
+
     async def _restart(self, container: Container) -> None:
         container.restart_timer = None
         if container.state.status is not Status.RESTARTING:

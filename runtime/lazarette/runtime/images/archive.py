@@ -15,6 +15,7 @@ from typing import BinaryIO, cast
 
 import msgspec
 
+from lazarette.fuse import jsontext
 from lazarette.runtime.images import model, reference
 from lazarette.runtime.images.blobs import LayerBlob
 from lazarette.runtime.images.compression import (
@@ -202,7 +203,7 @@ def _check_name(name: str, *digests: str) -> None:
 
 def _docker_images(contents: _Contents) -> list[_Found]:
     try:
-        entries = msgspec.json.decode(contents.document("manifest.json"), type=list[_Entry])
+        entries = jsontext.decode(contents.document("manifest.json"), type=list[_Entry])
     except msgspec.MsgspecError as bad:
         raise BadArchive(f"manifest.json cannot be read: {bad}") from bad
     return [

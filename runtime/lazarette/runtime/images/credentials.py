@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import msgspec
 
+from lazarette.fuse import jsontext
 from lazarette.storage.errors import InternalError
 from lazarette.storage.process import run
 
@@ -70,7 +71,7 @@ class Credentials(msgspec.Struct, omit_defaults=True):
 def from_header(value: str) -> Credentials:
     """``X-Registry-Auth`` as credentials; empty ones where it cannot be read."""
     with suppress(ValueError, msgspec.MsgspecError):
-        found = msgspec.json.decode(_unpacked(value), type=Credentials | None)
+        found = jsontext.decode(_unpacked(value), type=Credentials | None)
         return found.filled() if found is not None else Credentials()
     return Credentials()
 
@@ -79,11 +80,11 @@ def from_config_header(value: str) -> dict[str, Credentials]:
     """``X-Registry-Config`` as credentials by registry; entries that cannot be read fall."""
     entries: dict[str, msgspec.Raw] = {}
     with suppress(ValueError, msgspec.MsgspecError):
-        entries = msgspec.json.decode(_unpacked(value), type=dict[str, msgspec.Raw])
+        entries = jsontext.decode(_unpacked(value), type=dict[str, msgspec.Raw])
     found: dict[str, Credentials] = {}
     for server, raw in entries.items():
         with suppress(msgspec.MsgspecError):
-            found[host_of(server)] = msgspec.json.decode(raw, type=Credentials).filled()
+            found[host_of(server)] = jsontext.decode(raw, type=Credentials).filled()
     return found
 
 
@@ -199,7 +200,7 @@ class DockerConfig:
         except FileNotFoundError:
             raw = b"{}"
         try:
-            return msgspec.json.decode(raw.strip() or b"{}", type=kind)
+            return jsontext.decode(raw.strip() or b"{}", type=kind)
         except msgspec.MsgspecError as bad:
             raise InternalError(
                 f"login file {self._path} cannot be read: {bad}", hint="repair or remove it"
@@ -252,7 +253,7 @@ def _ask_helper(helper: str, key: str) -> Credentials:
     if not said:
         return Credentials()
     try:
-        answer = msgspec.json.decode(said, type=_HelperAnswer)
+        answer = jsontext.decode(said, type=_HelperAnswer)
     except msgspec.MsgspecError as bad:
         raise InternalError(f"credential helper {helper} answers nonsense: {bad}") from bad
     if answer.username == _TOKEN_USER:

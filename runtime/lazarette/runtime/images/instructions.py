@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from lazarette.fuse import jsontext
 from lazarette.runtime.images.model import Healthcheck, RunConfig
 from lazarette.storage.errors import InvalidArgument
 
@@ -48,7 +49,7 @@ def exec_form(text: str) -> list[str] | None:
     if not text.startswith("["):
         return None
     try:
-        return msgspec.json.decode(text, type=list[str])
+        return jsontext.decode(text, type=list[str])
     except msgspec.MsgspecError:
         return None
 
@@ -140,7 +141,7 @@ def _healthcheck(config: RunConfig, text: str) -> None:
         option, _, text = text.partition(" ")
         text = text.strip()
         name, _, value = option[2:].partition("=")
-        if name == "retries" and value.isdigit():
+        if name == "retries" and value.isdecimal():
             check.retries = int(value)
         elif name in ("interval", "timeout", "start-period", "start-interval"):
             setattr(check, name.replace("-", "_"), duration_ns(value))

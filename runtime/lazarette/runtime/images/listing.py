@@ -14,7 +14,8 @@ import msgspec
 from lazarette.runtime.images import reference
 from lazarette.runtime.images.errors import InvalidReference, NoSuchPlatform
 from lazarette.runtime.images.instructions import duration_ns
-from lazarette.runtime.images.model import Image, ImageConfig, Platform, time_ns
+from lazarette.runtime.images.manifests import ManifestSummary, manifests_of, target_of
+from lazarette.runtime.images.model import Descriptor, Image, ImageConfig, Platform, time_ns
 from lazarette.runtime.images.store import ImageStore
 from lazarette.storage.clock import NANOSECONDS, Clock, rfc3339
 from lazarette.storage.errors import InvalidArgument
@@ -37,6 +38,8 @@ class Summary(msgspec.Struct, rename="pascal", kw_only=True):
     shared_size: int
     containers: int
     labels: dict[str, str] | None
+    descriptor: Descriptor | msgspec.UnsetType = msgspec.UNSET
+    manifests: list[ManifestSummary] | msgspec.UnsetType = msgspec.UNSET
 
 
 class HistoryItem(msgspec.Struct, rename="pascal", kw_only=True):
@@ -91,6 +94,8 @@ class Inspect(msgspec.Struct, rename="pascal", kw_only=True, omit_defaults=True)
     graph_driver: GraphDriver
     root_fs: RootFSView = msgspec.field(name="RootFS")
     metadata: Metadata
+    descriptor: Descriptor | None = None
+    manifests: list[ManifestSummary] = []
 
 
 def conditions(store: ImageStore, filters: Mapping[str, Sequence[str]]) -> Condition:
@@ -147,7 +152,7 @@ def until_ns(values: Sequence[str], clock: Clock) -> int:
         raise InvalidArgument("more than one until filter specified")
     text = values[0]
     whole, _, fraction = text.partition(".")
-    if whole.isdigit() and (not fraction or fraction.isdigit()):
+    if whole.isdecimal() and (not fraction or fraction.isdecimal()):
         return int(whole) * NANOSECONDS + int(fraction[:9].ljust(9, "0"))
     if moment := time_ns(text):
         return moment
@@ -192,6 +197,7 @@ def summaries(
     *,
     everything: bool = False,
     shared_size: bool = False,
+    manifests: bool = False,
 ) -> list[Summary]:
     """The list of images, newest first.
 
@@ -200,6 +206,7 @@ def summaries(
         filters: by :data:`LIST_FILTERS`.
         everything: also untagged images others were built on.
         shared_size: count bytes shared with other images (else -1).
+        manifests: tell them too.
     """
     wanted = conditions(store, filters)
     patterns = filters.get("reference", ())
@@ -222,6 +229,8 @@ def summaries(
                 shared_size=_shared(store, image, uses) if shared_size else -1,
                 containers=-1,
                 labels=image.config.run.labels,
+                descriptor=target_of(store, image) if manifests else msgspec.UNSET,
+                manifests=manifests_of(store, image) if manifests else msgspec.UNSET,
             )
         )
     return found
@@ -288,13 +297,16 @@ def history(store: ImageStore, ref: str) -> list[HistoryItem]:
     return items
 
 
-def inspect(store: ImageStore, ref: str, version: tuple[int, int]) -> Inspect:
+def inspect(
+    store: ImageStore, ref: str, version: tuple[int, int], *, manifests: bool = False
+) -> Inspect:
     """All that is known of an image.
 
     Args:
         store: the images.
         ref: which one.
         version: API version asked for; fields come and go with it.
+        manifests: tell them too.
 
     Raises:
         ImageNotFound: no such image.
@@ -320,6 +332,8 @@ def inspect(store: ImageStore, ref: str, version: tuple[int, int]) -> Inspect:
         graph_driver=GraphDriver(name=store.layers.driver.capabilities.name, data=None),
         root_fs=RootFSView(type="layers", layers=list(config.rootfs.diff_ids)),
         metadata=Metadata(last_tag_time=rfc3339(image.tagged_ns)),
+        descriptor=target_of(store, image) if version >= (1, 48) else None,
+        manifests=manifests_of(store, image) if manifests else [],
     )
 
 

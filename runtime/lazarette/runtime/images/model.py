@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import msgspec
 
+from lazarette.fuse import jsontext
 from lazarette.runtime.images.errors import BadArchive
 from lazarette.storage.clock import NANOSECONDS
 
@@ -255,8 +256,8 @@ def decode(data: bytes, kind: type[S], what: str) -> S:
         BadArchive: it is not one; the message says which part ``what``.
     """
     try:
-        return msgspec.json.decode(data, type=kind, strict=False)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as bad:
+        return jsontext.decode(data, type=kind, strict=False)
+    except msgspec.MsgspecError as bad:
         raise BadArchive(f"{what} cannot be read: {bad}") from bad
 
 

@@ -22,6 +22,7 @@ import aiohttp
 import msgspec
 from yarl import URL
 
+from lazarette.fuse import jsontext
 from lazarette.runtime.images import model
 from lazarette.runtime.images.blobs import Blob
 from lazarette.runtime.images.credentials import Credentials
@@ -129,7 +130,7 @@ class Repository:
             LoginFailed: it refuses the login.
             NoCredentials: it wants one.
         """
-        target = urljoin(self.endpoint.url + "/", url)
+        target = self._target(method, url)
         for attempt in (0, 1):
             sent = dict(headers or {})
             used = self._authorization
@@ -144,7 +145,7 @@ class Repository:
                     ssl=self._config.tls(self.endpoint),
                     proxy=self.endpoint.proxy,
                 )
-            except (aiohttp.ClientError, TimeoutError, OSError) as bad:
+            except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as bad:
                 raise _unreachable(method, target, bad) from bad
             async with response:
                 if response.status != 401 or attempt:
@@ -154,6 +155,19 @@ class Repository:
             async with self._login:
                 if self._authorization == used:
                     self._authorization = await self._answer(challenge, target)
+
+    def _target(self, method: str, url: str) -> str:
+        """Where a request goes; ``url`` may be what a registry answered."""
+        if not url:
+            raise RegistryFault(f"registry {self.endpoint.host} does not say where to {method}")
+        try:
+            target = urljoin(self.endpoint.url + "/", url)
+            named = urlsplit(target).hostname
+        except ValueError as bad:
+            raise RegistryFault(f'registry {self.endpoint.host} names "{url}": {bad}') from bad
+        if not named or not target.startswith(("http://", "https://")):
+            raise RegistryFault(f'registry {self.endpoint.host} names "{url}"')
+        return target
 
     async def _answer(self, challenge: str, target: str) -> str:
         scheme, _, rest = challenge.partition(" ")
@@ -183,7 +197,13 @@ class Repository:
         if headers:
             query |= {"account": self._credentials.username, "offline_token": "true"}
             query["client_id"] = "docker"
-        return await self._ask_token("GET", str(URL(realm).update_query(query)), headers, None)
+        try:
+            url = str(URL(realm).update_query(query))
+        except ValueError as bad:
+            raise RegistryFault(
+                f'registry {self.endpoint.host} names no token server: "{realm}"'
+            ) from bad
+        return await self._ask_token("GET", url, headers, None)
 
     async def _refresh(self, realm: str, query: Mapping[str, str]) -> str:
         form = dict(query) | {
@@ -205,7 +225,7 @@ class Repository:
                 ssl=self._config.tls(self.endpoint),
                 proxy=self.endpoint.proxy,
             )
-        except (aiohttp.ClientError, TimeoutError, OSError) as bad:
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as bad:
             raise _unreachable(method, url, bad) from bad
         async with response:
             raw = await response.content.read(_MAX_MANIFEST)
@@ -217,7 +237,7 @@ class Repository:
             if response.status != 200:
                 raise RegistryFault(f"token server {url.partition('?')[0]} says {response.status}")
         try:
-            answer = msgspec.json.decode(raw, type=_Token)
+            answer = jsontext.decode(raw, type=_Token)
         except msgspec.MsgspecError as bad:
             raise RegistryFault(f"token server {url.partition('?')[0]} answers nonsense") from bad
         self.identity_token = answer.refresh_token or self.identity_token
@@ -286,9 +306,15 @@ class Repository:
                     raise PullDenied(self._path, (await _fault(response)).message)
                 if response.status != 200:
                     raise await _fault(response)
-                page = msgspec.json.decode(await response.read(), type=_Tags)
+                try:
+                    page = jsontext.decode(await response.read(), type=_Tags)
+                except msgspec.MsgspecError as bad:
+                    raise RegistryFault(f"{self.endpoint.url}{url} answers nonsense") from bad
                 found += page.tags or []
-                following = response.links.getone("next", None)
+                try:
+                    following = response.links.getone("next", None)
+                except ValueError as bad:
+                    raise RegistryFault(f"{self.endpoint.url}{url} links nowhere: {bad}") from bad
                 url = str(following["url"]) if following else ""
         return found
 
@@ -444,7 +470,7 @@ def _media_type(data: bytes, response: aiohttp.ClientResponse) -> str:
 async def _faults(response: aiohttp.ClientResponse) -> list[_Fault]:
     raw = await response.content.read(_MAX_ERROR)
     try:
-        return msgspec.json.decode(raw, type=_Faults).errors
+        return jsontext.decode(raw, type=_Faults).errors
     except msgspec.MsgspecError:
         return []
 

@@ -82,7 +82,7 @@ def save(store: ImageStore, refs: Sequence[str], target: BinaryIO) -> None:
         for one in chosen:
             layers = store.layers_of(one.image)
             config = store.blobs.read(one.image.id)
-            manifest = encode(_manifest(one.image, config, layers))
+            manifest = encode(manifest_of(one.image, len(config), layers))
             for layer in layers:
                 writer.layer(store, layer)
             writer.blob(config)
@@ -96,10 +96,11 @@ def save(store: ImageStore, refs: Sequence[str], target: BinaryIO) -> None:
         writer.close()
 
 
-def _manifest(image: Image, config: bytes, layers: Sequence[Layer]) -> Manifest:
+def manifest_of(image: Image, config_size: int, layers: Sequence[Layer]) -> Manifest:
+    """The manifest an image is saved with: its layers as plain tars."""
     return Manifest(
         media_type=model.OCI_MANIFEST,
-        config=Descriptor(media_type=model.OCI_CONFIG, digest=image.id, size=len(config)),
+        config=Descriptor(media_type=model.OCI_CONFIG, digest=image.id, size=config_size),
         layers=[
             Descriptor(media_type=model.OCI_LAYER, digest=layer.diff_id, size=layer.tar_size)
             for layer in layers

@@ -239,7 +239,7 @@ def mtu_of(network: Network, default: int) -> int:
     text = network.spec.options.get(OPTION_MTU, "")
     if not text:
         return default
-    if not text.isdigit() or not 68 <= int(text) <= 65535:
+    if not text.isdecimal() or not 68 <= int(text) <= 65535:
         raise InvalidArgument(f"invalid value for {OPTION_MTU}: {text}")
     return int(text)
 

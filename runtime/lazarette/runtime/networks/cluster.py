@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from lazarette.fuse import jsontext
 from lazarette.runtime.networks.etcd import Check, ClusterConfig, ClusterUnavailable, EtcdStore
 from lazarette.runtime.networks.model import AddressConflict, Network, NetworkExists
 from lazarette.runtime.networks.namespaces import NetNamespace
@@ -199,7 +200,7 @@ class Cluster:
         """Names of a network's endpoints on live hosts."""
         seen = self._store.snapshot().values
         return [
-            msgspec.json.decode(body, type=Record).name
+            jsontext.decode(body, type=Record).name
             for key, body in seen.items()
             if key.startswith(f"/records/{network_id}/")
         ]
@@ -240,7 +241,7 @@ class Cluster:
         held = self._store.snapshot().values.get(key)
         if held is None:
             return self._store.change([Check(key, None)], {key: mine})
-        owner = msgspec.json.decode(held, type=Claim).host
+        owner = jsontext.decode(held, type=Claim).host
         if owner == self.host_id:
             return True
         dead = [Check(key, held), Check(f"/hosts/{owner}", None)]
@@ -336,10 +337,10 @@ class Cluster:
         stale = []
         for key, body in seen.items():
             if key.startswith("/claims/") and key not in self._claims:
-                if msgspec.json.decode(body, type=Claim).host == self.host_id:
+                if jsontext.decode(body, type=Claim).host == self.host_id:
                     stale.append(key)
             elif key.startswith("/records/"):
-                record = msgspec.json.decode(body, type=Record)
+                record = jsontext.decode(body, type=Record)
                 if record.host == self.host_id and record.endpoint not in self._announced:
                     stale.append(key)
         for key in stale:
@@ -388,13 +389,13 @@ def _view(values: Mapping[str, bytes]) -> View:
             if kind == "hosts":
                 hosts[rest] = body.decode()
             elif kind == "networks":
-                networks[rest] = msgspec.json.decode(body, type=Network)
+                networks[rest] = jsontext.decode(body, type=Network)
             elif kind == "records":
-                record = msgspec.json.decode(body, type=Record)
+                record = jsontext.decode(body, type=Record)
                 records[record.endpoint] = record
             elif kind == "claims":
                 network, _, address = rest.partition("/")
-                claims[network, address] = msgspec.json.decode(body, type=Claim)
+                claims[network, address] = jsontext.decode(body, type=Claim)
         except (msgspec.DecodeError, UnicodeDecodeError) as bad:
             log.warning("key %s in etcd is not understood: %s", key, bad)
     return View(hosts, networks, records, claims)

@@ -230,6 +230,6 @@ def _vxlan_name(network: Network) -> str:
 
 def _vni(network: Network) -> int:
     text = network.spec.options.get(OPTION_VNI, "")
-    if not text.isdigit():
+    if not text.isdecimal():
         raise InternalError(f"overlay network {network.name} has no VXLAN identifier")
     return int(text)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from lazarette.fuse import jsontext
 from lazarette.runtime.networks.model import Endpoint, Network, PortBinding
 from lazarette.storage.state import State
 
@@ -58,7 +59,7 @@ class NetworkRecords:
     def load(self) -> list[Network]:
         """All of them."""
         rows = self._state.rows("SELECT body FROM networks")
-        return [msgspec.json.decode(row["body"], type=Network) for row in rows]
+        return [jsontext.decode(row["body"], type=Network) for row in rows]
 
     def save(self, network: Network) -> None:
         """Keep one; on the disk when this returns."""
@@ -100,7 +101,7 @@ class LiveRecords:
     def endpoints(self) -> list[Endpoint]:
         """All endpoints."""
         rows = self._state.rows("SELECT body FROM endpoints ORDER BY rowid")
-        return [msgspec.json.decode(row["body"], type=Endpoint) for row in rows]
+        return [jsontext.decode(row["body"], type=Endpoint) for row in rows]
 
     def save_endpoint(self, endpoint: Endpoint) -> None:
         """Keep one; before anything is made for it."""
@@ -122,8 +123,7 @@ class LiveRecords:
         """Published ports by container."""
         rows = self._state.rows("SELECT container, body FROM ports")
         return {
-            row["container"]: msgspec.json.decode(row["body"], type=list[PortBinding])
-            for row in rows
+            row["container"]: jsontext.decode(row["body"], type=list[PortBinding]) for row in rows
         }
 
     def save_ports(self, container: str, bindings: list[PortBinding]) -> None:
@@ -140,7 +140,7 @@ class LiveRecords:
     def dns(self) -> dict[str, list[str]]:
         """Resolvers containers were given."""
         rows = self._state.rows("SELECT container, body FROM dns")
-        return {row["container"]: msgspec.json.decode(row["body"], type=list[str]) for row in rows}
+        return {row["container"]: jsontext.decode(row["body"], type=list[str]) for row in rows}
 
     def save_dns(self, container: str, servers: list[str]) -> None:
         """Keep a container's resolvers."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
+from lazarette.fuse import jsontext
 from lazarette.runtime.containers.model import ContainerConfig, EndpointSettings, HostConfig
 from lazarette.runtime.networks.model import NetworkSpec
 from lazarette.storage.errors import DamagedData
@@ -62,7 +63,7 @@ class Definitions(msgspec.Struct, frozen=True):
         if not meta.strip():
             return cls()
         try:
-            return msgspec.json.decode(meta, type=cls)
+            return jsontext.decode(meta, type=cls)
         except msgspec.DecodeError as bad:
             raise DamagedData(f"the definitions kept with a backup cannot be read: {bad}") from bad
 

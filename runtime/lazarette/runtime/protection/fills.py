@@ -29,6 +29,7 @@ from pathlib import Path
 
 import msgspec
 
+from lazarette.fuse import jsontext
 from lazarette.fuse.client import Mount
 from lazarette.fuse.lazy import Progress as FillProgress
 from lazarette.fuse.spec import LazySpec
@@ -168,7 +169,7 @@ class FillService:
         if found is None:
             return None
         try:
-            return msgspec.json.decode(self._mount(found).call("progress"), type=FillProgress)
+            return jsontext.decode(self._mount(found).call("progress"), type=FillProgress)
         except OSError:
             return None
 

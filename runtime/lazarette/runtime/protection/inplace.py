@@ -24,6 +24,7 @@ from typing import Protocol
 import msgspec
 
 from lazarette.backup.jobs.model import Result
+from lazarette.fuse import jsontext
 from lazarette.runtime.protection.jobs import JobRunner
 from lazarette.storage.errors import (
     InUse,
@@ -178,7 +179,7 @@ class InPlace:
                 str(row["job"]),
                 Step(str(row["step"])),
                 str(row["safety"]),
-                tuple(msgspec.json.decode(str(row["stopped"]), type=list[str])),
+                tuple(jsontext.decode(str(row["stopped"]), type=list[str])),
             )
             for row in self._state.rows("SELECT * FROM overwrites")
         ]

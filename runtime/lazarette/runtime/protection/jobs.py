@@ -28,6 +28,7 @@ from lazarette.backup.jobs.model import (
     Request,
     Result,
 )
+from lazarette.fuse import jsontext
 from lazarette.storage.files import write_atomic
 from lazarette.storage.process import spawn
 
@@ -108,7 +109,7 @@ class JobRunner:
         """A job of an earlier daemon, running or ended; None when it never started."""
         folder = self._root / job_id
         try:
-            known = msgspec.json.decode((folder / _PROCESS_FILE).read_bytes(), type=_Process)
+            known = jsontext.decode((folder / _PROCESS_FILE).read_bytes(), type=_Process)
         except (FileNotFoundError, msgspec.DecodeError):
             return None
         return Job(job_id, folder, known.pid, known.started)
@@ -125,7 +126,7 @@ class JobRunner:
                 raw = (job.folder / PROGRESS_FILE).read_bytes()
                 if raw != seen:
                     seen = raw
-                    show(msgspec.json.decode(raw, type=Progress))
+                    show(jsontext.decode(raw, type=Progress))
             if not alive:
                 return self._result(job)
             await asyncio.sleep(_POLL_S)
@@ -165,7 +166,7 @@ class JobRunner:
     def _result(job: Job) -> Result:
         try:
             raw = (job.folder / RESULT_FILE).read_bytes()
-            return msgspec.json.decode(raw, type=Result)
+            return jsontext.decode(raw, type=Result)
         except (FileNotFoundError, msgspec.DecodeError):
             said = b""
             with suppress(FileNotFoundError):

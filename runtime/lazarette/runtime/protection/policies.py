@@ -16,6 +16,7 @@ import msgspec
 
 from lazarette.backup.policy.groups import groups, together
 from lazarette.backup.policy.model import Origin, Policy, Volume, applying, parse_file, parse_words
+from lazarette.fuse import jsontext
 from lazarette.storage.errors import LazaretteError, NotFound
 from lazarette.storage.state import State
 from lazarette.storage.volumes.manager import VolumeManager
@@ -147,7 +148,7 @@ class PolicyBook:
 
     def _given(self) -> list[Policy]:
         kept = [
-            self._parse(str(row["name"]), msgspec.json.decode(row["words"], type=dict[str, object]))
+            self._parse(str(row["name"]), jsontext.decode(row["words"], type=dict[str, object]))
             for row in self._state.rows("SELECT name, words FROM policies ORDER BY name")
         ]
         return kept + self._read_file()

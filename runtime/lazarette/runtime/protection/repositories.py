@@ -17,6 +17,7 @@ from lazarette.backup.jobs.model import StoreAccess
 from lazarette.backup.repository import keys
 from lazarette.backup.repository.kit import RecoveryKit
 from lazarette.backup.repository.repository import Repository
+from lazarette.fuse import jsontext
 from lazarette.storage.clock import Clock
 from lazarette.storage.errors import InvalidArgument, NameTaken, NotFound
 from lazarette.storage.files import write_atomic
@@ -120,12 +121,12 @@ class RepositoryBook:
             raise RepositoryUnknown(
                 f"no repository {name} is known here", hint="make one with laz repo init URL"
             ) from None
-        return msgspec.json.decode(raw, type=Registered)
+        return jsontext.decode(raw, type=Registered)
 
     def list(self) -> list[Registered]:
         """All of them, by name."""
         return [
-            msgspec.json.decode(path.read_bytes(), type=Registered)
+            jsontext.decode(path.read_bytes(), type=Registered)
             for path in sorted(self._root.glob("*.json"))
         ]
 

@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from lazarette.backup.jobs.model import Result
+from lazarette.fuse import jsontext
 from lazarette.storage.clock import Clock
 from lazarette.storage.state import State
 
@@ -159,5 +160,5 @@ def _run(row: sqlite3.Row) -> Run:
     fields = dict(row)
     fields["base_held"] = bool(fields["base_held"])
     raw = fields.pop("result")
-    result = Result("failed") if raw == "{}" else msgspec.json.decode(raw, type=Result)
+    result = Result("failed") if raw == "{}" else jsontext.decode(raw, type=Result)
     return Run(**fields, result=result)

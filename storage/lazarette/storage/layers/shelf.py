@@ -21,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 
+from lazarette.fuse import jsontext
 from lazarette.storage import files, mounts, steps, syscalls
 from lazarette.storage.errors import (
     Conflict,
@@ -75,7 +76,7 @@ class Shelf:
     def _read(self, key: str) -> LayerRecord:
         path = self._layers / key / "layer.json"
         try:
-            return msgspec.json.decode(path.read_bytes(), type=LayerRecord)
+            return jsontext.decode(path.read_bytes(), type=LayerRecord)
         except msgspec.MsgspecError as bad:
             raise DamagedData(f"record {path} is damaged: {bad}") from bad
 

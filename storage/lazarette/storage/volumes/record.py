@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from lazarette.fuse import jsontext
 from lazarette.storage import files
 from lazarette.storage.errors import DamagedData
 from lazarette.storage.volumes.contract import SnapshotInfo, SnapshotKind
@@ -45,7 +46,7 @@ def read_volume(path: Path) -> VolumeRecord:
         DamagedData: it is not one.
     """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=VolumeRecord)
+        return jsontext.decode(path.read_bytes(), type=VolumeRecord)
     except msgspec.MsgspecError as bad:
         raise DamagedData(f"record {path} is damaged: {bad}") from bad
 
@@ -57,7 +58,7 @@ def read_snapshot(path: Path) -> SnapshotRecord:
         DamagedData: it is not one.
     """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=SnapshotRecord)
+        return jsontext.decode(path.read_bytes(), type=SnapshotRecord)
     except msgspec.MsgspecError as bad:
         raise DamagedData(f"record {path} is damaged: {bad}") from bad
 

@@ -104,10 +104,10 @@ class TmpfsVolumeDriver(TreeVolumeDriver):
         limit = parse_size(plain["size"]) if "size" in plain else None
         _check_limit(name, limit)
         for key in ("uid", "gid"):
-            if not plain.get(key, "0").isdigit():
+            if not plain.get(key, "0").isdecimal():
                 raise InvalidArgument(f"option {key}: {plain[key]!r} is no number")
         mode = plain.get("mode", "0")
-        if not mode.isdigit() or set(mode) & set("89"):
+        if not mode.isdecimal() or set(mode) & set("89"):
             raise InvalidArgument(f"option mode: {mode!r} is no octal mode")
         if self._shelf.exists(name):
             return

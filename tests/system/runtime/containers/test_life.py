@@ -37,6 +37,25 @@ def test_programs_that_cannot_be_started(host: Host, command: str, code: int) ->
     assert host.state(name)["Status"] == "created"
 
 
+@pytest.mark.parametrize("detached", [True, False], ids=["detached", "attached"])
+@pytest.mark.parametrize("program", ["docker", "laz"])
+@pytest.mark.parametrize("what", ["command", "port"])
+def test_failed_starts_with_rm_say_why(host: Host, program: str, what: str, detached: bool) -> None:
+    """The removal is over when the error comes, and does not hide it."""
+    run = host.daemon.docker if program == "docker" else host.daemon.laz
+    name = host.name()
+    options = ["-p", "192.0.2.1:99:99"] if what == "port" else []
+    command = "true" if what == "port" else "nosuch"
+    if detached:
+        options.append("-d")
+    done = run("run", "--rm", "--name", name, *options, "busybox", command, check=False)
+    told = "cannot bind 192.0.2.1:99" if what == "port" else "executable file not found"
+    assert told in done.stderr.decode()
+    if program == "docker":
+        assert done.returncode == (125 if what == "port" else 127)
+    assert name not in host.out("ps", "-a", "--format", "{{.Names}}")
+
+
 def test_names_are_taken_once(host: Host) -> None:
     name = host.start("busybox", "sleep", "100")
     done = host.daemon.docker("create", "--name", name, "busybox", check=False)

@@ -15,12 +15,13 @@ from tests.support.images import file, tar_of
 
 from lazarette.runtime.images import model
 from lazarette.runtime.images.credentials import Credentials, to_header
-from lazarette.runtime.images.endpoints import RegistryConfig
+from lazarette.runtime.images.endpoints import Endpoint, RegistryConfig
 from lazarette.runtime.images.errors import BadArchive, DigestMismatch, LoginFailed, RegistryFault
 from lazarette.runtime.images.model import Descriptor, Manifest, digest_of, encode
 from lazarette.runtime.images.progress import Message
 from lazarette.runtime.images.reference import parse
 from lazarette.runtime.images.registries import Registries
+from lazarette.runtime.images.registry import Repository, open_session
 from lazarette.runtime.images.store import ImageStore
 
 LAYER = tar_of([file("random", b"".join(b"%d" % (n * n * n) for n in range(300_000)))])
@@ -214,3 +215,49 @@ async def test_a_manifest_that_is_none_is_refused(store: ImageStore) -> None:
     async with serving(Odd()) as server:
         with pytest.raises(BadArchive, match="image manifest cannot be read"):
             await pull(store, server)
+
+
+@pytest.mark.parametrize(
+    "realm", ["", "token", "/token", "file:///etc/passwd", "http://", "http://[", "http://a:b:c/"]
+)
+async def test_a_token_server_at_no_address_is_refused(store: ImageStore, realm: str) -> None:
+    class Odd(Server):
+        async def answer(self, request: web.Request) -> web.StreamResponse:
+            challenge = f'Bearer realm="{realm}",service="tests"'
+            return web.json_response({}, status=401, headers={"WWW-Authenticate": challenge})
+
+    async with serving(Odd()) as server:
+        with pytest.raises(RegistryFault):
+            await pull(store, server)
+
+
+@pytest.mark.parametrize("location", ["", "file:///etc/passwd", "http://", "http://[", "//"])
+async def test_an_upload_to_no_address_is_refused(store: ImageStore, location: str) -> None:
+    class Odd(Server):
+        async def answer(self, request: web.Request) -> web.StreamResponse:
+            if request.method == "HEAD":
+                return web.Response(status=404)
+            if request.method == "POST":
+                return web.Response(status=202, headers={"Location": location})
+            return await super().answer(request)
+
+    async with serving(Odd()) as server:
+        await pull(store, server)
+        with pytest.raises(RegistryFault):
+            await Registries(store, RegistryConfig(attempts=1)).push(
+                parse(server.name), auth="", platform=None, progress=lambda _: None
+            )
+
+
+async def test_tags_that_are_no_text_are_refused() -> None:
+    class Odd(Server):
+        async def answer(self, request: web.Request) -> web.StreamResponse:
+            if request.path.endswith("/tags/list"):
+                return web.Response(body=b'{"tags": ["\xff"]}')
+            return await super().answer(request)
+
+    async with serving(Odd()) as server, open_session() as session:
+        endpoint = Endpoint(f"http://{server.host}")
+        repository = Repository(session, RegistryConfig(), endpoint, "x", Credentials())
+        with pytest.raises(RegistryFault, match="nonsense"):
+            await repository.tags()

@@ -15,6 +15,8 @@ from tests.support.daemon import Daemon
 from tests.support.images import busybox_archive, busybox_rootfs, tar_of
 from tests.support.registry import PASSWORD, USER, Registry, registry
 
+from lazarette.runtime.images.model import host
+
 pytestmark = pytest.mark.xdist_group("images-docker-cli")
 
 
@@ -189,6 +191,31 @@ def test_login_push_pull_and_logout(docker: Docker, locked: Registry) -> None:
     assert "manifest unknown" in docker.fails("pull", f"{locked.host}/me/box:absent")
     assert "Removing login credentials" in docker("logout", locked.host)
     assert "no basic auth credentials" in docker.fails("pull", name)
+
+
+def test_manifests_are_told(docker: Docker, locked: Registry) -> None:
+    """The tree of images, and the very manifest that an image was pulled by."""
+    name = f"{locked.host}/told/box:1"
+    docker("login", "-u", USER, "--password-stdin", locked.host, stdin=PASSWORD.encode())
+    docker("tag", "busybox", name)
+    pushed = docker("push", name)
+    docker("rmi", name, "busybox")
+    docker("pull", "-q", name)
+    docker("logout", locked.host)
+    described = docker.inspect(name)["Descriptor"]
+    assert isinstance(described, dict)
+    assert f"digest: {described['digest']} size: {described['size']}" in pushed
+    docker("create", "--name", "told", name)
+    lines = docker("images", "--tree").splitlines()
+    assert any(name in line for line in lines)
+    assert any(f"linux/{host().architecture}" in line for line in lines)
+    asked = ["curl", "-s", "--unix-socket", str(docker.daemon.socket)]
+    told = subprocess.run(
+        [*asked, "http://d/v1.50/images/json?manifests=1"], capture_output=True, check=True
+    )
+    (one,) = json.loads(told.stdout)[0]["Manifests"]
+    assert one["ID"] == described["digest"]
+    assert one["ImageData"]["Containers"] == docker("ps", "-aq", "--no-trunc").split()
 
 
 def test_run_pulls_what_is_missing(docker: Docker, locked: Registry) -> None:

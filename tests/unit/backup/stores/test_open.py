@@ -46,15 +46,31 @@ def test_urls(url: str, place: str | S3Place) -> None:
         "s3://b/a/../c",
         "file://host/x",
         "file:relative",
+        "relative",
+        "./relative",
+        "../relative",
+        "~/relative",
+        "http:/relative",
+        "/mnt/\0",
+        "file:///mnt/%00",
+        "s3:bucket",
     ],
 )
 def test_wrong_urls(url: str) -> None:
-    if url == "file:relative":
-        assert parse_url(url) != ""
-        return
     with pytest.raises(InvalidArgument) as wrong:
         parse_url(url)
     assert "secret@" not in wrong.value.message
+
+
+@pytest.mark.parametrize("url", ["", "relative", "./relative", "a/b", "file:relative"])
+def test_nothing_is_made_in_the_working_directory(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for use in (create_place, open_store):
+        with pytest.raises(InvalidArgument):
+            use(url)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_folders(tmp_path: Path) -> None:

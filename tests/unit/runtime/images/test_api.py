@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import tarfile
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -102,6 +103,36 @@ async def test_names_with_slashes_and_ports(api: Client, busybox: str) -> None:
     assert status == 200 and found[0]["Id"] == busybox
     status, found = await api("DELETE", "/images/reg.io:5000/a/b:c")
     assert (status, found) == (200, [{"Untagged": "reg.io:5000/a/b:c"}])
+
+
+async def test_manifests(api: Client, busybox: str) -> None:
+    """Told from 1.47 in lists and from 1.48 of one; what an archive holds has that digest."""
+    told = (await api("GET", "/v1.48/images/busybox/json?manifests=1"))[1]
+    (one,) = told["Manifests"]
+    assert one["Kind"] == "image" and one["Available"] is True
+    assert one["ID"] == one["Descriptor"]["digest"] == told["Descriptor"]["digest"]
+    assert one["ImageData"]["Platform"]["os"] == "linux" and one["ImageData"]["Containers"] == []
+    assert one["ImageData"]["Size"]["Unpacked"] == told["Size"]
+    assert one["Size"]["Total"] == one["Size"]["Content"] + told["Size"]
+    _, packed = await api("GET", "/images/busybox/get")
+    with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
+        kept = tar.extractfile("blobs/" + one["ID"].replace(":", "/"))
+        assert kept is not None
+        raw = kept.read()
+    assert len(raw) == one["Descriptor"]["size"]
+    assert json.loads(raw)["config"]["digest"] == busybox
+    (listed,) = (await api("GET", "/v1.48/images/json?manifests=1"))[1]
+    assert (listed["Manifests"], listed["Descriptor"]) == (told["Manifests"], told["Descriptor"])
+    for path in (
+        "/v1.46/images/json?manifests=1",
+        "/images/json",
+        "/v1.47/images/busybox/json?manifests=1",
+        "/images/busybox/json",
+    ):
+        found = (await api("GET", path))[1]
+        assert "Manifests" not in (found[0] if isinstance(found, list) else found), path
+    assert "Descriptor" not in (await api("GET", "/v1.47/images/json?manifests=1"))[1][0]
+    assert "Descriptor" not in (await api("GET", "/v1.47/images/busybox/json"))[1]
 
 
 async def test_what_is_missing_or_malformed(api: Client, busybox: str) -> None:
