@@ -120,7 +120,7 @@ class Bench:
     def tree(self, image: Image, base: Image | None = None) -> list[str]:
         """An image's entries as lines, without those its base has alike.
 
-        ``path mode uid:gid``, then ``/`` for a folder, ``= 'content'`` for a file,
+        ``path mode uid:gid``, then ``/`` for a folder, ``= 'content'`` or ``= binary`` for a file,
         ``-> target`` for a link; ``- path`` for what the base had.
         """
         now = self._entries(image)
@@ -154,8 +154,10 @@ def _line(path: str, entry: beneath.Entry) -> str:
     if not stat.S_ISREG(status.st_mode):
         return f"{head} {stat.S_IFMT(status.st_mode):o}"
     with open(os.open(entry.name, os.O_RDONLY, dir_fd=entry.parent), "rb") as file:
-        content = file.read(200).decode(errors="backslashreplace")
-    return f"{head} = {content!r}"
+        content = file.read(200)
+    if b"\0" in content:
+        return f"{head} = binary"
+    return f"{head} = {content.decode(errors='backslashreplace')!r}"
 
 
 def context_tar(files: Mapping[str, Entry | bytes]) -> bytes:

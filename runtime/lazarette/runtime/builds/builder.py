@@ -337,7 +337,7 @@ class Build:
             state = self._begin(stage)
         triggers = list(state.config.on_build or [])
         state.config.on_build = None
-        channel.text(f" ---> {(state.base_id.removeprefix('sha256:') or state.key)[:12]}\n")
+        channel.text(f" ---> {_shown_base(state)}\n")
 
         def origin(name: str, step: Instruction) -> Origin:
             return self._origin(name, plan, stage, step)
@@ -436,6 +436,13 @@ class Build:
         config = state.image_config()
         known = images.find(digest_of(config))
         return known or images.add(config, parent=state.base_id)
+
+
+def _shown_base(state: StageState) -> str:
+    """What a stage begins with, as the stream names it: nothing for scratch."""
+    if state.key.startswith(f"{SCRATCH} "):
+        return ""
+    return (state.base_id.removeprefix("sha256:") or state.key)[:12]
 
 
 def _fits(image: Image, wanted: str) -> bool:

@@ -1,8 +1,9 @@
 """Putting files where COPY and ADD say, inside a root filesystem.
 
 - Missing folders of the destination are made 0755 with the owner of ``--chown``.
-- A source folder gives its contents.  A folder that was there keeps its owner and mode if
-  it is the destination itself, and takes those of the source if it is further down.
+- A source folder gives its contents, not its own owner and mode: a destination that is
+  new is a missing folder like those above it, with the source's time.  One that was there
+  keeps its owner and mode; folders further down take those of the source.
 - A file replaces a file or a link; file over folder and folder over file are errors.
 - Hard links within one source stay hard links; xattrs and times go along.
 """
@@ -152,16 +153,13 @@ class Copier:
                 self._entry(chosen.source, item, folder, name)
 
     def _top(self, chosen: Selected, target: bytes) -> bytes:
-        """The destination folder itself, made like the source if it is new."""
+        """The destination folder itself."""
         try:
             made = self.root.make_folders(target, owner=self.attributes.new_owner)
         except NotADirectoryError as refused:
             raise StepFailed(f"cannot copy to non-directory: {os.fsdecode(target)}") from refused
         top = self.root.real(target)
         if top in made:
-            owner = self.attributes.owner or chosen.source.owner(chosen.status)
-            with self.root.parent(top) as (folder, name):
-                self._dress(folder, name, chosen.status, owner, {})
             self._times.append((top, chosen.status))
         return top
 

@@ -354,7 +354,7 @@ class StageRunner:
     def _created_by(self, words: transfers.Words, word: str, digest: str) -> str:
         chown = f"--chown={words.chown} " if words.chown else ""
         chmod = f"--chmod={words.mode_text} " if words.mode_text else ""
-        return history.transfer(self._state.shell, word, f"{chown}{chmod}{digest}", words.target)
+        return history.transfer(self._state.shell, word, f"{chown}{chmod}{digest}", words.shown)
 
     def _known(self, step: Transfer, words: transfers.Words, word: str) -> bool:
         """Take a COPY from the cache whose context had the same bytes before."""

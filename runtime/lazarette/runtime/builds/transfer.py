@@ -38,6 +38,7 @@ class Words:
         sources: paths, patterns, URLs.
         heredocs: files written out in the Dockerfile.
         target: absolute destination.
+        shown: as it stands in the file, for the history.
         into: the destination was written as a folder.
         chown: ``--chown``.
         mode: ``--chmod``.
@@ -47,6 +48,7 @@ class Words:
     sources: tuple[str, ...]
     heredocs: tuple[tuple[str, bytes], ...]
     target: str
+    shown: str
     into: bool
     chown: str
     mode: ModeChange | None
@@ -88,6 +90,7 @@ def substitute(step: Transfer, expander: Expander, working_dir: str) -> Words:
         sources,
         tuple((heredoc.name, _body(heredoc, expander)) for heredoc in step.heredocs),
         absolute.replace("//", "/", 1),
+        target,
         into,
         expander.word(step.chown),
         parse_chmod(chmod) if chmod else None,
