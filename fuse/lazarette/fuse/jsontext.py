@@ -4,15 +4,31 @@
 no UTF-8 as the codec's own error, and values nested deeper than the interpreter's stack.  A
 caller that catches only msgspec's would fail for them as for a fault of its own, so the
 linter refuses the plain function everywhere but here.
+
+msgspec also looks at a type when it is first read into, and two threads that do so at once can
+end the process with a segmentation fault (seen with 0.22 on a slow machine).  So decoders are
+made one at a time, and kept.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import Any, TypeVar, overload
 
 import msgspec
 
 T = TypeVar("T")
+
+_making = threading.Lock()
+_decoders: dict[tuple[Any, bool], msgspec.json.Decoder[Any]] = {}
+
+
+def _decoder(type: Any, strict: bool) -> msgspec.json.Decoder[Any]:
+    found = _decoders.get((type, strict))
+    if found is None:
+        with _making:
+            found = _decoders.setdefault((type, strict), msgspec.json.Decoder(type, strict=strict))
+    return found
 
 
 @overload
@@ -36,7 +52,7 @@ def decode(data: bytes | str | msgspec.Raw, *, type: Any = Any, strict: bool = T
         msgspec.ValidationError: it is one of another form; a kind of the former.
     """
     try:
-        return msgspec.json.decode(data, type=type, strict=strict)
+        return _decoder(type, strict).decode(data)
     except UnicodeError as bad:
         raise msgspec.DecodeError(f"text that is no UTF-8: {bad}") from bad
     except RecursionError as bad:

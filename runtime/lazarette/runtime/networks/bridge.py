@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lazarette.runtime.networks import netlink as nl
 from lazarette.runtime.networks import rtnetlink as rt
@@ -41,13 +41,19 @@ class BridgeDriver:
     Args:
         host: the namespace the bridges are in.
         netlink: a socket in it.
-        overhead: bytes a frame grows by on its way, off the MTU.
+        overhead: bytes a frame of a network grows by on its way, off the MTU.
     """
 
     name = "bridge"
     capabilities = NetworkCapabilities(publishes=True, gateway_on_host=True)
 
-    def __init__(self, host: NetNamespace, netlink: nl.Netlink, *, overhead: int = 0) -> None:
+    def __init__(
+        self,
+        host: NetNamespace,
+        netlink: nl.Netlink,
+        *,
+        overhead: Callable[[Network], int] = lambda _: 0,
+    ) -> None:
         self._overhead = overhead
         self._host = host
         self._netlink = netlink
@@ -64,7 +70,7 @@ class BridgeDriver:
     def make(self, network: Network) -> None:
         """See the contract."""
         name = network.link
-        mtu = self._mtus[network.id] = mtu_of(network, self._outer_mtu() - self._overhead)
+        mtu = self._mtus[network.id] = mtu_of(network, self.outer_mtu() - self._overhead(network))
         self._netlink.run(
             [
                 rt.link_new(
@@ -193,7 +199,7 @@ class BridgeDriver:
         what = f"set {flag} of {endpoint.host_interface}"
         self._netlink.run([rt.port_set(index, what, flag)])
 
-    def _outer_mtu(self) -> int:
+    def outer_mtu(self) -> int:
         """Of the link the default route uses: larger packets would be lost on the way."""
         mtus = {link.index: link.mtu for link in rt.links(self._netlink)}
         for route in rt.routes(self._netlink, socket.AF_INET):

@@ -3,6 +3,7 @@
 Keys below the prefix::
 
     /hosts/HOST                 address of a live host                       leased
+    /doors/HOST                 its WireGuard key and port, if it has any    leased
     /networks/ID                a network, for all hosts
     /names/NAME                 its id: names are unique in the cluster
     /vnis/NUMBER                its id: VXLAN identifiers are, too
@@ -36,6 +37,7 @@ from lazarette.fuse import jsontext
 from lazarette.runtime.networks.etcd import Check, ClusterConfig, ClusterUnavailable, EtcdStore
 from lazarette.runtime.networks.model import AddressConflict, Network, NetworkExists
 from lazarette.runtime.networks.namespaces import NetNamespace
+from lazarette.runtime.networks.wireguard import Door
 from lazarette.storage.errors import LazaretteError
 
 log = logging.getLogger(__name__)
@@ -80,6 +82,7 @@ class View:
 
     Attributes:
         hosts: address by id of live hosts.
+        doors: of those that encrypt, by id.
         networks: by id.
         records: by endpoint id.
         claims: holder by (network id, address).
@@ -89,6 +92,7 @@ class View:
     networks: Mapping[str, Network] = field(default_factory=dict)
     records: Mapping[str, Record] = field(default_factory=dict)
     claims: Mapping[tuple[str, str], Claim] = field(default_factory=dict)
+    doors: Mapping[str, Door] = field(default_factory=dict)
 
 
 class Cluster:
@@ -120,6 +124,7 @@ class Cluster:
         self._lease = 0
         self._announced: dict[str, Record] = {}
         self._claims: set[str] = set()
+        self._door: Door | None = None
         self._untidy = False
         self._stop = threading.Event()
         self._let_go = threading.Event()
@@ -289,6 +294,23 @@ class Cluster:
             self._untidy = True
             log.warning("endpoint %s is withdrawn when etcd is there again", endpoint_id[:12])
 
+    def offer(self, door: Door | None) -> None:
+        """Tell all hosts how to reach this one encrypted, or that they cannot any more;
+        done later if etcd is away."""
+        with self._lock:
+            self._door = door
+            if not self._lease:
+                return
+            key = f"/doors/{self.host_id}"
+            try:
+                if door is None:
+                    self._store.change([], {}, [key])
+                else:
+                    self._store.change([], {key: msgspec.json.encode(door)}, lease=self._lease)
+            except ClusterUnavailable:
+                self._lease = 0  # everything is told anew with the next one
+                log.warning("the way to this host is told when etcd is there again")
+
     def _keep(self) -> None:
         """Keep the lease alive; get a new one, and announce all anew, when it is lost."""
         pause = 0.0
@@ -316,6 +338,8 @@ class Cluster:
         lease = self._store.lease(self.config.ttl)
         seen = self._store.snapshot().values
         presence = {f"/hosts/{self.host_id}": self.config.advertise.encode()}
+        if self._door is not None:
+            presence[f"/doors/{self.host_id}"] = msgspec.json.encode(self._door)
         self._store.change([], presence, lease=lease)
         mine = msgspec.json.encode(Claim(self.host_id))
         for record in list(self._announced.values()):
@@ -383,11 +407,14 @@ def _view(values: Mapping[str, bytes]) -> View:
     networks: dict[str, Network] = {}
     records: dict[str, Record] = {}
     claims: dict[tuple[str, str], Claim] = {}
+    doors: dict[str, Door] = {}
     for key, body in values.items():
         kind, _, rest = key[1:].partition("/")
         try:
             if kind == "hosts":
                 hosts[rest] = body.decode()
+            elif kind == "doors":
+                doors[rest] = jsontext.decode(body, type=Door)
             elif kind == "networks":
                 networks[rest] = jsontext.decode(body, type=Network)
             elif kind == "records":
@@ -398,4 +425,4 @@ def _view(values: Mapping[str, bytes]) -> View:
                 claims[network, address] = jsontext.decode(body, type=Claim)
         except (msgspec.DecodeError, UnicodeDecodeError) as bad:
             log.warning("key %s in etcd is not understood: %s", key, bad)
-    return View(hosts, networks, records, claims)
+    return View(hosts, networks, records, claims, doors)

@@ -45,7 +45,7 @@ from lazarette.runtime.networks.model import (
 )
 from lazarette.runtime.networks.namespaces import NetNamespace
 from lazarette.runtime.networks.naming import Naming
-from lazarette.runtime.networks.overlay import OverlayDriver, record_of
+from lazarette.runtime.networks.overlay import OverlayDriver
 from lazarette.runtime.networks.peers import Peers
 from lazarette.runtime.networks.ports import HostPorts
 from lazarette.runtime.networks.publishing import Publisher
@@ -105,7 +105,7 @@ class NetworkManager:
             self.live,
             self._expose,
         )
-        overlay = OverlayDriver(self.host, self.netlink)
+        overlay = self._overlay = OverlayDriver(self.host, self.netlink, f"wg-{self._prefix}")
         self._drivers: dict[str, NetworkDriver] = {
             "overlay": overlay,
             "bridge": BridgeDriver(self.host, self.netlink),
@@ -187,12 +187,12 @@ class NetworkManager:
     def _join_cluster(self, cluster: Cluster) -> None:
         shared = [n for n in self._catalogue.all() if self._catalogue.shared(n) is not None]
         self._peers.expect(shared)
-        ids = {network.id for network in shared}
+        by_id = {network.id: network for network in shared}
         running = [
-            record_of(endpoint, cluster)
+            self._overlay.record(by_id[endpoint.network], endpoint)
             for sandbox in self._sandboxes.values()
             for endpoint in sandbox.endpoints.values()
-            if endpoint.network in ids
+            if endpoint.network in by_id
         ]
         cluster.start(running)
 

@@ -3,6 +3,10 @@
 Nothing is flooded and nothing learned: the VXLAN interface forwards to the hosts the
 records in etcd name, and answers ARP for their containers itself.  Each host is the
 gateway of its own containers, so ways out and published ports are those of bridges.
+
+With the option ``encrypted`` hosts are reached through the WireGuard tunnel: the VXLAN
+interface has a link-local address in it, so that the kernel takes nothing that came
+another way.
 """
 
 from __future__ import annotations
@@ -20,12 +24,17 @@ from lazarette.runtime.networks.contract import NetworkCapabilities
 from lazarette.runtime.networks.firewall import Segment
 from lazarette.runtime.networks.model import Endpoint, Network
 from lazarette.runtime.networks.namespaces import NetNamespace
+from lazarette.runtime.networks.wireguard import OVERHEAD as TUNNEL_OVERHEAD
+from lazarette.runtime.networks.wireguard import Door, Peer, Tunnel, address_of
 from lazarette.storage.errors import InternalError, MissingFeature, Unavailable
 
+OPTION_ENCRYPTED = "encrypted"
 OPTION_VNI = "com.docker.network.driver.overlay.vxlanid_list"
 VXLAN_PORT = 4789
 VXLAN_OVERHEAD = 50
 """Outer Ethernet, IPv4, UDP and VXLAN headers, bytes."""
+ENCRYPTED_OVERHEAD = VXLAN_OVERHEAD + 20 + TUNNEL_OVERHEAD
+"""IPv6 instead of IPv4, within the tunnel."""
 
 
 class OverlayDriver:
@@ -34,14 +43,19 @@ class OverlayDriver:
     Args:
         host: the namespace of bridges and VXLAN interfaces.
         netlink: a socket in it.
+        tunnel: name of the interface to encrypt by.
     """
 
     name = "overlay"
     capabilities = NetworkCapabilities(publishes=True, gateway_on_host=True, scope="global")
 
-    def __init__(self, host: NetNamespace, netlink: nl.Netlink) -> None:
-        self._bridge = BridgeDriver(host, netlink, overhead=VXLAN_OVERHEAD)
+    def __init__(self, host: NetNamespace, netlink: nl.Netlink, tunnel: str) -> None:
+        self._bridge = BridgeDriver(host, netlink, overhead=_overhead)
         self._netlink = netlink
+        self._tunnel = Tunnel(host, netlink, tunnel)
+        self._encrypted: set[str] = set()
+        self._door: Door | None = None
+        self._doors: Mapping[str, Peer] | None = None
         self._applied: dict[str, dict[str, Record]] = {}
         self._clean: set[str] = set()
         self.cluster: Cluster | None = None
@@ -50,11 +64,8 @@ class OverlayDriver:
         """See the contract."""
         self._joined()
         self._bridge.check(network)
-        if "encrypted" in network.spec.options:
-            raise MissingFeature(
-                "encrypted overlay networks are not supported",
-                hint="run the hosts' traffic through WireGuard and advertise its address",
-            )
+        if _encrypted(network):
+            self._tunnel.check()
 
     def complete(self, network: Network) -> Network:
         """See the contract: registers it with the cluster and notes its VXLAN identifier."""
@@ -69,16 +80,24 @@ class OverlayDriver:
     def make(self, network: Network) -> None:
         """See the contract."""
         cluster = self._joined()
+        if _encrypted(network):
+            self._open_tunnel(cluster, network)
         self._bridge.make(network)
         bridge = rt.link_index(self._netlink, network.link)
         name = _vxlan_name(network)
-        data = [
+        data: list[tuple[str, object]] = [
             ("IFLA_VXLAN_ID", _vni(network)),
-            ("IFLA_VXLAN_LOCAL", cluster.config.advertise),
             ("IFLA_VXLAN_PORT", VXLAN_PORT),
             ("IFLA_VXLAN_LEARNING", 0),
             ("IFLA_VXLAN_PROXY", 1),
         ]
+        if _encrypted(network):
+            data += [
+                ("IFLA_VXLAN_LOCAL6", address_of(cluster.host_id)),
+                ("IFLA_VXLAN_LINK", self._tunnel.index),
+            ]
+        else:
+            data.append(("IFLA_VXLAN_LOCAL", cluster.config.advertise))
         info = {"attrs": [("IFLA_INFO_KIND", "vxlan"), ("IFLA_INFO_DATA", {"attrs": data})]}
         attributes = [
             ("IFLA_IFNAME", name),
@@ -103,6 +122,10 @@ class OverlayDriver:
         self._applied.pop(network.id, None)
         self._netlink.run([rt.link_delete(_vxlan_name(network))])
         self._bridge.unmake(network)
+        if network.id in self._encrypted:
+            self._encrypted.discard(network.id)
+            if not self._encrypted:
+                self._close_tunnel()
 
     def retire(self, network: Network) -> None:
         """See the contract: takes it from the other hosts too."""
@@ -115,9 +138,11 @@ class OverlayDriver:
     def join(self, network: Network, endpoint: Endpoint, sandbox: NetNamespace) -> None:
         """See the contract."""
         cluster = self._joined()
+        if _encrypted(network) and network.id not in self._encrypted:
+            self.make(network)  # another host's, which could not be made here when it was heard of
         self._bridge.join(network, endpoint, sandbox)
         try:
-            cluster.announce(record_of(endpoint, cluster))
+            cluster.announce(self.record(network, endpoint))
         except BaseException:
             self._bridge.leave(network, endpoint, sandbox)
             raise
@@ -162,17 +187,66 @@ class OverlayDriver:
         index = rt.link_index(self._netlink, _vxlan_name(network))
         if not index:
             return
-        messages = [] if network.id in self._clean else _stale(self._netlink, index, records)
+        through = self._tunnel.index if network.id in self._encrypted else 0
+        messages = []
+        if network.id not in self._clean:
+            messages = _stale(self._netlink, index, records, through)
         self._clean.add(network.id)
         for endpoint, record in list(applied.items()):
             if records.get(endpoint) != record:
-                messages += _entries(index, record, delete=True)
+                messages += _entries(index, record, through, delete=True)
                 del applied[endpoint]
         for endpoint, record in records.items():
             if endpoint not in applied:
-                messages += _entries(index, record)
+                messages += _entries(index, record, through)
                 applied[endpoint] = record
         self._netlink.run(messages)
+
+    def connect(self, doors: Mapping[str, Door], hosts: Mapping[str, str]) -> None:
+        """Encrypted networks reach exactly these hosts.
+
+        Args:
+            doors: of hosts that have one, by host id; this host's own is left out.
+            hosts: addresses of hosts that live, by id.
+        """
+        mine = self.cluster.host_id if self.cluster is not None else ""
+        self._doors = {
+            host: Peer(door, hosts[host])
+            for host, door in doors.items()
+            if host in hosts and host != mine
+        }
+        if self._door is not None:
+            self._tunnel.connect(self._doors)
+
+    def record(self, network: Network, endpoint: Endpoint) -> Record:
+        """What other hosts are told of an endpoint."""
+        cluster = self._joined()
+        tunnelled = _encrypted(network)
+        return Record(
+            host=cluster.host_id,
+            via=address_of(cluster.host_id) if tunnelled else cluster.config.advertise,
+            network=endpoint.network,
+            endpoint=endpoint.id,
+            name=endpoint.request.name or endpoint.container[:12],
+            names=endpoint.dns_names,
+            ip=endpoint.ip,
+            ipv6=endpoint.ipv6,
+            mac=endpoint.mac,
+        )
+
+    def _open_tunnel(self, cluster: Cluster, network: Network) -> None:
+        if self._door is None:
+            self._door = self._tunnel.start(cluster.host_id, self._bridge.outer_mtu())
+            if self._doors is not None:  # peers of an earlier daemon stay until others are known
+                self._tunnel.connect(self._doors)
+        self._encrypted.add(network.id)
+        cluster.offer(self._door)
+
+    def _close_tunnel(self) -> None:
+        self._door = None
+        if self.cluster is not None:
+            self.cluster.offer(None)
+        self._tunnel.stop()
 
     def _joined(self) -> Cluster:
         if self.cluster is None:
@@ -183,27 +257,23 @@ class OverlayDriver:
         return self.cluster
 
 
-def record_of(endpoint: Endpoint, cluster: Cluster) -> Record:
-    """What other hosts are told of an endpoint."""
-    return Record(
-        host=cluster.host_id,
-        via=cluster.config.advertise,
-        network=endpoint.network,
-        endpoint=endpoint.id,
-        name=endpoint.request.name or endpoint.container[:12],
-        names=endpoint.dns_names,
-        ip=endpoint.ip,
-        ipv6=endpoint.ipv6,
-        mac=endpoint.mac,
-    )
+def _encrypted(network: Network) -> bool:
+    """As docker's command line has it: the option is there, whatever its value."""
+    return OPTION_ENCRYPTED in network.spec.options
 
 
-def _stale(netlink: nl.Netlink, index: int, records: Mapping[str, Record]) -> list[nl.Message]:
+def _overhead(network: Network) -> int:
+    return ENCRYPTED_OVERHEAD if _encrypted(network) else VXLAN_OVERHEAD
+
+
+def _stale(
+    netlink: nl.Netlink, index: int, records: Mapping[str, Record], through: int
+) -> list[nl.Message]:
     """Removes entries an earlier daemon made for endpoints that are gone."""
     hosts = {(record.mac, record.via) for record in records.values()}
     known = {(r.mac, address) for r in records.values() for address in (r.ip, r.ipv6) if address}
     messages = [
-        rt.neighbour(index, mac, destination=via, delete=True)
+        rt.neighbour(index, mac, destination=via, through=through, delete=True)
         for mac, via in rt.forwarding(netlink, index) - hosts
     ]
     messages += [
@@ -213,9 +283,10 @@ def _stale(netlink: nl.Netlink, index: int, records: Mapping[str, Record]) -> li
     return messages
 
 
-def _entries(index: int, record: Record, *, delete: bool = False) -> list[nl.Message]:
+def _entries(index: int, record: Record, through: int, *, delete: bool = False) -> list[nl.Message]:
     """Forwarding entry and neighbours of an endpoint elsewhere."""
-    messages = [rt.neighbour(index, record.mac, destination=record.via, delete=delete)]
+    where = rt.neighbour(index, record.mac, destination=record.via, through=through, delete=delete)
+    messages = [where]
     messages += [
         rt.neighbour(index, record.mac, address=address, delete=delete)
         for address in (record.ip, record.ipv6)

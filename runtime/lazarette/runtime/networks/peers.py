@@ -67,6 +67,7 @@ class Peers:
                 id_: record for id_, record in view.records.items() if record.host != self._host_id
             }
             self._name(elsewhere)
+            self._driver.connect(view.doors, view.hosts)
             for network in view.networks.values():
                 records = {id_: r for id_, r in elsewhere.items() if r.network == network.id}
                 self._driver.apply(network, records)

@@ -266,10 +266,17 @@ class _LinkState:
 
 
 def neighbour(
-    index: int, mac: str, *, address: str = "", destination: str = "", delete: bool = False
+    index: int,
+    mac: str,
+    *,
+    address: str = "",
+    destination: str = "",
+    through: int = 0,
+    delete: bool = False,
 ) -> Message:
     """An entry of a link's neighbour table (``address``) or forwarding table
-    (``destination``: where a VXLAN link finds the hardware address), replaced or removed.
+    (``destination``: where a VXLAN link finds the hardware address, ``through``: by which
+    interface, if it is not for routes to say), replaced or removed.
     """
     attributes: list[tuple[str, object]] = [("NDA_LLADDR", mac)]
     fields: dict[str, object] = {"ifindex": index, "state": NUD_PERMANENT, "flags": 0}
@@ -279,6 +286,8 @@ def neighbour(
     else:
         fields |= {"family": socket.AF_BRIDGE, "flags": 0x02}  # NTF_SELF
         attributes.append(("NDA_DST", destination))
+        if through:
+            attributes.append(("NDA_IFINDEX", through))
     what = f"{'remove' if delete else 'set'} neighbour {address or mac}"
     body = encode(ndmsg, fields, attributes)
     if delete:

@@ -5,13 +5,16 @@ Hosts are told dead after two seconds here instead of six.
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+import msgspec
 import pytest
 from tests.support.asking import addresses
 from tests.support.netns import Server, ask, inside
@@ -20,19 +23,24 @@ from tests.support.site import Site
 
 from lazarette.runtime.networks import netlink as nl
 from lazarette.runtime.networks import rtnetlink as rt
-from lazarette.runtime.networks.etcd import ClusterConfig, ClusterUnavailable
+from lazarette.runtime.networks import wireguard
+from lazarette.runtime.networks.etcd import ClusterConfig, ClusterUnavailable, EtcdStore
 from lazarette.runtime.networks.model import (
     AddressConflict,
     EndpointRequest,
+    Network,
     NetworkExists,
     NetworkInUse,
     NetworkSpec,
+    Pool,
     PortRequest,
 )
 from lazarette.runtime.networks.namespaces import NetNamespace
+from lazarette.runtime.networks.overlay import OPTION_VNI, VXLAN_PORT
 from lazarette.storage.errors import MissingFeature, Unavailable
 
-TTL = 2
+PATIENCE = int(os.environ.get("LAZARETTE_PATIENCE", "1"))
+TTL = 2 * PATIENCE
 OVERLAY = NetworkSpec(name="over", driver="overlay", attachable=True)
 
 
@@ -52,6 +60,18 @@ class Hosts(Site):
         self.stack.callback(made.close)
         return made
 
+    def _store(self) -> EtcdStore:
+        config = ClusterConfig((self.etcd.url,), "192.0.2.2")
+        return EtcdStore(config, self.hosts[2].manager.host)
+
+    def values(self) -> dict[str, bytes]:
+        """What etcd has."""
+        return dict(self._store().snapshot().values)
+
+    def put(self, key: str, value: bytes) -> None:
+        """Write a key, as another host would."""
+        self._store().change([], {key: value})
+
 
 @pytest.fixture
 def site(namespace: NetNamespace, tmp_path: Path) -> Iterator[Hosts]:
@@ -62,8 +82,8 @@ def site(namespace: NetNamespace, tmp_path: Path) -> Iterator[Hosts]:
 
 
 def soon(check: Callable[[], object], seconds: float = 10) -> None:
-    """It becomes true within that long."""
-    deadline = time.monotonic() + seconds
+    """It becomes true within that long (times ``LAZARETTE_PATIENCE``, for emulated kernels)."""
+    deadline = time.monotonic() + seconds * PATIENCE
     while not check():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -277,9 +297,162 @@ def test_cut_off_and_healed(site: Hosts) -> None:
 def test_refusals(site: Hosts, host: NetworkHost) -> None:
     with pytest.raises(Unavailable):
         host.manager.create(OVERLAY)
+
+
+# ---- encrypted
+
+ENCRYPTED = NetworkSpec(name="over", driver="overlay", options={"encrypted": ""})
+
+
+def _needs_wireguard(site: Hosts) -> None:
+    if not wireguard.supported(site.hosts[2].manager.host):
+        pytest.skip("this kernel has no WireGuard")
+
+
+def _tunnels(host: NetworkHost) -> list[str]:
+    return [link.name for link in rt.links(host.manager.netlink) if link.kind == "wireguard"]
+
+
+class Listener:
+    """Everything that leaves a host or comes to it by its link outside."""
+
+    def __init__(self, where: NetNamespace) -> None:
+        with where.entered():
+            self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+            self._socket.bind(("eth0", 3))
+        self._socket.setblocking(False)
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def heard(self) -> list[bytes]:
+        """Frames since the last time."""
+        found = []
+        while True:
+            try:
+                found.append(self._socket.recv(65536))
+            except BlockingIOError:
+                return found
+
+
+def _udp_port(frame: bytes) -> int:
+    """Where an IPv4 datagram goes to; 0 for other frames."""
+    if frame[12:14] != b"\x08\x00" or frame[23] != 17:
+        return 0
+    return int.from_bytes(frame[36:38], "big")
+
+
+def test_encrypted(site: Hosts) -> None:
+    """Needs a kernel with WireGuard: nothing between the hosts can be read or forged."""
+    first, second = site.host(2), site.host(3)
+    _needs_wireguard(site)
+    first.manager.create(ENCRYPTED)
+    soon(knows(second))
+    db, client = first.start("db", "over"), second.start("client", "over")
+    with Server(db.path, 80), Listener(first.manager.host) as listener:
+        soon(lambda: addresses(client, "db") == [db.ip])
+        soon(reach(client, db))
+        ports = {_udp_port(frame) for frame in listener.heard()}
+        assert wireguard.PORT in ports and VXLAN_PORT not in ports
+        assert not any(db.ip.encode() in frame for frame in listener.heard())
+        second.restart(client)  # the tunnel and its key stay
+        assert reach(client, db)()
+        soon(knows(second))
+        late = second.start("late", "over")
+        soon(reach(late, db))
+        _forge(site, db)
+        site.cut(3)
+        soon(lambda: not reach(client, db)(), 20)
+        site.cut(3, heal=True)
+        soon(reach(client, db), 20)
+    assert len(_tunnels(first)) == 1
+    for container in (db, client, late):
+        container.stop()
+    soon(lambda: _removed(second), 20)
+    soon(lambda: not knows(first)())
+    soon(lambda: not _links(first) and not _tunnels(first) and not _tunnels(second))
+
+
+def _forge(site: Hosts, target: Container) -> None:
+    """A stranger at the switch sends the network's own frames, not encrypted."""
+    network = site.hosts[2].manager.inspect("over")
+    vni = int(network.spec.options[OPTION_VNI])
+    heard: list[bytes] = []
+
+    def listen() -> socket.socket:
+        made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        made.bind(("eth0", 3))
+        made.settimeout(0.5)
+        return made
+
+    frame = b"\xff" * 6 + b"\x02" * 6 + b"\x88\xb5" + b"forged" * 10
+    packet = bytes([8, 0, 0, 0]) + (vni << 8).to_bytes(4, "big") + frame
+
+    def send() -> None:
+        for family, where in ((socket.AF_INET, "192.0.2.2"), (socket.AF_INET6, "2001:db8::2")):
+            with socket.socket(family, socket.SOCK_DGRAM) as sending:
+                sending.sendto(packet, (where, VXLAN_PORT))
+
+    with site.hosts[2].manager.host.entered(), nl.Netlink() as netlink:
+        netlink.run([rt.address_add(socket.if_nametoindex("eth0"), "2001:db8::2", 64)])
+    stranger = site.plug(9)
+    with stranger.entered(), nl.Netlink() as netlink:
+        netlink.run([rt.address_add(socket.if_nametoindex("eth0"), "2001:db8::9", 64)])
+    with inside(target.path, listen) as listening:
+        inside(stranger, send)
+        try:
+            while True:
+                heard.append(listening.recv(2000))
+        except TimeoutError:
+            pass
+    assert not any(b"forged" in frame for frame in heard)
+
+
+def test_mtu_leaves_room_for_the_tunnel(site: Hosts) -> None:
     first = site.host(2)
-    with pytest.raises(MissingFeature):
-        first.manager.create(NetworkSpec(name="over", driver="overlay", options={"encrypted": ""}))
+    _needs_wireguard(site)
+    first.manager.create(ENCRYPTED)
+    container = first.start("one", "over")
+
+    def mtu() -> int:
+        with nl.Netlink() as netlink:
+            return next(link.mtu for link in rt.links(netlink) if link.name == "eth0")
+
+    assert inside(container.path, mtu) == 1370
+
+
+def test_encrypted_without_wireguard(site: Hosts) -> None:
+    first = site.host(2)
+    if wireguard.supported(first.manager.host):
+        pytest.skip("this kernel has WireGuard")
+    with pytest.raises(MissingFeature, match="WireGuard") as refused:
+        first.manager.create(ENCRYPTED)
+    assert "module wireguard" in refused.value.hint
+    assert not knows(first)() and not _links(first)
+
+
+def test_a_host_without_wireguard_never_sends_in_the_clear(site: Hosts) -> None:
+    """Another host made an encrypted network: it is known here, and joining it is refused."""
+    first, second = site.host(2), site.host(3)
+    if wireguard.supported(first.manager.host):
+        pytest.skip("this kernel has WireGuard")
+    first.manager.create(OVERLAY)
+    soon(knows(second))
+    key = next(key for key in site.values() if key.startswith("/networks/"))
+    known = msgspec.json.decode(site.values()[key], type=Network)
+    options = {**known.spec.options, "encrypted": "", OPTION_VNI: "5000"}
+    pools = (Pool(subnet="10.77.0.0/24", gateway="10.77.0.1"),)
+    spec = msgspec.structs.replace(known.spec, name="secret", options=options, pools=pools)
+    id_ = "5ec" + known.id[3:]
+    secret = msgspec.structs.replace(known, id=id_, spec=spec)
+    site.put(f"/networks/{id_}", msgspec.json.encode(secret))
+    soon(knows(second, "secret"))
+    with pytest.raises(MissingFeature, match="WireGuard"):
+        second.start("one", "secret")
+    assert not [name for name in _links(second) if name.endswith(id_[:12])]
 
 
 def test_mtu_leaves_room(site: Hosts) -> None:
