@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,10 +16,10 @@ def test_a_type_is_read_by_many_threads_from_the_first_time() -> None:
     """Types that refer to types, none of them looked at before: once this ended the process."""
     count, threads = 40, 8
     start = threading.Barrier(threads)
-    types = []
+    types: list[Any] = []
     for number in range(count):
-        inner = msgspec.defstruct(f"Inner{number}", [("a", int), ("b", list[str], [])])
-        fields = [("one", inner), ("several", list[inner], []), ("named", dict[str, inner], {})]  # type: ignore[valid-type]
+        inner: Any = msgspec.defstruct(f"Inner{number}", [("a", int), ("b", list[str], [])])
+        fields: list[Any] = [("one", inner), ("several", list[inner], []), ("named", dict[str, inner], {})]
         types.append(msgspec.defstruct(f"Outer{number}", fields))
 
     def read(_: int) -> int:
