@@ -19,7 +19,8 @@ def test_a_type_is_read_by_many_threads_from_the_first_time() -> None:
     types: list[Any] = []
     for number in range(count):
         inner: Any = msgspec.defstruct(f"Inner{number}", [("a", int), ("b", list[str], [])])
-        fields: list[Any] = [("one", inner), ("several", list[inner], []), ("named", dict[str, inner], {})]
+        several, named = list[inner], dict[str, inner]
+        fields: list[Any] = [("one", inner), ("several", several, []), ("named", named, {})]
         types.append(msgspec.defstruct(f"Outer{number}", fields))
 
     def read(_: int) -> int:
