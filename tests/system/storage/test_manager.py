@@ -71,6 +71,8 @@ def test_create_with_another_driver_or_options_is_a_conflict(host: Host) -> None
     assert refused.value.http_status == 409
     with pytest.raises(WrongDriver):
         host.manager.create("data", "btrfs", {"size": "200m"})
+    with pytest.raises(WrongDriver):
+        host.manager.create("data", "of-nobody")
 
 
 def test_an_unknown_driver_is_refused_with_the_list(host: Host) -> None:

@@ -22,6 +22,7 @@ import msgspec
 from aiohttp import web
 
 from lazarette.fuse import jsontext
+from lazarette.runtime import gojson
 from lazarette.storage.errors import InternalError, InvalidArgument, LazaretteError
 
 API_VERSION = (1, 50)
@@ -103,20 +104,21 @@ class Call:
         return bytes(read)
 
     async def json(self, kind: type[T]) -> T:
-        """The body as ``kind``; an empty body is an empty object.
+        """The body as ``kind``, read as Go does; an empty body is an empty object.
 
         Raises:
             InvalidArgument: wrong content type, broken JSON, or values of wrong type.
         """
         body = await self.body()
         if body.strip():
-            given = self.request.headers.get("Content-Type", "")
-            if given.split(";")[0].strip().lower() != "application/json":
+            content_type = self.request.headers.get("Content-Type", "")
+            if content_type.split(";")[0].strip().lower() != "application/json":
                 raise InvalidArgument(
-                    f"unsupported Content-Type header ({given}): must be 'application/json'"
+                    f"unsupported Content-Type header ({content_type}): must be 'application/json'"
                 )
         try:
-            return jsontext.decode(body.strip() or b"{}", type=kind, strict=False)
+            given = jsontext.decode(body.strip() or b"{}")
+            return gojson.convert({} if given is None else given, kind)
         except msgspec.DecodeError as bad:
             raise InvalidArgument(f"invalid JSON: {bad}") from bad
 
@@ -250,6 +252,8 @@ class Api:
             version = (int(versioned[1]), int(versioned[2]))
             path = versioned[3]
             self._check(version)
+        if request.method == "OPTIONS":
+            return web.Response(status=200)
         for route, pattern in self._routes:
             if route.method == request.method and (match := pattern.fullmatch(path)):
                 return await route.handler(Call(request, version, match.groupdict()))

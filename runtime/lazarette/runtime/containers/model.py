@@ -7,13 +7,12 @@ them as Go does: names in any case, ``null`` for the zero value, unknown names i
 
 from __future__ import annotations
 
-from functools import cache
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TypeVar
 
 import msgspec
 from msgspec import field
 
+from lazarette.runtime import gojson
 from lazarette.storage.errors import InvalidArgument
 
 T = TypeVar("T")
@@ -333,53 +332,9 @@ def parse(kind: type[T], value: object) -> T:
         InvalidArgument: a value has the wrong type; the message says where.
     """
     try:
-        return msgspec.convert(_canonical(kind, value), type=kind, strict=False)
+        return gojson.convert(value, kind)
     except msgspec.ValidationError as bad:
         raise InvalidArgument(f"invalid JSON: {bad}") from bad
-
-
-@cache
-def _fields(kind: type[msgspec.Struct]) -> dict[str, tuple[str, Any]]:
-    """Lower-case name → (encoded name, type of its struct or None) of a struct's fields."""
-    hints = get_type_hints(kind)
-    return {
-        encoded.lower(): (encoded, hints[name])
-        for name, encoded in zip(kind.__struct_fields__, kind.__struct_encode_fields__, strict=True)
-    }
-
-
-def _canonical(kind: Any, value: object) -> object:
-    """``value`` with the field names of the structs in ``kind`` and without nulls there."""
-    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-        if not isinstance(value, dict):
-            return value
-        known = _fields(kind)
-        made: dict[str, object] = {}
-        for key, inner in value.items():
-            if inner is not None and (found := known.get(str(key).lower())):
-                made[found[0]] = _canonical(found[1], inner)
-        return made
-    origin = get_origin(kind)
-    if origin is Union or origin is UnionType:
-        return _canonical(_alternative(kind, value), value)
-    if origin is list and isinstance(value, list):
-        return [_canonical(get_args(kind)[0], item) for item in value]
-    if origin is dict and isinstance(value, dict):
-        inside = get_args(kind)[1]
-        return {str(key): _canonical(inside, item) for key, item in value.items()}
-    return value
-
-
-def _alternative(union: Any, value: object) -> Any:
-    """The member of a union that a JSON value is meant for."""
-    for part in get_args(union):
-        if isinstance(value, list) and get_origin(part) is list:
-            return part
-        if isinstance(value, dict) and (
-            get_origin(part) is dict or (isinstance(part, type) and issubclass(part, Struct))
-        ):
-            return part
-    return object
 
 
 def words(value: Words) -> list[str]:

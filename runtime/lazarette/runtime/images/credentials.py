@@ -18,6 +18,7 @@ from typing import TypeVar
 import msgspec
 
 from lazarette.fuse import jsontext
+from lazarette.runtime import gojson
 from lazarette.storage.errors import InternalError
 from lazarette.storage.process import run
 
@@ -71,8 +72,8 @@ class Credentials(msgspec.Struct, omit_defaults=True):
 def from_header(value: str) -> Credentials:
     """``X-Registry-Auth`` as credentials; empty ones where it cannot be read."""
     with suppress(ValueError, msgspec.MsgspecError):
-        found = jsontext.decode(_unpacked(value), type=Credentials | None)
-        return found.filled() if found is not None else Credentials()
+        found = jsontext.decode(_unpacked(value))
+        return gojson.convert({} if found is None else found, Credentials).filled()
     return Credentials()
 
 
@@ -84,7 +85,7 @@ def from_config_header(value: str) -> dict[str, Credentials]:
     found: dict[str, Credentials] = {}
     for server, raw in entries.items():
         with suppress(msgspec.MsgspecError):
-            found[host_of(server)] = jsontext.decode(raw, type=Credentials).filled()
+            found[host_of(server)] = gojson.convert(jsontext.decode(raw), Credentials).filled()
     return found
 
 

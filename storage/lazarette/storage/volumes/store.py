@@ -308,8 +308,11 @@ class VolumeStore:
             existing = self.get(name)
         except VolumeNotFound:
             return None
-        named = driver not in ("", "local")
-        if named and self.driver(driver).capabilities.name != existing.driver:
+        try:
+            other = self.driver(driver).capabilities.name if driver not in ("", "local") else None
+        except NotFound:
+            other = driver  # whether there is such a driver does not matter: the name is taken
+        if other is not None and other != existing.driver:
             raise WrongDriver(
                 f"create {name}: a volume of that name exists with the driver {existing.driver}"
             )
