@@ -29,6 +29,7 @@ class Config:
         advertise_address: address those hosts reach this one at.
         labels: of the engine, shown in ``info``.
         parallel_backups: policies that run at once; the others wait for their turn.
+        safety_days: how long snapshots stay that were taken before a volume was changed.
         policy_file: policies in TOML, read again when it changes; need not exist.
     """
 
@@ -46,6 +47,7 @@ class Config:
     labels: tuple[str, ...] = field(default=())
     policy_file: Path = DEFAULT_POLICY_FILE
     parallel_backups: int = 2
+    safety_days: int = 7
 
     @property
     def state_file(self) -> Path:

@@ -43,7 +43,7 @@ _LOCK_S, _RELEASE_S = 1.0, 120.0
 _RELEASING = b"releasing"
 _CONFIG_KEYS = ("volume_driver", "layer_driver", "runtime", "bridge", "advertise_address")
 _CONFIG_PATHS = ("policy_file",)
-_CONFIG_NUMBERS = ("parallel_backups",)
+_CONFIG_NUMBERS = ("parallel_backups", "safety_days")
 _CONFIG_LISTS = ("etcd", "insecure_registries", "registry_mirrors", "labels")
 
 _CONFIG_ALL = _CONFIG_KEYS + _CONFIG_PATHS + _CONFIG_NUMBERS + _CONFIG_LISTS

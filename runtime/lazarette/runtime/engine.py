@@ -39,9 +39,11 @@ from lazarette.runtime.protection.recovery import HostRecovery
 from lazarette.runtime.protection.repositories import RepositoryBook
 from lazarette.runtime.protection.restores import RestoreService
 from lazarette.runtime.protection.runs import RunBook
+from lazarette.runtime.protection.safeties import Safeties
 from lazarette.runtime.protection.service import Protection
 from lazarette.runtime.protection.standby import StandbyService
 from lazarette.runtime.protection.telling import Teller
+from lazarette.runtime.protection.wal import WalService
 from lazarette.storage.clock import Clock
 from lazarette.storage.files import write_atomic
 from lazarette.storage.registry import AUTOMATIC, VolumeDrivers, open_layers
@@ -191,7 +193,7 @@ class Engine:
         )
         self.fills.replaced = self._restart_users
         hands = EngineHands(self.images, keep, self.networks, self.containers)
-        recovery = HostRecovery(repositories, restores, self.volumes, hands)
+        recovery = HostRecovery(repositories, restores, self.volumes, book, hands)
         standbys = StandbyService(
             self.volumes,
             repositories,
@@ -199,6 +201,18 @@ class Engine:
             recovery,
             fencing,
             jobs,
+            self.state,
+            self.clock,
+        )
+        log_keeper = WalService(
+            self.volumes,
+            self.containers,
+            self.fills,
+            book,
+            repositories,
+            fencing,
+            jobs,
+            root / "wal",
             self.state,
             self.clock,
         )
@@ -241,6 +255,13 @@ class Engine:
             fencing,
             standbys,
             branches,
+            log_keeper,
+            Safeties(
+                self.volumes,
+                lambda: {one.volume for one in restores.in_place.unfinished()},
+                config.safety_days,
+                self.clock,
+            ),
         )
 
     def _network_of(self, container: str) -> Joined:

@@ -16,6 +16,8 @@ from lazarette.storage.errors import EXIT_FAULT, InternalError, LazaretteError, 
 
 PROGRESS_FILE = "progress"
 RESULT_FILE = "result"
+LOG_PREFIX = "wal:"
+"""Begins the name under which the log of a volume's database is filed."""
 DAMAGED = "damaged, not restored: "
 """Begins the warning of a path that a restore could not bring back."""
 
@@ -74,6 +76,20 @@ class BackupJob(msgspec.Struct, frozen=True, tag="backup"):
     meta: str = "{}"
 
 
+class Replay(msgspec.Struct, frozen=True):
+    """What a restored database replays of its log.
+
+    Attributes:
+        archives: ids of snapshots with segments, oldest first.
+        target_ns: stop before the first transaction that ended later; 0 replays all.
+        warning: what a person must know of it; empty for nothing.
+    """
+
+    archives: list[str]
+    target_ns: int = 0
+    warning: str = ""
+
+
 class RestoreJob(msgspec.Struct, frozen=True, tag="restore"):
     """Write a snapshot's tree into a folder.
 
@@ -83,6 +99,7 @@ class RestoreJob(msgspec.Struct, frozen=True, tag="restore"):
         in_place: what is there already is changed into the snapshot.
         known: id of a snapshot that the folder is exactly like; empty for none.
         paths: only these, relative to the root; all when empty.
+        replay: what its database replays when it is started; None for nothing.
     """
 
     snapshot: str
@@ -90,6 +107,7 @@ class RestoreJob(msgspec.Struct, frozen=True, tag="restore"):
     in_place: bool = False
     known: str = ""
     paths: list[str] = []
+    replay: Replay | None = None
 
 
 class ForgetJob(msgspec.Struct, frozen=True, tag="forget"):

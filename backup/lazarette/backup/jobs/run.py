@@ -31,6 +31,7 @@ from lazarette.backup.jobs.model import (
 )
 from lazarette.backup.policy.schedule import zone_of
 from lazarette.backup.policy.windows import parse_rate
+from lazarette.backup.recovery import wal
 from lazarette.backup.repository import prune
 from lazarette.backup.repository.repository import Repository
 from lazarette.backup.repository.snapshots import SnapshotRecord
@@ -167,14 +168,18 @@ def _restore(repository: Repository, job: RestoreJob, show: Show, stop: Stop) ->
         lambda seen: show(Progress("restore", seen.bytes_total, expected, seen.files)),
         stop,
     )
+    notes = []
+    if job.replay is not None:
+        wal.lay_out(repository, job.replay, Path(job.target), stop)
+        notes = [job.replay.warning] if job.replay.warning else []
     lost = [DAMAGED + _line(one.path, one.text) for one in report.damaged]
     return Result(
-        report.outcome.value,
+        "warnings" if notes else report.outcome.value,
         snapshot=record.id,
         bytes_total=report.bytes_total,
         bytes_read=report.bytes_written,
         files=report.files,
-        warnings=lost + [_line(one.path, one.text) for one in report.warnings],
+        warnings=notes + lost + [_line(one.path, one.text) for one in report.warnings],
     )
 
 

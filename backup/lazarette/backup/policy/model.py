@@ -46,6 +46,7 @@ LABEL_PREFIX = "lazarette."
 SCRATCH_PREFIX = "lazarette-drill-"
 """Names of what drills make; no policy means it, whatever labels it was restored with."""
 _PROJECT = "com.docker.compose.project"
+_ON = {"on", "yes", "true", "1"}
 _OFF = {"off", "none", "no", "false", "never"}
 _DEFAULT_KEEP = "last=3,daily=7,weekly=4,monthly=6"
 
@@ -205,6 +206,7 @@ class Policy:
         rto_ns: the longest a restore may take; 0 for no target.
         drill: restore drills.
         tell: who is told.
+        wal: PostgreSQL's log is kept too, for recovery to any moment between two snapshots.
         origin: where it was set.
         source: for people: which file, volume or container.
     """
@@ -226,6 +228,7 @@ class Policy:
     rto_ns: int = 0
     drill: Drill | None = None
     tell: Tell = Tell()
+    wal: bool = False
     origin: Origin = Origin.SET
     source: str = ""
 
@@ -258,6 +261,7 @@ class _Words(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     ping_start: str = ""
     ping_success: str = ""
     ping_failure: str = ""
+    wal: str | bool = ""
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -411,6 +415,7 @@ def _build(name: str, said: _Words, origin: Origin, source: str, default_zone: s
         rto_ns=parse_duration(said.rto) if said.rto else 0,
         drill=_drill(said, zone),
         tell=Tell(said.notify, said.ping_start, said.ping_success, said.ping_failure),
+        wal=_yes(said.wal),
         origin=origin,
         source=source,
     )
@@ -418,6 +423,20 @@ def _build(name: str, said: _Words, origin: Origin, source: str, default_zone: s
         raise InvalidArgument("it protects nothing", hint="name volumes, labels or a project")
     _check_times(policy)
     return policy if policy.rpo_ns else replace(policy, rpo_ns=_default_rpo(policy))
+
+
+def _yes(said: str | bool) -> bool:
+    """A yes or no as people write it; nothing is no.
+
+    Raises:
+        InvalidArgument: it is neither.
+    """
+    word = str(said).strip().lower()
+    if word in _ON:
+        return True
+    if word in _OFF or word in ("", "0"):
+        return False
+    raise InvalidArgument(f"wal is yes or no, not {said!r}")
 
 
 def _check_times(policy: Policy) -> None:

@@ -57,6 +57,7 @@ class RestoreBody(msgspec.Struct):
     instant: bool = False
     rate: int = 0
     stop_users: bool = False
+    to_time: str = ""
 
 
 class UndoBody(msgspec.Struct):
@@ -94,6 +95,7 @@ class RecoverBody(msgspec.Struct):
     access: StoreAccess
     name: str = ""
     volumes: list[str] = []
+    projects: list[str] = []
     start: bool = True
     instant: bool = True
     dry_run: bool = False
@@ -136,6 +138,8 @@ class ProtectionRoutes:
             Route("GET", _V1 + "/policies/{volume}", self.policy),
             Route("PUT", _V1 + "/policies/{volume}", self.set_policy),
             Route("DELETE", _V1 + "/policies/{volume}", self.remove_policy),
+            Route("GET", _V1 + "/wal", self.wal),
+            Route("POST", _V1 + "/volumes/{volume}/wal", self.flush_wal),
             Route("GET", _V1 + "/fills", self.fills),
             Route("GET", _V1 + "/status", self.status),
             Route("POST", _V1 + "/recover", self.recover),
@@ -239,6 +243,7 @@ class ProtectionRoutes:
                 instant=body.instant,
                 rate=body.rate,
                 stop_users=body.stop_users,
+                to_time=body.to_time,
                 show=teller(tell),
             )
             return msgspec.to_builtins(done)
@@ -276,6 +281,19 @@ class ProtectionRoutes:
         body = await call.json(FillBody)
         await asyncio.to_thread(self._protection.fills.complete, call.path["volume"], body.rate)
         return empty()
+
+    async def wal(self, call: Call) -> web.StreamResponse:
+        """The logs of databases that are kept, and how far each is stored."""
+        return json_response([msgspec.to_builtins(one) for one in self._protection.wal.all()])
+
+    async def flush_wal(self, call: Call) -> web.StreamResponse:
+        """Store all that a volume's database has written by now."""
+        volume = call.path["volume"]
+
+        async def work(tell: Tell) -> object:
+            return {"volume": volume, "until_ns": await self._protection.wal.flush(volume)}
+
+        return await long_work(call, work)
 
     async def policies(self, call: Call) -> web.StreamResponse:
         """All policies with what applies and the next run."""
@@ -351,6 +369,7 @@ class ProtectionRoutes:
                 body.access,
                 name=body.name,
                 volumes=body.volumes,
+                projects=body.projects,
                 start=body.start,
                 instant=body.instant,
                 dry_run=body.dry_run,

@@ -10,7 +10,7 @@ from typing import cast
 import click
 from docker.utils import parse_bytes
 
-from lazarette.backup.jobs.model import BackupJob, RestoreJob
+from lazarette.backup.jobs.model import LOG_PREFIX, BackupJob, RestoreJob
 from lazarette.runtime.cli import output
 from lazarette.runtime.cli.client import Json
 from lazarette.runtime.cli.context import Session, json_option, pass_session
@@ -187,6 +187,8 @@ def ls(
             found: list[Json] = [encode_point(record) for record in opened.snapshots(volume)]
     else:
         found = session.daemon.ask_list("/backups", volume=volume or "", repository=repository)
+    if volume is None:  # a database's log has a snapshot a minute: laz wal ls
+        found = [one for one in found if not str(one["volume"]).startswith(LOG_PREFIX)]
     if as_json:
         output.write_json(found)
         return
@@ -265,6 +267,7 @@ def path(
 @click.option("--instant", is_flag=True, help="Usable at once; filled in the background.")
 @click.option("--rate", default="", help="Limit of the background fill, e.g. 50m (a second).")
 @click.option("-y", "--yes", is_flag=True, help="Stop containers that use it, without asking.")
+@click.option("--to-time", default="", help="Replay the database's log until this moment.")
 @click.option("--undo", is_flag=True, help="Take the last restore over VOLUME back.")
 @click.option("--in-place", is_flag=True, help="Change what is in the folder into the snapshot.")
 @secret_options
@@ -281,6 +284,7 @@ def restore(
     instant: bool,
     rate: str,
     yes: bool,
+    to_time: str,
     undo: bool,
     in_place: bool,
     key_file: str | None,
@@ -293,6 +297,8 @@ def restore(
             point, repository, folder, list(paths), in_place, (key_file, kit), as_json
         )
     volume, _, moment = point.partition("@")
+    if to_time and moment:
+        raise InvalidArgument("--to-time says the point: name only the volume")
     stop = bool((undo or not instant) and _may_stop(session, into or volume, yes))
     if undo:
         return _undo(session, volume, stop, as_json)
@@ -304,6 +310,7 @@ def restore(
         "repository": repository,
         "instant": instant,
         "rate": parse_bytes(rate) if rate else 0,
+        "to_time": to_time,
     }
     done = follow(session, "/restores", body, f"restore {volume}", as_json)
     if as_json:

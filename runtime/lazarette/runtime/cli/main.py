@@ -31,6 +31,7 @@ _MODULES = {
     "policies": "policy status",
     "recovery": "recover",
     "standby": "standby",
+    "wal": "wal",
     "browse": "mount ls find cat dump diff",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}

@@ -39,6 +39,7 @@ def policy() -> None:
 @click.option("--read", default="", help="What is read of the volume a second, likewise.")
 @click.option("--rpo", default="", help="The oldest the last good backup may be.")
 @click.option("--rto", default="", help="The longest a restore may take.")
+@click.option("--wal", is_flag=True, help="Keep PostgreSQL's log: recovery to any moment.")
 @click.option("--drill", default="", help="When restores are rehearsed, e.g. '@weekly'.")
 @click.option("--drill-command", default="", help="What proves a rehearsed restore.")
 @json_option

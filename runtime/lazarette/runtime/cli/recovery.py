@@ -17,6 +17,7 @@ from lazarette.storage.errors import EXIT_OK, EXIT_WARNINGS
 
 @click.command("recover")
 @click.option("--volume", "volumes", multiple=True, help="Only this volume (repeatable).")
+@click.option("--project", "projects", multiple=True, help="Only this compose project.")
 @click.option("--name", default="", help="How the daemon calls the repository from now on.")
 @click.option("--no-start", is_flag=True, help="Leave the containers stopped.")
 @click.option("--full", is_flag=True, help="Copy everything before the containers start.")
@@ -29,6 +30,7 @@ def recover(
     session: Session,
     url: str,
     volumes: tuple[str, ...],
+    projects: tuple[str, ...],
     name: str,
     no_start: bool,
     full: bool,
@@ -42,6 +44,7 @@ def recover(
         "access": msgspec.to_builtins(store_access(url, key_file, kit)),
         "name": name,
         "volumes": volumes,
+        "projects": projects,
         "start": not no_start,
         "instant": not full,
         "dry_run": dry_run,

@@ -320,7 +320,7 @@ class BackupService:
         assert run is not None
         try:
             definitions = self._describer.of_volume(run.volume)
-            for container in definitions.containers:
+            for container in [*definitions.containers, *definitions.project]:
                 await self._keep.keep(container.image_id, [container.image], run.repository)
             request = await asyncio.to_thread(self._request, run, labels, definitions)
             request = msgspec.structs.replace(

@@ -12,6 +12,8 @@ from lazarette.runtime.containers.model import ContainerConfig, EndpointSettings
 from lazarette.runtime.networks.model import NetworkSpec
 from lazarette.storage.errors import DamagedData
 
+PROJECT = "com.docker.compose.project"
+
 
 class VolumeDefinition(msgspec.Struct, frozen=True):
     """How a volume was made."""
@@ -45,13 +47,32 @@ class ContainerDefinition(msgspec.Struct, frozen=True):
 
 
 class Definitions(msgspec.Struct, frozen=True):
-    """Everything that belongs to one volume."""
+    """Everything that belongs to one volume.
+
+    Attributes:
+        format: 1.
+        volume: how it was made.
+        containers: those that use it.
+        networks: of all containers here.
+        policy: its own one, as it was set; JSON.
+        project: the other containers of the compose projects these are of; a service without a
+            volume comes back with its project.
+    """
 
     format: int = 1
     volume: VolumeDefinition | None = None
     containers: list[ContainerDefinition] = []
     networks: list[NetworkSpec] = []
     policy: str = ""
+    project: list[ContainerDefinition] = []
+
+    @property
+    def projects(self) -> set[str]:
+        """The compose projects that the volume or its containers belong to."""
+        labels = [one.config.labels for one in self.containers]
+        if self.volume is not None:
+            labels.append(self.volume.labels)
+        return {said[PROJECT] for said in labels if said.get(PROJECT)}
 
     @classmethod
     def parse(cls, meta: bytes) -> Definitions:

@@ -7,6 +7,7 @@ from lazarette.runtime.containers.manager import ContainerManager
 from lazarette.runtime.networks.manager import NetworkManager
 from lazarette.runtime.networks.model import NetworkSpec
 from lazarette.runtime.protection.definitions import (
+    PROJECT,
     ContainerDefinition,
     Definitions,
     VolumeDefinition,
@@ -41,12 +42,24 @@ class Describer:
         """
         volume = self._volumes.get(name)
         users = self._containers.using_volume(name)
+        mates = self._mates(users)
         return Definitions(
             volume=VolumeDefinition(name, volume.driver, dict(volume.options), dict(volume.labels)),
             containers=[_container(one) for one in users],
-            networks=self._networks_of(users),
+            networks=self._networks_of([*users, *mates]),
             policy=self._policies.words(name),
+            project=[_container(one) for one in mates],
         )
+
+    def _mates(self, users: list[Container]) -> list[Container]:
+        """The other containers of the users' compose projects."""
+        own = {one.id for one in users}
+        projects = {one.definition.config.labels.get(PROJECT) for one in users} - {None, ""}
+        return [
+            one
+            for one in self._containers.all()
+            if one.id not in own and one.definition.config.labels.get(PROJECT) in projects
+        ]
 
     def _networks_of(self, containers: list[Container]) -> list[NetworkSpec]:
         names = {name for one in containers for name in one.definition.endpoints}

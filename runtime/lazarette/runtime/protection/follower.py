@@ -11,19 +11,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lazarette.backup.copying import ORIGIN_TAG
-from lazarette.backup.jobs.model import ForgetJob, Request
+from lazarette.backup.jobs.model import LOG_PREFIX, ForgetJob, Request
 from lazarette.backup.policy.durations import format_duration
 from lazarette.backup.policy.journal import Journal, Reason
 from lazarette.backup.policy.model import HoldMode, Hook, Policy
 from lazarette.backup.policy.retention import Decision, Keep, plan
 from lazarette.backup.policy.scheduler import Scheduler
+from lazarette.backup.recovery import wal
 from lazarette.runtime.events import Event, EventBus
 from lazarette.runtime.protection.backups import MANUAL, BackupRunning, BackupService, Limits
 from lazarette.runtime.protection.copies import CopyService
 from lazarette.runtime.protection.drills import Drills
 from lazarette.runtime.protection.jobs import JobRunner
 from lazarette.runtime.protection.policies import PolicyBook
-from lazarette.runtime.protection.repositories import RepositoryBook, RepositoryUnknown
+from lazarette.runtime.protection.repositories import (
+    RepositoryBook,
+    known_name,
+    repository_of,
+)
 from lazarette.runtime.protection.restores import RestoreService
 from lazarette.runtime.protection.runs import Run
 from lazarette.storage.clock import Clock
@@ -293,6 +298,8 @@ class PolicyFollower:
         gone = [one.snapshot.id for one in decisions if not one.keep]
         if not gone:
             return
+        oldest_ns = min(one.snapshot.time_ns for one in decisions if one.keep)
+        gone += wal.spent(await self._restores.points(LOG_PREFIX + volume, name), oldest_ns)
         count = self._forgotten.get(name, 0) + len(gone)
         prune = count >= _PRUNE_AFTER
         self._forgotten[name] = 0 if prune else count
@@ -309,18 +316,10 @@ class PolicyFollower:
         Raises:
             RepositoryUnknown: this daemon does not know it.
         """
-        if policy.repository:
-            return self._known(policy.repository, policy)
-        return self._repositories.get().name
+        return repository_of(self._repositories, policy)
 
     def _known(self, wanted: str, policy: Policy) -> str:
-        for known in self._repositories.list():
-            if wanted in (known.name, known.access.url):
-                return known.name
-        raise RepositoryUnknown(
-            f"policy {policy.name} names the repository {wanted}, which is not known here",
-            hint="laz repo add URL",
-        )
+        return known_name(self._repositories, wanted, policy)
 
 
 _TELLING = {
@@ -373,6 +372,7 @@ def _details(policy: Policy) -> dict[str, object]:
         "rpo_target": format_duration(policy.rpo_ns),
         "rto_target": format_duration(policy.rto_ns) if policy.rto_ns else "",
         "drill": str(drill.schedule) if drill else "",
+        "wal": "kept" if policy.wal else "",
         "drill_command": shlex.join(drill.command) if drill else "",
         "notifies": f"{len(tell.urls)} addresses" if tell.urls else "",
         "pings": [

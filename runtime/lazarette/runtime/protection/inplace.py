@@ -130,6 +130,8 @@ class InPlace:
         self._users = users
         self._jobs = jobs
         self._state = state
+        self.changing: Callable[[str], None] = lambda volume: None
+        """Told of a volume before its content becomes another state's."""
         state.migrate("changes in place", _MIGRATIONS)
 
     # ---- after a restart
@@ -280,6 +282,7 @@ class InPlace:
                 f"volume {volume} is used by {names}",
                 hint="let them be stopped meanwhile with --yes, or restore with --as NAME",
             )
+        self.changing(volume)
         change = Change(volume, job, Step.STARTING if keep else Step.STOPPING, safety, stopped)
         self._volumes.reserve(volume, change.user, BUSY)
         with self._state.write() as db:

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Literal, Protocol, TypeVar
 
 import msgspec
 
-from lazarette.backup.jobs.model import StoreAccess
+from lazarette.backup.jobs.model import LOG_PREFIX, StoreAccess
 from lazarette.backup.repository.snapshots import SnapshotRecord
+from lazarette.fuse import jsontext
 from lazarette.runtime.containers.model import ContainerConfig
 from lazarette.runtime.networks.model import NetworkSpec
 from lazarette.runtime.protection.definitions import (
+    PROJECT,
     ContainerDefinition,
     Definitions,
 )
 from lazarette.runtime.protection.images import PREFIX as IMAGE_PREFIX
+from lazarette.runtime.protection.policies import PolicyBook
 from lazarette.runtime.protection.repositories import RepositoryBook
 from lazarette.runtime.protection.restores import RestoreService
-from lazarette.storage.errors import LazaretteError, NotModified, VolumeNotFound
+from lazarette.storage.errors import LazaretteError, NotModified, SnapshotNotFound, VolumeNotFound
 from lazarette.storage.volumes.manager import VolumeManager
 
 Tell = Callable[[object], Awaitable[None]]
 _DEPENDS_ON = "com.docker.compose.depends_on"
 _SERVICE = "com.docker.compose.service"
+_EXISTS = "exists, left as it is"
 
 
 class Hands(Protocol):
@@ -59,14 +63,14 @@ class Item(msgspec.Struct):
     """One thing that comes back, or does not.
 
     Attributes:
-        kind: ``volume``, ``network`` or ``container``.
+        kind: ``volume``, ``policy``, ``network`` or ``container``.
         name: of it.
         point: the restore point it comes from.
         result: ``planned``, ``restored``, ``started``, ``exists`` or why it failed.
         good: nothing is left to do by hand.
     """
 
-    kind: Literal["volume", "network", "container"]
+    kind: Literal["volume", "policy", "network", "container"]
     name: str
     point: str
     result: str = "planned"
@@ -87,6 +91,7 @@ class HostRecovery:
         repositories: comes to know the bucket.
         restores: fills volumes.
         volumes: what is there already.
+        policies: gets those that were set.
         hands: makes networks and containers.
     """
 
@@ -95,11 +100,13 @@ class HostRecovery:
         repositories: RepositoryBook,
         restores: RestoreService,
         volumes: VolumeManager,
+        policies: PolicyBook,
         hands: Hands,
     ) -> None:
         self._repositories = repositories
         self._restores = restores
         self._volumes = volumes
+        self._policies = policies
         self._hands = hands
 
     async def recover(
@@ -108,6 +115,7 @@ class HostRecovery:
         *,
         name: str = "",
         volumes: Sequence[str] = (),
+        projects: Sequence[str] = (),
         start: bool = True,
         instant: bool = True,
         dry_run: bool = False,
@@ -115,20 +123,36 @@ class HostRecovery:
     ) -> Report:
         """Bring back the newest point of each volume, and what belongs to it.
 
+        Of all volumes, or of those named and those of the named compose projects.  A project
+        comes with its services that have no volume, unless only volumes are named.
+
         What exists already is left alone and said so.  With ``instant`` the containers
         start before the data have arrived, which follow in the background.
 
         Raises:
             Unauthenticated: credentials or kit are wrong.
             WrongStore: there is no such bucket.
+            SnapshotNotFound: nothing in it is of a named volume or project.
         """
         known = await asyncio.to_thread(self._repositories.adopt, name, access)
-        newest = newest_points(await self._restores.points(None, known.name), volumes)
-        definitions = [Definitions.parse(record.meta) for record in newest]
-        items = [
-            await self._volume(record, known.name, instant, dry_run, tell) for record in newest
+        found = {
+            record.volume: (record, Definitions.parse(record.meta))
+            for record in newest_points(await self._restores.points(None, known.name))
+        }
+        chosen = _chosen(found, volumes, projects)
+        items = []
+        for record, definitions in chosen:
+            item = await self._volume(record, known.name, instant, dry_run, tell)
+            items.append(item)
+            if definitions.policy and item.result != _EXISTS:
+                items.append(self._policy(record.volume, definitions.policy, dry_run))
+        whole = [
+            msgspec.structs.replace(one, containers=[*_mates(one, projects), *one.containers])
+            if projects or not volumes
+            else one
+            for _, one in chosen
         ]
-        items += await self._bring(definitions, known.name, start, dry_run)
+        items += await self._bring(whole, known.name, start, dry_run)
         return Report("ok" if all(item.good for item in items) else "warnings", items)
 
     async def bring(self, definitions: Definitions, repository: str, *, start: bool) -> Report:
@@ -175,7 +199,7 @@ class HostRecovery:
         except VolumeNotFound:
             pass
         else:
-            item.result, item.good = "exists, left as it is", False
+            item.result, item.good = _EXISTS, False
             return item
         if dry_run:
             return item
@@ -196,6 +220,18 @@ class HostRecovery:
             item.result = done.result.failure.message
         return item
 
+    def _policy(self, volume: str, words: str, dry_run: bool) -> Item:
+        item = Item("policy", volume, "")
+        if dry_run:
+            return item
+        try:
+            self._policies.set(volume, jsontext.decode(words, type=dict[str, object]))
+        except (LazaretteError, msgspec.MsgspecError) as error:
+            item.result, item.good = str(error), False
+        else:
+            item.result = "restored"
+        return item
+
     async def _network(self, network: NetworkSpec, dry_run: bool) -> Item:
         item = Item("network", network.name, "")
         if dry_run:
@@ -213,7 +249,7 @@ class HostRecovery:
     ) -> Item:
         item = Item("container", container.name, "")
         if await self._hands.has_container(container.name):
-            item.result, item.good = "exists, left as it is", False
+            item.result, item.good = _EXISTS, False
             return item
         if dry_run:
             return item
@@ -234,7 +270,7 @@ def newest_points(
 ) -> list[SnapshotRecord]:
     """The newest snapshot of each volume, by name; only of ``volumes`` when given.
 
-    Folders backed up by hand (named by their path) and images are no volumes.
+    Folders backed up by hand (named by their path), images and logs are no volumes.
     """
     newest: dict[str, SnapshotRecord] = {}
     for record in records:
@@ -243,8 +279,39 @@ def newest_points(
     return [newest[name] for name in sorted(newest)]
 
 
+def _chosen(
+    found: Mapping[str, tuple[SnapshotRecord, Definitions]],
+    volumes: Sequence[str],
+    projects: Sequence[str],
+) -> list[tuple[SnapshotRecord, Definitions]]:
+    """What is meant by names of volumes and projects; all when there are none.
+
+    Raises:
+        SnapshotNotFound: a name means nothing.
+    """
+    known = {project for _, one in found.values() for project in one.projects}
+    missing = sorted({*volumes} - found.keys()) + sorted({*projects} - known)
+    if missing:
+        raise SnapshotNotFound(
+            f"the repository has nothing of {', '.join(missing)}",
+            hint="laz recover --dry-run lists what there is",
+        )
+    return [
+        (record, one)
+        for name, (record, one) in found.items()
+        if not (volumes or projects) or name in volumes or one.projects.intersection(projects)
+    ]
+
+
+def _mates(one: Definitions, projects: Sequence[str]) -> list[ContainerDefinition]:
+    """Services without the volume, of any project or of the named ones."""
+    return [
+        mate for mate in one.project if not projects or mate.config.labels.get(PROJECT) in projects
+    ]
+
+
 def _is_volume(name: str) -> bool:
-    return not name.startswith(("/", IMAGE_PREFIX))
+    return not name.startswith(("/", IMAGE_PREFIX, LOG_PREFIX))
 
 
 class _Named(Protocol):

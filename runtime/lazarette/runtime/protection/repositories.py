@@ -14,6 +14,7 @@ import msgspec
 
 from lazarette.backup.jobs.access import add_kit, init_repository, open_repository
 from lazarette.backup.jobs.model import StoreAccess
+from lazarette.backup.policy.model import Policy
 from lazarette.backup.repository import keys
 from lazarette.backup.repository.kit import RecoveryKit
 from lazarette.backup.repository.repository import Repository
@@ -177,6 +178,32 @@ class RepositoryBook:
 
     def _write(self, registered: Registered) -> None:
         write_atomic(self._file(registered.name), msgspec.json.encode(registered))
+
+
+def repository_of(book: RepositoryBook, policy: Policy) -> str:
+    """The name of a policy's repository; a policy may give its URL.
+
+    Raises:
+        RepositoryUnknown: this daemon does not know it.
+    """
+    if policy.repository:
+        return known_name(book, policy.repository, policy)
+    return book.get().name
+
+
+def known_name(book: RepositoryBook, wanted: str, policy: Policy) -> str:
+    """The name of a repository that a policy names, by its URL too.
+
+    Raises:
+        RepositoryUnknown: this daemon does not know it.
+    """
+    for known in book.list():
+        if wanted in (known.name, known.access.url):
+            return known.name
+    raise RepositoryUnknown(
+        f"policy {policy.name} names the repository {wanted}, which is not known here",
+        hint="laz repo add URL",
+    )
 
 
 def _with_fresh_key(access: StoreAccess) -> StoreAccess:

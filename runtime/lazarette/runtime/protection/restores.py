@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
 
 import msgspec
 
-from lazarette.backup.jobs.model import Progress, Request, RestoreJob, Result
+from lazarette.backup.jobs.model import LOG_PREFIX, Progress, Replay, Request, RestoreJob, Result
+from lazarette.backup.recovery import wal
 from lazarette.backup.repository.snapshots import SnapshotRecord
 from lazarette.runtime.protection.definitions import Definitions, VolumeDefinition
 from lazarette.runtime.protection.fills import FillService
@@ -68,19 +69,29 @@ def choose_point(
             raise InvalidArgument(f"{len(found)} snapshots begin with {point}")
         if found:
             return found[0]
-    try:
-        moment = datetime.fromisoformat(point)
-    except ValueError as bad:
-        raise SnapshotNotFound(
-            f"no snapshot {point} of this volume", hint="name an id, a time or latest"
-        ) from bad
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=zone)
-    limit = int(moment.timestamp() * NANOSECONDS)
+    limit = moment_of(point, zone)
     before = [record for record in records if record.time_ns <= limit]
     if not before:
         raise SnapshotNotFound(f"no backup of this volume is as old as {point}")
     return before[-1]
+
+
+def moment_of(text: str, zone: tzinfo = UTC) -> int:
+    """A time as people write it, with or without an offset from UTC.
+
+    Raises:
+        SnapshotNotFound: it is none.
+    """
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as bad:
+        raise SnapshotNotFound(
+            f"no snapshot {text} of this volume", hint="name an id, a time or latest"
+        ) from bad
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=zone)
+    whole = moment.replace(microsecond=0).timestamp()
+    return int(whole) * NANOSECONDS + moment.microsecond * 1000
 
 
 _MIGRATIONS = (
@@ -110,6 +121,8 @@ class RestoreService:
 
     Attributes:
         in_place: changes volumes that are there.
+        freshen: stores what a volume's database has written, before its log is replayed; until
+            which moment all is stored then, 0 when that is not known.
     """
 
     def __init__(
@@ -122,6 +135,7 @@ class RestoreService:
         users: Users,
     ) -> None:
         self.in_place = InPlace(volumes, users, jobs, state)
+        self.freshen: Callable[[str], Awaitable[int]] = _nothing_newer
         self._fills = fills
         self._volumes = volumes
         self._repositories = repositories
@@ -168,6 +182,7 @@ class RestoreService:
         instant: bool = False,
         rate: int = 0,
         stop_users: bool = False,
+        to_time: str = "",
         show: Callable[[Progress], None] = lambda progress: None,
     ) -> Restored:
         """Restore a point of ``volume`` into a new volume, or over one that is there.
@@ -176,13 +191,26 @@ class RestoreService:
         if ``stop_users`` says so; it keeps a safety snapshot of what it was.  A new one that
         could not be filled is removed again.  An ``instant`` one can be used when this
         returns, and is filled in the background, at most ``rate`` bytes a second if given.
+        With ``to_time`` its database replays its log until that moment when it is started
+        next; ``point`` is not looked at then.
 
         Raises:
             SnapshotNotFound: no such point.
+            NotRecoverable: the log to that moment is not there or not whole.
             InUse: the target is used, and its users must not be stopped.
         """
         target = into or volume
-        record = choose_point(await self.points(volume, repository), point)
+        replay: Replay | None = None
+        if to_time:
+            if instant:
+                raise InvalidArgument(
+                    "an instant restore to a moment is not possible",
+                    hint="without --instant, or a point of laz backup ls",
+                )
+            chosen = await self._plan(volume, moment_of(to_time), repository)
+            record, replay = chosen.base, chosen.replay
+        else:
+            record = choose_point(await self.points(volume, repository), point)
         try:
             existing = self._volumes.get(target)
         except VolumeNotFound:
@@ -199,7 +227,7 @@ class RestoreService:
             result, safety = await self.in_place.change(
                 target,
                 job_id,
-                lambda: self._fill(job_id, target, record, repository, True, show),
+                lambda: self._fill(job_id, target, record, repository, True, show, replay),
                 stop_users=stop_users,
             )
             return Restored(target, record.id, result, safety)
@@ -207,10 +235,16 @@ class RestoreService:
         result = Result("failed")
         try:
             await asyncio.to_thread(self.make, target, record)
-            result = await self._fill(job_id, target, record, repository, False, show)
+            result = await self._fill(job_id, target, record, repository, False, show, replay)
         finally:
             await asyncio.to_thread(self._settle, job_id, target, True, result)
         return Restored(target, record.id, result)
+
+    async def _plan(self, volume: str, moment_ns: int, repository: str) -> wal.Plan:
+        whole_ns = await self.freshen(volume)
+        bases = await self.points(volume, repository)
+        archives = await self.points(LOG_PREFIX + volume, repository)
+        return wal.plan(bases, archives, moment_ns, whole_ns)
 
     async def undo(self, volume: str, *, stop_users: bool = False) -> tuple[str, str]:
         """Take the last restore over a volume back; see :meth:`InPlace.undo`."""
@@ -272,10 +306,11 @@ class RestoreService:
         repository: str,
         in_place: bool,
         show: Callable[[Progress], None],
+        replay: Replay | None,
     ) -> Result:
         folder = await asyncio.to_thread(self._volumes.mount, target, user_of(job_id))
         access = self._repositories.get(repository).access
-        job = RestoreJob(record.id, str(folder), in_place=in_place)
+        job = RestoreJob(record.id, str(folder), in_place=in_place, replay=replay)
         started = self._jobs.start(job_id, Request(job, access, str(self._repositories.cache)))
         return await self._jobs.watch(started, show)
 
@@ -289,6 +324,11 @@ class RestoreService:
         with self._state.write() as db:
             db.execute("DELETE FROM restores WHERE job = ?", (job_id,))
         self._jobs.discard(job_id)
+
+
+async def _nothing_newer(volume: str) -> int:
+    del volume
+    return 0
 
 
 def encode_point(record: SnapshotRecord) -> dict[str, object]:

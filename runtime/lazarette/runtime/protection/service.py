@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from lazarette.backup.jobs.model import CheckJob, Job, Progress, Request, Result
+from lazarette.backup.jobs.model import LOG_PREFIX, CheckJob, Job, Progress, Request, Result
 from lazarette.backup.policy.journal import Journal, Reason, Run
 from lazarette.backup.policy.journal import Protection as VolumeState
 from lazarette.backup.policy.outcome import Kind, Outcome
@@ -23,8 +23,10 @@ from lazarette.runtime.protection.jobs import JobRunner
 from lazarette.runtime.protection.recovery import HostRecovery
 from lazarette.runtime.protection.repositories import RepositoryBook
 from lazarette.runtime.protection.restores import RestoreService
+from lazarette.runtime.protection.safeties import Safeties
 from lazarette.runtime.protection.standby import StandbyService
 from lazarette.runtime.protection.telling import Teller
+from lazarette.runtime.protection.wal import WalService
 from lazarette.storage.clock import rfc3339
 from lazarette.storage.errors import LazaretteError
 from lazarette.storage.volumes.manager import VolumeManager
@@ -45,6 +47,7 @@ class Protection:
         fencing: stops what another host took over.
         standbys: follow another host's volumes.
         branches: makes writable volumes of points.
+        wal: keeps the logs of databases.
     """
 
     def __init__(
@@ -64,6 +67,8 @@ class Protection:
         fencing: Fencing,
         standbys: StandbyService,
         branches: BranchService,
+        wal: WalService,
+        safeties: Safeties,
     ) -> None:
         self._volumes = volumes
         self.repositories = repositories
@@ -82,6 +87,11 @@ class Protection:
         self.standbys = standbys
         policies.passive = standbys.follows
         self.branches = branches
+        self.wal = wal
+        self._safeties = safeties
+        wal.passive = standbys.follows
+        restores.freshen = wal.freshen
+        restores.in_place.changing = volumes.set_back = wal.set_back
 
     async def start(self) -> None:
         """Take up what an earlier daemon left, then follow the policies."""
@@ -95,6 +105,8 @@ class Protection:
         await self.policies.start()
         self.teller.start()
         self.fencing.start()
+        self.wal.start()
+        self._safeties.start()
         await self.standbys.start()
 
     def _sweep(self) -> None:
@@ -123,6 +135,8 @@ class Protection:
 
     async def stop(self) -> None:
         """Follow no policy any more; running jobs go on by themselves."""
+        await self._safeties.stop()
+        await self.wal.stop()
         await self.standbys.stop()
         await self.fencing.stop()
         await self.policies.stop()
@@ -152,6 +166,7 @@ class Protection:
         began = {
             record.volume: self._journal.begin("", record.volume, Kind.VERIFY, Reason.ASKED)
             for record in (await self.restores.points(None, repository) if read_data >= 1 else ())
+            if not record.volume.startswith(LOG_PREFIX)
         }
         result = await self.run_job(repository, CheckJob(read_data), show)
         wrong = result.failure.message if result.failure else ""

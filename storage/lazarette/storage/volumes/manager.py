@@ -201,6 +201,7 @@ class VolumeManager(VolumeStore):
                 )
             driver.view(name, snapshot)
             driver.release_view(name, snapshot)
+            self.set_back(name)
             safety = f"before-rollback-{secrets.token_hex(4)}"
             self.snapshot([name], OpenGate(), safety)
             driver.unmount(name)

@@ -97,6 +97,7 @@ class VolumeStore:
             stand for it, as tools made for Docker send them.
 
     Attributes:
+        set_back: told of a volume before it is rolled back.
         origin: makes volumes with the option ``from`` of name, options and labels; they begin
             as something that is kept elsewhere.
     """
@@ -105,6 +106,7 @@ class VolumeStore:
         self, state: State, drivers: Mapping[str, VolumeDriver], clock: Clock, default: str
     ) -> None:
         self.origin: Origin | None = None
+        self.set_back: Callable[[str], None] = lambda volume: None
         if default not in drivers:
             raise InvalidArgument(
                 f"the default volume driver {default} is not among {', '.join(sorted(drivers))}"

@@ -1,0 +1,109 @@
+"""Recovery of a real PostgreSQL to any moment, by its log in the repository on a real S3 server."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import cast
+
+import pytest
+from tests.support.daemon import Daemon
+from tests.support.postgres import Postgres
+from tests.support.s3 import S3Server
+from tests.support.waiting import until
+
+from lazarette.backup.recovery.wal import NotRecoverable
+
+_NOW = "SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US')"
+
+
+def _log(daemon: Daemon) -> dict:
+    return next(iter(json.loads(daemon.laz("wal", "ls", "--json", check=False).stdout)), {})
+
+
+def _kept(daemon: Daemon, url: str, kit: Path, server: S3Server) -> Postgres:
+    """A database whose log is kept, and whose archiving has begun."""
+    daemon.laz("repo", "init", "--kit-file", str(kit), url, env=server.environment)
+    database = Postgres.run(daemon)
+    daemon.laz("policy", "set", "pgdata", "--every", "24h", "--wal")
+    until(lambda: _log(daemon).get("state") == "restart", f"not set: {_log(daemon)}")
+    daemon.laz("restart", database.name)
+    database.wait()
+    until(lambda: _log(daemon).get("state") == "on", f"not kept: {_log(daemon)}")
+    return database
+
+
+def _insert(database: Postgres, number: int) -> str:
+    """Commit a row; the moment after that."""
+    database.sql(f"INSERT INTO rows VALUES ({number})")
+    said = database.sql(_NOW)
+    time.sleep(0.01)  # the next transaction ends later by the clock
+    return said
+
+
+def _rows(daemon: Daemon, volume: str) -> list[int]:
+    """What a restored volume's database holds; it is whole, and it can be written to."""
+    copy = Postgres.start(daemon, volume, f"on-{volume}")
+    try:
+        until(lambda: copy.sql("SELECT pg_is_in_recovery()") == "f", "it stays in recovery")
+        copy.check()
+        found = [int(row) for row in copy.sql("SELECT id FROM rows ORDER BY id").split()]
+        copy.sql("INSERT INTO rows VALUES (1000000)")
+        return found
+    finally:
+        daemon.laz("rm", "-f", copy.name)
+
+
+def _restore(daemon: Daemon, moment: str, *more: str) -> dict:
+    done = daemon.laz("restore", "--json", "--to-time", moment, *more, "pgdata")
+    return cast(dict, json.loads(done.stdout))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_any_moment_between_two_backups(
+    daemon: Daemon, tmp_path: Path, s3_server: S3Server, s3_bucket: str
+) -> None:
+    url, kit = s3_server.url(s3_bucket, "host"), tmp_path / "kit"
+    database = _kept(daemon, url, kit, s3_server)
+    database.sql("CREATE TABLE rows (id bigint PRIMARY KEY)")
+    early = _insert(database, 1)
+    daemon.laz("backup", "run", "pgdata")
+    moments = {number: _insert(database, number) for number in range(2, 6)}
+    database.sql("SELECT pg_switch_wal()")
+    until(lambda: _log(daemon)["segment"], "nothing is stored")
+    moments[6] = _insert(database, 6)
+    after = _insert(database, 7)
+
+    for number in (3, 6):  # between two commits of one segment, and of the next
+        done = _restore(daemon, moments[number], "--as", f"then-{number}")
+        assert done["result"]["outcome"] == "ok", done
+        assert _rows(daemon, f"then-{number}") == list(range(1, number + 1))
+    to_the_end = _restore(daemon, after, "--as", "end")
+    assert to_the_end["result"]["outcome"] == "ok", to_the_end
+    assert _rows(daemon, "end") == list(range(1, 8))
+
+    too_early = daemon.laz("restore", "--to-time", early, "--as", "no", "pgdata", check=False)
+    assert too_early.returncode == NotRecoverable.exit_code
+    assert b"no backup" in too_early.stderr
+
+    # over the volume itself: another history begins, and both can be told apart
+    done = _restore(daemon, moments[4], "--yes")
+    assert done["safety"]
+    database.wait()
+    until(lambda: database.sql("SELECT pg_is_in_recovery()") == "f", "it stays in recovery")
+    assert database.sql("SELECT count(*) FROM rows") == "4"
+    set_back = _insert(database, 40)
+    until(lambda: _log(daemon)["state"] == "on", "it is not kept any more")
+    daemon.laz("wal", "flush", "pgdata")
+    across = daemon.laz("restore", "--to-time", set_back, "--as", "no", "pgdata", check=False)
+    assert across.returncode == NotRecoverable.exit_code
+    assert b"begins anew" in across.stderr
+    assert _restore(daemon, after, "--as", "other")["result"]["outcome"] == "ok"
+    assert _rows(daemon, "other") == list(range(1, 8))
+    daemon.laz("backup", "run", "pgdata")
+    again = _insert(database, 41)
+    _insert(database, 42)
+    assert _restore(daemon, again, "--as", "again")["result"]["outcome"] == "ok"
+    assert _rows(daemon, "again") == [1, 2, 3, 4, 40, 41]
