@@ -40,7 +40,7 @@ def main() -> None:
         Repository.create(store, keys.create(store, [KEY], clock=clock), clock)
         return
     cache = Path(os.environ.get("LAZ_BENCH_CACHE", "/tmp/laz-bench-cache"))
-    repo = Repository.open(store, keys.unlock(store, KEY), clock, cache)
+    repo = Repository.unlock(store, KEY, clock, cache)
     known = repo.snapshots("bench")
     # What one command does not need it does not import, as in the command line itself.
     if command in ("backup", "record"):

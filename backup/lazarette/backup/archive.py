@@ -30,6 +30,7 @@ from lazarette.backup.repository.ingest import IngestStats
 from lazarette.backup.repository.references import References
 from lazarette.backup.repository.repository import Repository
 from lazarette.backup.repository.snapshots import SnapshotRecord, SnapshotStats, new_snapshot_id
+from lazarette.backup.stores.ahead import ahead
 from lazarette.backup.stores.contract import BlobNotFound
 from lazarette.backup.stores.limit import Bucket, Rate, unlimited
 from lazarette.backup.tree import TreeReader
@@ -187,10 +188,11 @@ class _Backup:
         self._started = repo.clock.now_ns()
         self._steady = repo.clock.monotonic_ns()
         self._root = scan.open_root(source.root)
+        noted = ahead(repo.store, lambda: lost.load(repo.store, repo.crypt))
         self._condemned = marks.packs(repo.store, repo.crypt)
         self._ingest = repo.ingest(self._condemned, guard=guard)
         self._base = self._usable_base()
-        self._lost = lost.still(repo.store, repo.crypt, self._ingest.index)
+        self._lost = lost.still(repo.store, noted(), self._ingest.index)
         self._work = Run(
             repo,
             self._ingest,

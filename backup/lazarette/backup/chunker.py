@@ -8,12 +8,11 @@ than after it (normalised chunking, as FastCDC does), which narrows the spread o
 
 Files changed in place (databases, disk images) are cut into blocks on a fixed grid.
 
-This module is the reference; the C module gives the same cuts.
+The C module cuts; :mod:`lazarette.backup.chunker_plain` is the reference and gives the same cuts.
 """
 
 from __future__ import annotations
 
-import numpy as np
 from blake3 import blake3
 
 from lazarette.backup import native
@@ -22,32 +21,16 @@ from lazarette.backup.stores.contract import Buffer
 MIN_SIZE = 128 << 10
 AVERAGE_SIZE = 512 << 10
 MAX_SIZE = 2 << 20
-WINDOW = 32
 
 _STRICT_BITS = 21
 _LOOSE_BITS = 17
 STRICT_MASK = ((1 << _STRICT_BITS) - 1) << (32 - _STRICT_BITS)
 LOOSE_MASK = ((1 << _LOOSE_BITS) - 1) << (32 - _LOOSE_BITS)
 
-_STEP = 1 << 20
 
-
-def gear_table(chunk_id_key: bytes) -> np.ndarray:
-    """256 random 32-bit numbers from the repository's key."""
-    stream = blake3(b"lazarette/gear", key=chunk_id_key).digest(length=1024)
-    return np.frombuffer(stream, "<u4").astype(np.uint32)
-
-
-def _hashes(table: np.ndarray, data: np.ndarray) -> np.ndarray:
-    """Gear hash at each byte: the sum of table[byte k back] << k over the last 32."""
-    rolling: np.ndarray = table[data]
-    width = 1
-    while width < WINDOW:
-        shifted = np.zeros_like(rolling)
-        shifted[width:] = rolling[:-width] << np.uint32(width)
-        rolling = rolling + shifted
-        width *= 2
-    return rolling
+def gear_table(chunk_id_key: bytes) -> bytes:
+    """256 random 32-bit numbers from the repository's key, little-endian."""
+    return blake3(b"lazarette/gear", key=chunk_id_key).digest(length=1024)
 
 
 class Chunker:
@@ -55,7 +38,6 @@ class Chunker:
 
     def __init__(self, chunk_id_key: bytes) -> None:
         self.table = gear_table(chunk_id_key)
-        self._packed = self.table.tobytes()
 
     def cuts(self, data: Buffer, final: bool) -> list[int]:
         """Lengths of the chunks at the start of ``data``.
@@ -70,50 +52,13 @@ class Chunker:
         """
         if native.cuts is not None:
             return native.cuts(
-                data, self._packed, MIN_SIZE, AVERAGE_SIZE, MAX_SIZE, STRICT_MASK, LOOSE_MASK, final
+                data, self.table, MIN_SIZE, AVERAGE_SIZE, MAX_SIZE, STRICT_MASK, LOOSE_MASK, final
             )
         return self.cuts_plain(data, final)
 
     def cuts_plain(self, data: Buffer, final: bool) -> list[int]:
         """:meth:`cuts` without the C module."""
-        bytes_ = np.frombuffer(data, np.uint8)
-        strict, loose = self._candidates(bytes_)
-        lengths = []
-        start = 0
-        total = len(bytes_)
-        while total - start > (0 if final else MAX_SIZE):
-            length = _first_cut(strict, loose, start, total)
-            lengths.append(length)
-            start += length
-        return lengths
+        # On use: numpy takes as long to import as a small backup.
+        from lazarette.backup import chunker_plain
 
-    def _candidates(self, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        found = []
-        for at in range(0, len(data), _STEP):
-            lead = min(at, WINDOW - 1)
-            rolling = _hashes(self.table, data[at - lead : at + _STEP])[lead:]
-            hits = np.flatnonzero((rolling & np.uint32(LOOSE_MASK)) == 0)
-            found.append((hits + at + 1, (rolling[hits] & np.uint32(STRICT_MASK)) == 0))
-        if not found:
-            none = np.zeros(0, np.int64)
-            return none, none
-        loose = np.concatenate([hits for hits, _ in found])
-        return loose[np.concatenate([strict for _, strict in found])], loose
-
-
-def _first_cut(strict: np.ndarray, loose: np.ndarray, start: int, total: int) -> int:
-    """Length of the chunk that begins at ``start``.
-
-    A candidate is the position after the byte where the mask fits; its window must lie
-    within the chunk, which holds because the least size is more than the window.
-    """
-    left = total - start
-    if left <= MIN_SIZE:
-        return left
-    at = int(np.searchsorted(strict, start + MIN_SIZE))
-    if at < len(strict) and strict[at] < start + AVERAGE_SIZE:
-        return int(strict[at]) - start
-    at = int(np.searchsorted(loose, start + AVERAGE_SIZE))
-    if at < len(loose) and loose[at] <= start + MAX_SIZE:
-        return int(loose[at]) - start
-    return min(left, MAX_SIZE)
+        return chunker_plain.cuts(self.table, data, final)

@@ -25,6 +25,7 @@ from lazarette.backup.restore_content import Writer
 from lazarette.backup.restore_metadata import Metadata, OwnerMap, loosen
 from lazarette.backup.restore_selection import Selection
 from lazarette.backup.restore_walk import RestoreWalk
+from lazarette.backup.stores.ahead import ahead
 from lazarette.backup.tree import PathNotFound, TreeReader
 from lazarette.storage.errors import Cancelled, Conflict
 
@@ -166,8 +167,9 @@ def run(
     native.keep_memory()
     with repo.guard.hold(Kind.READ, f"restore of {snapshot.id[:12]}"):
         # It may have been forgotten, and pruned, before the lease was there.
-        repo.snapshot(snapshot.id, fresh=True)
+        there = ahead(repo.store, lambda: repo.snapshot(snapshot.id, fresh=True))
         repo.refresh()
+        there()
         return _restore(repo, snapshot, target, options or RestoreOptions(), progress, cancelled)
 
 

@@ -60,8 +60,7 @@ def open_repository(
         StoreUnavailable: the store does not answer.
     """
     store = open_store(access.url, credentials(access), clock=clock, upload=upload)
-    unlocked = keys.unlock(store, secret(access))
-    return Repository.open(store, unlocked, clock, cache)
+    return Repository.unlock(store, secret(access), clock, cache)
 
 
 def init_repository(access: StoreAccess, clock: Clock) -> tuple[Repository, kit.RecoveryKit]:

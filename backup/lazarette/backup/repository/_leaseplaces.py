@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Callable
 from enum import Enum
 
 import msgspec
 
 from lazarette.backup.repository.malformed import MALFORMED
+from lazarette.backup.stores.ahead import ahead
 from lazarette.backup.stores.contract import (
     AlreadyThere,
     BlobInfo,
@@ -103,6 +105,8 @@ class StoreTime:
         self._stamp = 0
         self._begun = 0
         self._seen = 0
+        self._asking: Callable[[], None] | None = None
+        self._cleaned: Callable[[], None] | None = None
 
     def now(self) -> int:
         """A moment that counts as begun, for :meth:`learn`."""
@@ -112,9 +116,27 @@ class StoreTime:
         """Take over the stamp of an object whose writing began at ``begun``."""
         self._stamp, self._begun, self._seen = stamp, begun, self._clock.monotonic_ns()
 
+    def ask_ahead(self) -> None:
+        """Find out what :meth:`bounds` needs while other requests are under way."""
+        if self._asking is None and self._stale:
+            self._asking = ahead(self._store, self._probe)
+
+    def settle(self) -> None:
+        """Wait for requests nobody has waited for."""
+        cleaned, self._cleaned = self._cleaned, None
+        if cleaned is not None:
+            cleaned()
+
+    @property
+    def _stale(self) -> bool:
+        return self._stamp == 0 or self._clock.monotonic_ns() - self._seen > self._term_ns
+
     def bounds(self) -> tuple[int, int]:
         """Earliest and latest the store's clock may show, nanoseconds since the epoch."""
-        if self._stamp == 0 or self._clock.monotonic_ns() - self._seen > self._term_ns:
+        asking, self._asking = self._asking, None
+        if asking is not None:
+            asking()
+        if self._stale:
             self._probe()
         now = self._clock.monotonic_ns()
         earliest = self._stamp + now - self._seen
@@ -137,7 +159,9 @@ class StoreTime:
         try:
             self.learn(self._store.stat(name).modified_ns, begun)
         finally:
-            self._store.delete(name)
+            self._cleaned = ahead(self._store, lambda: self._store.delete(name))
+            if not self._store.capabilities.distant:
+                self.settle()
 
 
 class _Entry(msgspec.Struct, frozen=True):
@@ -156,14 +180,22 @@ class _Table(msgspec.Struct, frozen=True):
 
 
 class TableEntries:
-    """All entries in one object, changed by conditional writes."""
+    """All entries in one object, changed by conditional writes.
+
+    A write succeeds only on the table it was made from.  So whoever has joined has looked, too:
+    nobody else was in the table at that instant but those it was made with.  And the table last
+    written needs not be read again before the next write: if it has changed, that fails.
+    """
 
     def __init__(self, store: BlobStore, time: StoreTime) -> None:
         self._store = store
         self._time = time
+        self._written: tuple[str, _Table] | None = None
+        self._joined: dict[str, _Table] = {}
 
     def join(self, holder: Holder) -> None:
         """Add an entry."""
+        self._time.ask_ahead()
         while not self._change(holder, must_be_there=False, stays=True):
             pass
 
@@ -174,19 +206,24 @@ class TableEntries:
 
     def leave(self, holder: Holder) -> None:
         """Take an entry out, if it is there."""
+        self._joined.pop(holder.token, None)
         while not self._change(holder, must_be_there=False, stays=False):
             pass
+        self._time.settle()
 
     def others(self, holder: Holder | None) -> list[Holder]:
         """The living others; the dead are left for the next who writes."""
-        _, table = self._read()
         token = holder.token if holder else ""
+        table = self._joined.pop(token, None) or self._read()[1]
         return [entry.holder for entry in self._alive(table) if entry.holder.token != token]
 
     def _change(self, holder: Holder, *, must_be_there: bool, stays: bool) -> bool:
         """One try at writing the table without its dead; False when another was faster."""
-        tag, table = self._read()
+        written, self._written = self._written, None
+        tag, table = written or self._read()
         there = any(entry.holder.token == holder.token for entry in table.entries)
+        if not there and written is not None and (must_be_there or not stays):
+            return False  # as remembered: what counts is what is there
         if must_be_there and not there:
             raise EntryGone
         if not stays and not there:
@@ -194,14 +231,18 @@ class TableEntries:
         kept = [entry for entry in self._alive(table) if entry.holder.token != holder.token]
         if stays:
             kept.append(_Entry(holder, self._time.bounds()[1]))
-        data = msgspec.json.encode(_Table(1, secrets.token_hex(8), tuple(kept)))
+        changed = _Table(1, secrets.token_hex(8), tuple(kept))
+        data = msgspec.json.encode(changed)
         try:
             if tag:
-                self._store.replace(_TABLE, data, tag)
+                tag = self._store.replace(_TABLE, data, tag)
             else:
-                self._store.put(_TABLE, data, if_absent=True)
+                tag = self._store.put(_TABLE, data, if_absent=True)
         except (TagMismatch, AlreadyThere):
             return False
+        self._written = tag, changed
+        if stays and not there:
+            self._joined[holder.token] = changed
         return True
 
     def _read(self) -> tuple[str, _Table]:

@@ -173,15 +173,10 @@ def _check_packs(store: BlobStore, loaded: _Loaded, report: CheckReport) -> set[
         size = sizes.get(pack)
         if size != record.size:
             text = "is missing" if size is None else f"has {size} bytes instead of {record.size}"
-            lost = _lost(loaded, pack, _all_chunks(record)) if size is None else frozenset()
+            lost = _lost(loaded, pack, record.chunk_ids()) if size is None else frozenset()
             report.problems.append(Problem(pack_name(pack), f"pack {text}", lost))
     report.unused_packs = [pack for pack in sizes if pack not in loaded.records]
     return {pack for pack in sizes if pack in loaded.records}
-
-
-def _all_chunks(record: PackRecord) -> list[bytes]:
-    ids = record.chunk_array()["id"].tobytes()
-    return [ids[at : at + ID_SIZE] for at in range(0, len(ids), ID_SIZE)]
 
 
 def _lost(loaded: _Loaded, pack: bytes, chunks: Sequence[bytes]) -> frozenset[bytes]:
@@ -231,9 +226,9 @@ def check_pack(
     try:
         data = store.get(name)
     except BlobNotFound:
-        return 0, [Problem(name, "pack is missing", frozenset(_all_chunks(record)))]
+        return 0, [Problem(name, "pack is missing", frozenset(record.chunk_ids()))]
     except DamagedData as bad:
-        return 0, [Problem(name, str(bad), frozenset(_all_chunks(record)))]
+        return 0, [Problem(name, str(bad), frozenset(record.chunk_ids()))]
     texts = []
     try:
         for offset, length in verify_pack(name, data):
@@ -246,11 +241,10 @@ def check_pack(
         texts.append(str(bad))
     lost = []
     cipher = pack_cipher(crypt, record)
-    chunks = record.chunk_array()
-    lengths = chunks["length"].tolist()
-    ids = chunks["id"].tobytes()
+    lengths = [length for _, length in record.chunk_rows()]
+    ids = b"".join(record.chunk_ids())
     number = 0
-    for offset, stored, plain, count in record.block_array().tolist():
+    for offset, stored, plain, count in record.block_rows():
         block = ids[number * ID_SIZE : (number + count) * ID_SIZE]
         try:
             sealed = memoryview(data)[offset : offset + stored]

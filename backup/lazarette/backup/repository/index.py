@@ -9,16 +9,21 @@ writes: a lookup takes the tuple of segments as it finds it.
 
 from __future__ import annotations
 
+import itertools
 import threading
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
-
-import numpy as np
+from operator import or_
+from typing import TYPE_CHECKING
 
 from lazarette.backup.repository.format import ID_SIZE
 from lazarette.backup.repository.packs import LENGTH_MASK, PAGED_BIT, PATCH_BIT, PackRecord
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from lazarette.backup.repository.segments import Segment
 
 FRESH_LIMIT = 100_000
 """Chunks kept in the dictionary before they become a segment."""
@@ -49,52 +54,6 @@ class Location:
     paged: bool = False
 
 
-@dataclass(frozen=True)
-class _Segment:
-    high: np.ndarray
-    low: np.ndarray
-    block: np.ndarray
-    start: np.ndarray
-    length: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.high)
-
-    def find(self, high: int, low: int) -> int:
-        """Row of an id, or -1; a bisection over a plain view beats a call into numpy."""
-        view, lows = self._views
-        row = bisect_left(view, high)
-        while row < len(view) and view[row] == high:
-            if lows[row] == low:
-                return row
-            row += 1
-        return -1
-
-    @cached_property
-    def _views(self) -> tuple[memoryview, memoryview]:
-        return self.high.data, self.low.data
-
-
-def _split(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    pairs = ids.view(">u8").reshape(-1, 2)
-    return pairs[:, 0].astype(np.uint64), pairs[:, 1].astype(np.uint64)
-
-
-def _join(segments: Sequence[_Segment]) -> _Segment:
-    columns = [
-        np.concatenate([getattr(segment, name) for segment in segments])
-        for name in ("high", "low", "block", "start", "length")
-    ]
-    # By the first half alone: two ids that share it are next to never met, and looked for.
-    patch = (columns[4] & np.uint32(PATCH_BIT)) != 0
-    if patch.any():
-        plain_first = np.argsort(patch, kind="stable")
-        order = plain_first[np.argsort(columns[0][plain_first], kind="stable")]
-    else:
-        order = np.argsort(columns[0])
-    return _Segment(*(column[order] for column in columns))
-
-
 class Index:
     """All chunks of a repository that are known here.
 
@@ -103,13 +62,15 @@ class Index:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._segments: tuple[_Segment, ...] = ()
+        self._segments: tuple[Segment, ...] = ()
         self._fresh: dict[bytes, tuple[int, int, int]] = {}
         self._packs: list[PackRecord] = []
         self._numbers: dict[bytes, int] = {}
-        self._block_pack = np.zeros(1024, np.uint32)
-        self._block_rows = np.zeros((1024, 3), np.uint32)
-        self._blocks = 0
+        # By the number of a block: its pack's number, its offset, stored and plain lengths.
+        self._block_pack = array("I")
+        self._block_offset = array("I")
+        self._block_stored = array("I")
+        self._block_plain = array("I")
         self._needs: dict[bytes, tuple[bytes, ...]] = {}
 
     def __len__(self) -> int:
@@ -119,7 +80,7 @@ class Index:
     def resident_bytes(self) -> int:
         """Memory of the arrays, bytes (without the small dictionary)."""
         rows = sum(map(len, self._segments))
-        return rows * 28 + self._block_pack.nbytes + self._block_rows.nbytes
+        return rows * 28 + len(self._block_pack) * 16
 
     def packs(self) -> list[PackRecord]:
         """Heads of the packs known, without their arrays: id, kind, size, created_ns."""
@@ -132,21 +93,24 @@ class Index:
     def add(self, records: Iterable[PackRecord]) -> None:
         """Take in records of packs; one that is known already is passed over."""
         with self._lock:
-            segments = []
+            new: dict[bytes, PackRecord] = {}
             for record in records:
-                if record.pack in self._numbers or not record.blocks:
-                    continue
-                segment = self._rows_of(record)
-                segments.append(segment)
-            if not segments:
+                if record.pack not in self._numbers and record.blocks:
+                    new.setdefault(record.pack, record)
+            if not new:
                 return
-            if sum(map(len, segments)) + len(self._fresh) <= FRESH_LIMIT:
-                for segment in segments:
-                    self._remember(segment)
+            chunks = sum(record.chunk_count for record in new.values())
+            if chunks + len(self._fresh) <= FRESH_LIMIT:
+                for record in new.values():
+                    self._remember(record, self._enter(record))
                 return
+            # On use: see that module's text.
+            from lazarette.backup.repository import segments
+
+            made = [segments.of_record(record, self._enter(record)) for record in new.values()]
             if self._fresh:
-                segments.append(self._fresh_segment())
-            self._segments = self._compact([*self._segments, _join(segments)])
+                made.append(segments.of_rows(self._fresh))
+            self._segments = segments.compact([*self._segments, segments.join(made)])
             self._fresh = {}
 
     def clear(self) -> None:
@@ -154,11 +118,14 @@ class Index:
         with self._lock:
             self._segments, self._fresh = (), {}
             self._packs, self._numbers, self._needs = [], {}, {}
-            self._blocks = 0
+            for column in self._columns():
+                del column[:]
 
-    def _rows_of(self, record: PackRecord) -> _Segment:
-        blocks = record.block_array()
-        chunks = record.chunk_array()
+    def _columns(self) -> tuple[array[int], ...]:
+        return self._block_pack, self._block_offset, self._block_stored, self._block_plain
+
+    def _enter(self, record: PackRecord) -> int:
+        """Take in a pack and its blocks; returns the number of the first."""
         number = len(self._packs)
         self._numbers[record.pack] = number
         self._packs.append(
@@ -166,65 +133,34 @@ class Index:
                 record.pack, record.kind, record.key, record.size, b"", b"", b"", record.created_ns
             )
         )
-        first = self._blocks
-        count = len(blocks)
-        if first + count > len(self._block_pack):
-            more = first + count - len(self._block_pack) + self._blocks // 8
-            self._block_pack = np.concatenate((self._block_pack, np.zeros(more, np.uint32)))
-            self._block_rows = np.concatenate((self._block_rows, np.zeros((more, 3), np.uint32)))
-        self._block_pack[first : first + count] = number
-        for column, name in enumerate(("offset", "stored", "plain")):
-            self._block_rows[first : first + count, column] = blocks[name]
-        self._blocks = first + count
-        payload = (chunks["length"] & np.uint32(LENGTH_MASK)).astype(np.int64)
-        ends = np.cumsum(payload)
-        block_of = np.repeat(np.arange(count), blocks["chunks"])
-        before = np.concatenate(([0], np.cumsum(blocks["chunks"], dtype=np.int64)[:-1]))
-        base = np.concatenate(([0], ends))[before]
-        start = ends - payload - base[block_of]
-        high, low = _split(np.ascontiguousarray(chunks["id"]))
-        self._note_needs(record)
-        return _Segment(
-            high,
-            low,
-            (block_of + first).astype(np.uint32),
-            start.astype(np.uint32),
-            chunks["length"].astype(np.uint32),
-        )
+        first = len(self._block_pack)
+        for offset, stored, plain, _ in record.block_rows():
+            self._block_offset.append(offset)
+            self._block_stored.append(stored)
+            self._block_plain.append(plain)
+            self._block_pack.append(number)
+        if record.patches:
+            self._note_needs(record)
+        return first
 
     def _note_needs(self, record: PackRecord) -> None:
-        patches = record.patch_array()
-        if not len(patches):
-            return
-        ids = record.chunk_array()["id"]
         gathered: dict[bytes, list[bytes]] = {}
-        for row in patches:
-            gathered.setdefault(ids[row["chunk"]].tobytes(), []).append(row["source"].tobytes())
+        for number, source in record.patch_rows():
+            gathered.setdefault(record.chunk_id(number), []).append(source)
         for chunk, needs in gathered.items():
             # Two hosts may have made different patches of one chunk: what either needs stays.
             self._needs[chunk] = tuple(dict.fromkeys((*self._needs.get(chunk, ()), *needs)))
 
-    def _remember(self, segment: _Segment) -> None:
-        ids = np.stack((segment.high, segment.low), axis=1).astype(">u8").tobytes()
-        rows = zip(
-            segment.block.tolist(), segment.start.tolist(), segment.length.tolist(), strict=True
-        )
-        for number, row in enumerate(rows):
-            chunk = ids[number * ID_SIZE : (number + 1) * ID_SIZE]
-            known = self._fresh.get(chunk)
-            if known is None or known[2] & PATCH_BIT:
-                self._fresh[chunk] = row
-
-    def _fresh_segment(self) -> _Segment:
-        high, low = _split(np.frombuffer(b"".join(self._fresh), "V16"))
-        rows = np.array(list(self._fresh.values()), np.uint32).reshape(-1, 3)
-        return _Segment(high, low, rows[:, 0], rows[:, 1], rows[:, 2])
-
-    @staticmethod
-    def _compact(segments: list[_Segment]) -> tuple[_Segment, ...]:
-        while len(segments) > 1 and len(segments[-2]) < 2 * len(segments[-1]):
-            segments[-2:] = [_join(segments[-2:])]
-        return tuple(segments)
+    def _remember(self, record: PackRecord, first: int) -> None:
+        fresh = self._fresh
+        rows = record.chunk_rows()
+        for block, (_, _, _, count) in enumerate(record.block_rows(), first):
+            start = 0
+            for chunk, length in itertools.islice(rows, count):
+                known = fresh.get(chunk)
+                if known is None or known[2] & PATCH_BIT:
+                    fresh[chunk] = block, start, length
+                start += length & LENGTH_MASK
 
     def __contains__(self, chunk: bytes) -> bool:
         return self._find(chunk) is not None
@@ -251,10 +187,16 @@ class Index:
         if row is None:
             return None
         block, start, length = row
-        offset, stored, plain = self._block_rows[block].tolist()
-        pack = self._packs[int(self._block_pack[block])].pack
-        patch, paged = bool(length & PATCH_BIT), bool(length & PAGED_BIT)
-        return Location(pack, offset, stored, plain, start, length & LENGTH_MASK, patch, paged)
+        return Location(
+            self._packs[self._block_pack[block]].pack,
+            self._block_offset[block],
+            self._block_stored[block],
+            self._block_plain[block],
+            start,
+            length & LENGTH_MASK,
+            bool(length & PATCH_BIT),
+            bool(length & PAGED_BIT),
+        )
 
     def known(self, ids: bytes) -> list[bool]:
         """For each of several ids (16 bytes each, joined) whether it is known."""
@@ -263,20 +205,16 @@ class Index:
         found = [ids[at : at + ID_SIZE] in fresh for at in range(0, count * ID_SIZE, ID_SIZE)]
         if not self._segments or count == 0:
             return found
-        total = np.array(found, bool)
-        high, low = _split(np.frombuffer(ids, "V16"))
-        for segment in self._segments:
-            if len(segment):
-                total |= _present(segment, high, low)
-        return [bool(one) for one in total]
+        from lazarette.backup.repository import segments
+
+        return list(map(or_, found, segments.present(self._segments, ids)))
 
     def consolidate(self) -> None:
         """Make one sorted segment of everything, so that rows have numbers."""
+        from lazarette.backup.repository import segments
+
         with self._lock:
-            segments = list(self._segments)
-            if self._fresh:
-                segments.append(self._fresh_segment())
-            self._segments = (_join(segments),) if segments else (_join([_empty_segment()]),)
+            self._segments = (segments.join([*self._segments, segments.of_rows(self._fresh)]),)
             self._fresh = {}
 
     def rows(self, ids: bytes) -> np.ndarray:
@@ -285,39 +223,36 @@ class Index:
         Needs :meth:`consolidate` before, and nothing added since.
         """
         (segment,) = self._segments
-        high, low = _split(np.frombuffer(ids, "V16"))
-        if not len(segment):
-            return np.full(len(high), -1)
-        at = np.minimum(np.searchsorted(segment.high, high), len(segment) - 1)
-        same = segment.high[at] == high
-        exact = same & (segment.low[at] == low)
-        for row in np.flatnonzero(same & ~exact):
-            found = segment.find(int(high[row]), int(low[row]))
-            at[row], exact[row] = max(found, 0), found >= 0
-        return np.where(exact, at, -1)
+        return segment.rows(ids)
 
     def row_lengths(self) -> np.ndarray:
         """Stored payload length (before compression) of each row."""
-        lengths: np.ndarray = self._segments[0].length & np.uint32(LENGTH_MASK)
+        lengths: np.ndarray = self._segments[0].length & LENGTH_MASK
         return lengths
 
     def row_packs(self) -> np.ndarray:
         """Number of the pack (in :meth:`packs`) each row is in."""
-        packs: np.ndarray = self._block_pack[self._segments[0].block]
-        return packs
+        return self._of_rows(self._block_pack)
 
     def row_costs(self) -> np.ndarray:
         """Stored bytes each row accounts for: its share of its block."""
-        blocks = self._segments[0].block
-        rows = self._block_rows[blocks]
-        share: np.ndarray = self.row_lengths() * (rows[:, 1] / np.maximum(rows[:, 2], 1))
+        plain = self._of_rows(self._block_plain)
+        plain[plain == 0] = 1
+        share: np.ndarray = self.row_lengths() * (self._of_rows(self._block_stored) / plain)
         return share
+
+    def _of_rows(self, column: array[int]) -> np.ndarray:
+        """A column of the blocks for the block of each row."""
+        import numpy as np
+
+        # A copy: nothing can be added to an array while something looks into it.
+        blocks = np.frombuffer(column.tobytes(), np.uint32)
+        values: np.ndarray = blocks[self._segments[0].block]
+        return values
 
     def row_ids(self, rows: np.ndarray) -> bytes:
         """Ids of rows, joined."""
-        segment = self._segments[0]
-        pairs = np.stack((segment.high[rows], segment.low[rows]), axis=1)
-        return pairs.astype(">u8").tobytes()
+        return self._segments[0].ids(rows)
 
     def needs(self, chunk: bytes) -> tuple[bytes, ...]:
         """Ids of the chunks a patch takes pages from; empty for a plain chunk."""
@@ -330,7 +265,7 @@ class Index:
     def pack_of(self, chunk: bytes) -> bytes | None:
         """Id of the pack a chunk is in."""
         row = self._find(chunk)
-        return None if row is None else self._packs[int(self._block_pack[row[0]])].pack
+        return None if row is None else self._packs[self._block_pack[row[0]]].pack
 
     def head(self, pack: bytes) -> PackRecord:
         """What is known of a pack, without its arrays."""
@@ -339,27 +274,7 @@ class Index:
     def ids(self) -> Iterator[bytes]:
         """Every chunk id known, in no order; the same id may come twice."""
         for segment in self._segments:
-            joined = np.stack((segment.high, segment.low), axis=1).astype(">u8").tobytes()
+            joined = segment.ids()
             for at in range(0, len(joined), ID_SIZE):
                 yield joined[at : at + ID_SIZE]
         yield from list(self._fresh)
-
-
-def _empty_segment() -> _Segment:
-    return _Segment(
-        np.zeros(0, np.uint64),
-        np.zeros(0, np.uint64),
-        np.zeros(0, np.uint32),
-        np.zeros(0, np.uint32),
-        np.zeros(0, np.uint32),
-    )
-
-
-def _present(segment: _Segment, high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    at = np.searchsorted(segment.high, high)
-    inside = np.minimum(at, len(segment) - 1)
-    same = segment.high[inside] == high
-    exact: np.ndarray = same & (segment.low[inside] == low)
-    for row in np.flatnonzero(same & ~exact):
-        exact[row] = segment.find(int(high[row]), int(low[row])) >= 0
-    return exact

@@ -15,7 +15,7 @@ from lazarette.backup.repository.format import (
     unseal,
 )
 from lazarette.backup.repository.malformed import MALFORMED
-from lazarette.backup.repository.packs import CHUNK_DTYPE, PackRecord
+from lazarette.backup.repository.packs import PackRecord
 from lazarette.backup.repository.treecache import ObjectCache
 from lazarette.backup.stores.contract import BlobNotFound, BlobStore
 
@@ -26,7 +26,12 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(list[PackRecord]).decode
 
 
-def write(store: BlobStore, crypt: Crypt, records: Iterable[PackRecord]) -> tuple[list[str], int]:
+def write(
+    store: BlobStore,
+    crypt: Crypt,
+    records: Iterable[PackRecord],
+    cache: ObjectCache | None = None,
+) -> tuple[list[str], int]:
     """List packs in as many index objects as needed.
 
     Returns:
@@ -38,6 +43,8 @@ def write(store: BlobStore, crypt: Crypt, records: Iterable[PackRecord]) -> tupl
         name = INDEXES + new_id().hex()
         data = seal(crypt, name, _encode(group), index=True)
         store.put(name, data)
+        if cache is not None:
+            cache.write(name, data)
         names.append(name)
         size += len(data)
     return names, size
@@ -48,7 +55,7 @@ def _groups(records: Iterable[PackRecord]) -> Iterable[Sequence[PackRecord]]:
     chunks = 0
     for record in records:
         group.append(record)
-        chunks += len(record.chunks) // CHUNK_DTYPE.itemsize
+        chunks += record.chunk_count
         if chunks >= CHUNKS_AN_OBJECT:
             yield group
             group, chunks = [], 0

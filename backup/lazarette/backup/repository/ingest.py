@@ -266,9 +266,8 @@ class Ingest:
             self.index.add([record])
             if self._also is not None:
                 self._also.add([record])
-            ids = record.chunk_array()["id"].tobytes()
-            for at in range(0, len(ids), 16):
-                self._claimed.pop(ids[at : at + 16], None)
+            for chunk, _ in record.chunk_rows():
+                self._claimed.pop(chunk, None)
             with self._lock:
                 self._records.append(record)
                 self._unlisted += 1

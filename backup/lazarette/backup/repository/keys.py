@@ -48,7 +48,7 @@ from lazarette.backup.repository.secret import (
     derive,
     wrap_key,
 )
-from lazarette.backup.stores.contract import BlobNotFound, BlobStore
+from lazarette.backup.stores.contract import BlobInfo, BlobNotFound, BlobStore
 from lazarette.storage.clock import Clock, SystemClock
 from lazarette.storage.errors import (
     Conflict,
@@ -289,7 +289,7 @@ def unlock(store: BlobStore, secret: Secret) -> MasterKeys:
     for info in store.list(PREFIX):
         seen = True
         try:
-            sealed = _load(store, info.name)
+            sealed = _load(store, info)
         except BlobNotFound:
             continue
         except DamagedKey as bad:
@@ -383,7 +383,7 @@ def listing(store: BlobStore) -> list[KeyInfo]:
     found = []
     for entry in store.list(PREFIX):
         try:
-            found.append(_info(entry.name[len(PREFIX) :], _load(store, entry.name)))
+            found.append(_info(entry.name[len(PREFIX) :], _load(store, entry)))
         except (BlobNotFound, DamagedKey):
             continue
     return sorted(found, key=lambda info: (info.created_ns, info.id))
@@ -426,8 +426,9 @@ def _info(identity: str, sealed: _Sealed) -> KeyInfo:
     return KeyInfo(identity, sealed.kind, sealed.label, sealed.created_ns, sealed.writer)
 
 
-def _load(store: BlobStore, name: str) -> _Sealed:
-    if store.stat(name).size > _LARGEST_OBJECT:
+def _load(store: BlobStore, info: BlobInfo) -> _Sealed:
+    name = info.name
+    if info.size > _LARGEST_OBJECT:
         raise DamagedKey(f"key object {name} is far too large")
     data = store.get(name)
     if _identity(data) != name[len(PREFIX) :]:

@@ -9,6 +9,7 @@ Vocabulary
 How it works
     L1.  A holder writes its entry first and looks at the others' afterwards.  The store
          shows every finished write, so of two that conflict at least one sees the other.
+         (In a table the write is the look: it succeeds only on the table it was made from.)
     L2.  A shared holder that sees an exclusive entry, granted or waiting, takes its own
          back.  An exclusive holder that sees shared ones keeps its entry, so that no new
          ones begin, and waits for them to end.  Of two exclusive ones the entry with the
@@ -43,6 +44,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from types import TracebackType
 from typing import Protocol
 
@@ -57,6 +59,7 @@ from lazarette.backup.repository._leaseplaces import (
     TableEntries,
 )
 from lazarette.backup.repository.malformed import MALFORMED
+from lazarette.backup.stores.ahead import ahead
 from lazarette.backup.stores.contract import BlobNotFound, BlobStore, StoreUnavailable
 from lazarette.fuse import jsontext
 from lazarette.storage.clock import NANOSECONDS, Clock
@@ -161,13 +164,25 @@ class Leases:
         self._clock = clock
         self.terms = terms or LeaseTerms()
         self._randomness = randomness or random.SystemRandom()
-        self.place = place or _read_place(store)
-        time = StoreTime(store, clock, self.terms.term_ns)
-        self._entries: _Entries
-        if self.place is PlaceOfEntries.TABLE:
-            self._entries = TableEntries(store, time)
+        self._store = store
+        self._asked: Callable[[], PlaceOfEntries] | None = None
+        if place is None:
+            self._asked = ahead(store, lambda: _read_place(store))
         else:
-            self._entries = ListedEntries(store, time)
+            self.place = place
+
+    @cached_property
+    def place(self) -> PlaceOfEntries:
+        """Where entries live."""
+        asked, self._asked = self._asked, None
+        return _read_place(self._store) if asked is None else asked()
+
+    @cached_property
+    def _entries(self) -> _Entries:
+        time = StoreTime(self._store, self._clock, self.terms.term_ns)
+        if self.place is PlaceOfEntries.TABLE:
+            return TableEntries(self._store, time)
+        return ListedEntries(self._store, time)
 
     @staticmethod
     def create(store: BlobStore) -> PlaceOfEntries:

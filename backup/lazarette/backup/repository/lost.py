@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
@@ -43,10 +43,13 @@ def load(store: BlobStore, crypt: Crypt) -> dict[str, set[bytes]]:
     return found
 
 
-def still(store: BlobStore, crypt: Crypt, index: Index) -> set[bytes]:
-    """Chunks that are lost still; objects all of whose chunks are back are deleted."""
+def still(store: BlobStore, noted: Mapping[str, set[bytes]], index: Index) -> set[bytes]:
+    """Of what :func:`load` found, chunks that are lost still.
+
+    Objects all of whose chunks are back are deleted.
+    """
     left: set[bytes] = set()
-    for name, ids in load(store, crypt).items():
+    for name, ids in noted.items():
         missing = {chunk for chunk in ids if chunk not in index}
         if not missing:
             store.delete(name)

@@ -16,11 +16,10 @@ which one it is follows from the two lengths in the index record.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
-import numpy as np
 import zstandard
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -51,9 +50,12 @@ FOOT = struct.Struct("<IIIIQ8s")
 MAX_BLOCK = 64 << 20
 """Largest plain size of a block, bytes; a reader refuses more."""
 
-BLOCK_DTYPE = np.dtype([("offset", "<u4"), ("stored", "<u4"), ("plain", "<u4"), ("chunks", "<u4")])
-CHUNK_DTYPE = np.dtype([("id", "V16"), ("length", "<u4")])
-PATCH_DTYPE = np.dtype([("chunk", "<u4"), ("source", "V16")])
+BLOCK_ROW = struct.Struct("<IIII")
+"""Offset, stored length, plain length, chunks in it."""
+CHUNK_ROW = struct.Struct("<16sI")
+"""Id, length with two marking bits."""
+PATCH_ROW = struct.Struct("<I16s")
+"""Number of a patch among the chunks, id of a chunk it needs."""
 
 DATA = 0
 TREE = 1
@@ -67,11 +69,11 @@ class PackRecord(msgspec.Struct, array_like=True, frozen=True):
         kind: ``DATA`` or ``TREE``.
         key: field that says how its key is found, see :class:`Crypt`.
         size: bytes of the store object.
-        blocks: array of ``BLOCK_DTYPE``: offset, stored length, plain length, chunks in it.
-        chunks: array of ``CHUNK_DTYPE`` in the order of the blocks: id, length.  The top bit of
-            the length marks a patch (see :mod:`lazarette.backup.repository.patches`), the one
-            below it a chunk whose id is made of the hashes of its pages.
-        patches: array of ``PATCH_DTYPE``: number of a patch in ``chunks``, id of a chunk it needs.
+        blocks: rows of ``BLOCK_ROW``.
+        chunks: rows of ``CHUNK_ROW`` in the order of the blocks.  The top bit of the length
+            marks a patch (see :mod:`lazarette.backup.repository.patches`), the one below it a
+            chunk whose id is made of the hashes of its pages.
+        patches: rows of ``PATCH_ROW``.
         created_ns: when it was begun, wall clock of the writer.
     """
 
@@ -84,17 +86,31 @@ class PackRecord(msgspec.Struct, array_like=True, frozen=True):
     patches: bytes
     created_ns: int
 
-    def block_array(self) -> np.ndarray:
-        """The blocks as an array."""
-        return np.frombuffer(self.blocks, BLOCK_DTYPE)
+    @property
+    def chunk_count(self) -> int:
+        """How many chunks it has."""
+        return len(self.chunks) // CHUNK_ROW.size
 
-    def chunk_array(self) -> np.ndarray:
-        """The chunks as an array."""
-        return np.frombuffer(self.chunks, CHUNK_DTYPE)
+    def block_rows(self) -> Iterator[tuple[int, int, int, int]]:
+        """Offset, stored length, plain length and number of chunks of each block."""
+        return BLOCK_ROW.iter_unpack(self.blocks)
 
-    def patch_array(self) -> np.ndarray:
-        """The needs of patches as an array."""
-        return np.frombuffer(self.patches, PATCH_DTYPE)
+    def chunk_rows(self) -> Iterator[tuple[bytes, int]]:
+        """Id and length, with its marking bits, of each chunk."""
+        return CHUNK_ROW.iter_unpack(self.chunks)
+
+    def patch_rows(self) -> Iterator[tuple[int, bytes]]:
+        """Number of a patch, and id of a chunk it needs."""
+        return PATCH_ROW.iter_unpack(self.patches)
+
+    def chunk_id(self, number: int) -> bytes:
+        """Id of one chunk."""
+        at = number * CHUNK_ROW.size
+        return self.chunks[at : at + ID_SIZE]
+
+    def chunk_ids(self) -> list[bytes]:
+        """Ids of all chunks."""
+        return [chunk for chunk, _ in self.chunk_rows()]
 
     def validate(self) -> None:
         """Refuse a record that contradicts itself.
@@ -106,19 +122,21 @@ class PackRecord(msgspec.Struct, array_like=True, frozen=True):
         if (
             len(self.pack) != ID_SIZE
             or len(self.key) not in (2, ENVELOPE_SIZE)
-            or len(self.blocks) % BLOCK_DTYPE.itemsize
-            or len(self.chunks) % CHUNK_DTYPE.itemsize
-            or len(self.patches) % PATCH_DTYPE.itemsize
+            or len(self.blocks) % BLOCK_ROW.size
+            or len(self.chunks) % CHUNK_ROW.size
+            or len(self.patches) % PATCH_ROW.size
         ):
             raise RepositoryDamaged(f"index record of pack {name} is malformed")
-        blocks = self.block_array()
-        chunks = len(self.chunks) // CHUNK_DTYPE.itemsize
-        ends = blocks["offset"].astype(np.int64) + blocks["stored"]
+        count = end = largest = 0
+        for offset, stored, plain, chunks in self.block_rows():
+            count += chunks
+            end = max(end, offset + stored)
+            largest = max(largest, plain)
         if (
-            int(blocks["chunks"].sum(dtype=np.int64)) != chunks
-            or (len(blocks) and int(ends.max()) > self.size)
-            or (len(blocks) and int(blocks["plain"].max()) > MAX_BLOCK)
-            or (len(self.patches) and int(self.patch_array()["chunk"].max()) >= chunks)
+            count != self.chunk_count
+            or end > self.size
+            or largest > MAX_BLOCK
+            or any(number >= count for number, _ in self.patch_rows())
         ):
             raise RepositoryDamaged(f"index record of pack {name} contradicts itself")
 
@@ -241,10 +259,6 @@ class PackBuilder:
     def finish(self) -> tuple[bytes, PackRecord]:
         """Close the pack: its bytes, and its record with the final size."""
         self.close_block()
-        blocks = np.array(self._rows, BLOCK_DTYPE)
-        chunks = np.empty(len(self._ids), CHUNK_DTYPE)
-        chunks["id"] = np.frombuffer(b"".join(self._ids), "V16")
-        chunks["length"] = self._lengths
         table = b"".join(
             TABLE_ROW.pack(row[0], row[1], checksum(stored))
             for row, stored in zip(self._rows, self._stored[1:], strict=True)
@@ -254,9 +268,9 @@ class PackBuilder:
             self._kind,
             self._key,
             0,
-            blocks.tobytes(),
-            chunks.tobytes(),
-            np.array(self._patches, PATCH_DTYPE).tobytes(),
+            b"".join([BLOCK_ROW.pack(*row) for row in self._rows]),
+            b"".join(map(CHUNK_ROW.pack, self._ids, self._lengths)),
+            b"".join([PATCH_ROW.pack(*row) for row in self._patches]),
             self._created_ns,
         )
         listing = seal(self._crypt, pack_name(self.pack), _encode(record), index=True)

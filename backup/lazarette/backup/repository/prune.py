@@ -298,15 +298,14 @@ class _Prune:
         self, record: PackRecord, keep: set[bytes]
     ) -> list[tuple[bytes, bytes, tuple[bytes, ...], bool]]:
         found = []
-        for row in record.chunk_array():
-            chunk = row["id"].tobytes()
+        for chunk, length in record.chunk_rows():
             if chunk in keep:
                 keep.discard(chunk)
                 location = self._reader.locate(chunk)
                 block = self._reader.block(location)
                 payload = block[location.start : location.start + location.length]
-                patch = int(row["length"]) & PATCH_BIT
-                paged = bool(int(row["length"]) & PAGED_BIT)
+                patch = length & PATCH_BIT
+                paged = bool(length & PAGED_BIT)
                 if not patch and self._repo.crypt.id_of(payload, paged) != chunk:
                     raise RepositoryDamaged(
                         f"chunk {chunk.hex()} of pack {record.pack.hex()} is damaged",

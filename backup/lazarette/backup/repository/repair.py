@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from lazarette.backup.repository import check, indexes, lost
 from lazarette.backup.repository.chunks import ChunkReader
-from lazarette.backup.repository.format import ID_SIZE, INDEXES, PACKS, SNAPSHOTS, pack_name
+from lazarette.backup.repository.format import INDEXES, PACKS, SNAPSHOTS, pack_name
 from lazarette.backup.repository.guard import Kind
 from lazarette.backup.repository.packs import (
     FOOT,
@@ -141,10 +141,7 @@ def _salvage(
     report: RepairReport,
 ) -> list[PackRecord]:
     builder = PackBuilder(repo.crypt, record.kind, repo.clock.now_ns())
-    chunks = record.chunk_array()
-    ids = chunks["id"].tobytes()
-    for number, length in enumerate(chunks["length"].tolist()):
-        chunk = ids[number * ID_SIZE : (number + 1) * ID_SIZE]
+    for chunk, length in record.chunk_rows():
         if chunk in bad or reader.locate(chunk).pack != record.pack:
             continue
         try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -28,12 +29,13 @@ from lazarette.backup.repository.format import (
 from lazarette.backup.repository.guard import Guard, Guards, Kind, LeaseGuards
 from lazarette.backup.repository.index import Index
 from lazarette.backup.repository.ingest import Ingest
-from lazarette.backup.repository.keys import MasterKeys
+from lazarette.backup.repository.keys import MasterKeys, Secret, unlock
 from lazarette.backup.repository.leases import Leases
 from lazarette.backup.repository.malformed import MALFORMED
 from lazarette.backup.repository.packs import PackRecord
 from lazarette.backup.repository.snapshots import SnapshotRecord
 from lazarette.backup.repository.treecache import ObjectCache, TreeCache
+from lazarette.backup.stores.ahead import ahead
 from lazarette.backup.stores.contract import AlreadyThere, BlobNotFound, BlobStore
 from lazarette.storage.clock import Clock
 from lazarette.storage.errors import InvalidArgument, NameTaken, SnapshotNotFound
@@ -54,6 +56,7 @@ class Config(msgspec.Struct, frozen=True):
 
 
 _RECORDS_AT_ONCE = 10_000
+_OBJECTS_AT_ONCE = 8
 _LOOK_AGAIN_NS = 20_000_000_000
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -146,8 +149,31 @@ class Repository:
             WrongRepository: there is none, or a newer program made it.
             RepositoryDamaged: its config is not what was written.
         """
+        return Repository._opened(store, keys, clock, cache_dir, lambda: store.get(CONFIG))
+
+    @staticmethod
+    def unlock(
+        store: BlobStore, secret: Secret, clock: Clock, cache_dir: Path | None = None
+    ) -> Repository:
+        """Open a repository with one of its secrets.
+
+        Raises:
+            NoKeys, WrongKey, DamagedKey: see :func:`lazarette.backup.repository.keys.unlock`.
+            WrongRepository, RepositoryDamaged: see :meth:`open`.
+        """
+        config = ahead(store, lambda: store.get(CONFIG))
+        return Repository._opened(store, unlock(store, secret), clock, cache_dir, config)
+
+    @staticmethod
+    def _opened(
+        store: BlobStore,
+        keys: MasterKeys,
+        clock: Clock,
+        cache_dir: Path | None,
+        read: Callable[[], bytes],
+    ) -> Repository:
         try:
-            stored = store.get(CONFIG)
+            stored = read()
         except BlobNotFound:
             raise WrongRepository(
                 f"there is no repository at {store.url}", hint="make one with laz repo init"
@@ -203,10 +229,11 @@ class Repository:
             RepositoryDamaged: an index object is not what was written.
         """
         with self._lock:
-            if self._seen - set(indexes.names(self.store)):
+            names = indexes.names(self.store)
+            if self._seen - set(names):
                 self.index.clear()
                 self._seen.clear()
-            listed = set(self._read_into(self.index, self._seen, None))
+            listed = set(self._read_into(self.index, self._seen, None, names))
             # Marks after the index: a pack leaves the index only once its mark is written.
             # A condemned pack may still hold what a very young snapshot refers to.
             condemned = marks.load(self.store, self.crypt)
@@ -223,15 +250,18 @@ class Repository:
                     if gone or stale.startswith(INDEXES):
                         self._objects.drop(stale)
 
-    def _read_into(self, index: Index, seen: set[str], without: set[bytes] | None) -> list[str]:
+    def _read_into(
+        self,
+        index: Index,
+        seen: set[str],
+        without: set[bytes] | None,
+        listed: list[str] | None = None,
+    ) -> list[str]:
         while True:
-            listed = indexes.names(self.store)
+            listed = indexes.names(self.store) if listed is None else listed
             merged = False
             gathered: list[PackRecord] = []
-            for name in listed:
-                if name in seen:
-                    continue
-                records = indexes.read(self.store, self.crypt, name, self._objects)
+            for name, records in self._read_indexes([one for one in listed if one not in seen]):
                 if records is None:
                     merged = True
                     continue
@@ -243,6 +273,18 @@ class Repository:
             index.add(gathered)
             if not merged:
                 return listed
+            listed = None
+
+    def _read_indexes(self, names: list[str]) -> Iterator[tuple[str, list[PackRecord] | None]]:
+        """Index objects, a few at once; None for one that was merged into another meanwhile."""
+        for at in range(0, len(names), _OBJECTS_AT_ONCE):
+            some = names[at : at + _OBJECTS_AT_ONCE]
+            reads = [
+                ahead(self.store, partial(indexes.read, self.store, self.crypt, one, self._objects))
+                for one in some
+            ]
+            for name, read in zip(some, reads, strict=True):
+                yield name, read()
 
     def _look_again(self) -> None:
         """Refresh for a chunk that is not in the index, but not for each of many such."""
@@ -302,7 +344,7 @@ class Repository:
 
     def write_index(self, records: Sequence[PackRecord]) -> tuple[list[str], int]:
         """List packs that were written; returns the names of the objects and their size."""
-        names, size = indexes.write(self.store, self.crypt, records)
+        names, size = indexes.write(self.store, self.crypt, records, self._objects)
         with self._lock:
             self._seen.update(names)
         return names, size
@@ -311,6 +353,8 @@ class Repository:
         """Delete index objects whose packs are all listed elsewhere."""
         for name in names:
             self.store.delete(name)
+            if self._objects is not None:
+                self._objects.drop(name)
         with self._lock:
             self._seen.difference_update(names)
 
@@ -321,13 +365,16 @@ class Repository:
             RepositoryDamaged: one is not what was written.
         """
         found = []
-        for snapshot in snapshots.ids(self.store):
-            try:
-                record = self._load_snapshot(snapshot)
-            except SnapshotNotFound:
-                continue
-            if volume is None or record.volume == volume:
-                found.append(record)
+        names = snapshots.ids(self.store)
+        for at in range(0, len(names), _OBJECTS_AT_ONCE):
+            some = names[at : at + _OBJECTS_AT_ONCE]
+            for read in [ahead(self.store, partial(self._load_snapshot, one)) for one in some]:
+                try:
+                    record = read()
+                except SnapshotNotFound:
+                    continue
+                if volume is None or record.volume == volume:
+                    found.append(record)
         return sorted(found, key=lambda record: (record.time_ns, record.id))
 
     def snapshot(
@@ -381,7 +428,10 @@ class Repository:
 
     def commit(self, record: SnapshotRecord) -> int:
         """Write a snapshot, the last step of a backup; returns its stored size."""
-        return snapshots.save(self.store, self.crypt, record)
+        stored = snapshots.save(self.store, self.crypt, record)
+        if self._objects is not None:
+            self._objects.write(snapshots.name_of(record.id), stored)
+        return len(stored)
 
     def forget(self, ids: Sequence[str]) -> None:
         """Delete snapshots; their data stay until the next prune."""

@@ -93,12 +93,12 @@ def name_of(snapshot: str) -> str:
     return SNAPSHOTS + snapshot
 
 
-def save(store: BlobStore, crypt: Crypt, record: SnapshotRecord) -> int:
-    """Write a snapshot; everything it refers to must be there. Returns its stored size."""
+def save(store: BlobStore, crypt: Crypt, record: SnapshotRecord) -> bytes:
+    """Write a snapshot; everything it refers to must be there. Returns what was stored."""
     name = name_of(record.id)
     data = seal(crypt, name, _encode(record))
     store.put(name, data)
-    return len(data)
+    return data
 
 
 def load(store: BlobStore, crypt: Crypt, snapshot: str) -> SnapshotRecord:

@@ -61,11 +61,14 @@ class StoreCapabilities:
         conditional: conditional writes are exact under a race.
         object_lock: objects can be made undeletable until a date.
         versions: deleted or replaced objects can still be read.
+        distant: an answer takes long beside the work it needs, so that several requests at
+            once are faster than one after another.
     """
 
     conditional: bool
     object_lock: bool = False
     versions: bool = False
+    distant: bool = False
 
 
 @dataclass(frozen=True, slots=True)

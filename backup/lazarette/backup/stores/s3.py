@@ -43,6 +43,7 @@ from lazarette.backup.stores._s3dialect import (
     unquote,
 )
 from lazarette.backup.stores._s3errors import DIALECT_CODES, Answer, translate
+from lazarette.backup.stores._s3models import new_session
 from lazarette.backup.stores.contract import (
     AlreadyThere,
     BlobInfo,
@@ -108,7 +109,7 @@ class S3Store:
     ) -> None:
         self.place = place
         self._credentials = credentials
-        self._capabilities = StoreCapabilities(conditional=conditional)
+        self._capabilities = StoreCapabilities(conditional=conditional, distant=True)
         self._timeouts = (connect_timeout, read_timeout)
         self._integrity = Integrity.CRC32
         self._quoted = True
@@ -331,7 +332,7 @@ class S3Store:
             tcp_keepalive=True,
         )
         try:
-            session = boto3.session.Session() if key is None else _session()
+            session = new_session() if key is None else _session()
             client = session.client(
                 "s3",
                 endpoint_url=place.endpoint,
@@ -473,4 +474,4 @@ _session_lock = threading.Lock()
 @functools.cache
 def _session() -> boto3.session.Session:
     """One session for all clients with a key of their own: making another costs 0.1 s."""
-    return boto3.session.Session()
+    return new_session()

@@ -62,7 +62,9 @@ class LockedS3Store(S3Store):
     ) -> None:
         super().__init__(place, credentials, conditional=conditional)
         self._mode: LockMode = mode
-        self._capabilities = StoreCapabilities(conditional, object_lock=True, versions=True)
+        self._capabilities = StoreCapabilities(
+            conditional, object_lock=True, versions=True, distant=True
+        )
 
     def create_locked_bucket(self, days: int) -> None:
         """Make the bucket with object lock and a default lock of so many days.
@@ -158,7 +160,7 @@ class S3AsOf:
     @property
     def capabilities(self) -> StoreCapabilities:
         """See :attr:`BlobStore.capabilities`."""
-        return StoreCapabilities(conditional=False, versions=True)
+        return StoreCapabilities(conditional=False, versions=True, distant=True)
 
     def put(self, name: str, data: Buffer, *, if_absent: bool = False) -> str:
         """Refuse."""

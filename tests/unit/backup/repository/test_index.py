@@ -9,13 +9,8 @@ import pytest
 from lazarette.backup.repository import index as index_module
 from lazarette.backup.repository.format import RepositoryDamaged
 from lazarette.backup.repository.index import Index
-from lazarette.backup.repository.packs import (
-    BLOCK_DTYPE,
-    CHUNK_DTYPE,
-    PATCH_BIT,
-    PATCH_DTYPE,
-    PackRecord,
-)
+from lazarette.backup.repository.packs import PATCH_BIT, PackRecord
+from lazarette.backup.repository.segments import BLOCK_DTYPE, CHUNK_DTYPE, PATCH_DTYPE
 
 FRESH_LIMIT = 4000
 
@@ -39,18 +34,13 @@ def record(chance: random.Random, blocks: int, each: int) -> PackRecord:
 def places(found: PackRecord) -> dict[bytes, tuple[bytes, int, int, int]]:
     """Pack, block, start and length of each chunk, worked out one by one."""
     wanted = {}
-    rows = iter(found.chunk_array())
-    for block in found.block_array():
+    rows = found.chunk_rows()
+    for offset, _, _, count in found.block_rows():
         start = 0
-        for _ in range(block["chunks"]):
-            row = next(rows)
-            wanted[row["id"].tobytes()] = (
-                found.pack,
-                int(block["offset"]),
-                start,
-                int(row["length"]),
-            )
-            start += int(row["length"])
+        for _ in range(count):
+            chunk, length = next(rows)
+            wanted[chunk] = (found.pack, offset, start, length)
+            start += length
     return wanted
 
 
@@ -106,7 +96,7 @@ def test_ids_that_share_their_first_half() -> None:
 def test_patches_know_what_they_need() -> None:
     chance = random.Random(2)
     plain = record(chance, 2, 2)
-    chunks = plain.chunk_array().copy()
+    chunks = np.frombuffer(plain.chunks, CHUNK_DTYPE).copy()
     chunks["length"][1] |= PATCH_BIT
     needs = np.array([(1, np.void(b"n" * 16))], PATCH_DTYPE)
     index = Index()
@@ -121,7 +111,7 @@ def test_patches_know_what_they_need() -> None:
     patch = chunks["id"][1].tobytes()
     found = index.find(patch)
     assert found is not None and found.patch
-    assert found.length == plain.chunk_array()["length"][1]
+    assert found.length == list(plain.chunk_rows())[1][1]
     assert index.needs(patch) == (b"n" * 16,)
     assert index.needs(chunks["id"][0].tobytes()) == ()
 
@@ -138,7 +128,7 @@ def test_the_whole_form_of_a_chunk_goes_before_its_patches(
 
     def form(need: bytes) -> PackRecord:
         made = record(chance, 1, 7)
-        chunks = made.chunk_array().copy()
+        chunks = np.frombuffer(made.chunks, CHUNK_DTYPE).copy()
         chunks["id"][3] = np.void(chunk)
         patched = np.empty(1 if need else 0, PATCH_DTYPE)
         if need:
