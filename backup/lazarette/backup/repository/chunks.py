@@ -10,12 +10,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from lazarette.backup.repository import patches
 from lazarette.backup.repository.blockcache import BlockCache
-from lazarette.backup.repository.format import (
-    Crypt,
-    RepositoryDamaged,
-    pack_name,
-)
+from lazarette.backup.repository.format import Crypt, RepositoryDamaged
 from lazarette.backup.repository.index import Index, Location
+from lazarette.backup.repository.packreads import PackReads
 from lazarette.backup.repository.packs import TREE, open_block, pack_cipher
 from lazarette.backup.repository.treecache import TreeCache
 from lazarette.backup.stores.contract import (
@@ -59,7 +56,7 @@ class ChunkReader:
         trees: TreeCache | None = None,
         refresh: Callable[[], None] | None = None,
     ) -> None:
-        self._store = store
+        self._reads = PackReads(store)
         self._crypt = crypt
         self._index = index
         self._limit = cache_bytes
@@ -184,7 +181,8 @@ class ChunkReader:
         try:
             if self._trees is not None and self._index.head(location.pack).kind == TREE:
                 return self._trees.range(location.pack, location.offset, location.stored)
-            return self._store.get(pack_name(location.pack), location.offset, location.stored)
+            size = self._index.head(location.pack).size
+            return self._reads.get(location.pack, location.offset, location.stored, size)
         except BlobNotFound:
             raise ChunkMissing(
                 f"pack {location.pack.hex()} is gone", hint="run laz repo check, then repair"

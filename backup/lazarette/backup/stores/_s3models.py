@@ -7,22 +7,22 @@ models of S3 with the standard library's JSON decoder: half of the time a small 
 from __future__ import annotations
 
 import gzip
+import os
 
 import boto3
 import botocore.session
-import msgspec
 from botocore.loaders import JSONFileLoader, Loader
+
+from lazarette.fuse import jsontext
 
 
 class _Files(JSONFileLoader):
     def load_file(self, file_path: str) -> object:
         """The content of a model, None when it does not exist."""
         for end, opened in ((".json", open), (".json.gz", gzip.open)):
-            try:
+            if os.path.isfile(file_path + end):
                 with opened(file_path + end, "rb") as file:
-                    return msgspec.json.decode(file.read())
-            except FileNotFoundError:
-                continue
+                    return jsontext.decode(file.read())
         return None
 
 
