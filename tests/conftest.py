@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from tests.support.daemon import Daemon
 from tests.support.s3 import s3_bucket, s3_server
 
 __all__ = ["daemon", "s3_bucket", "s3_server"]
 
+# a busy machine is slow to make up input; that says nothing about the code
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 TIMED = (Path(__file__).parent / "system", Path(__file__).parent / "faults")
 
