@@ -2,13 +2,18 @@
 
 import json
 import os
+import secrets
 import subprocess
+import time
+from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from tests.support.daemon import LAZ
+from tests.support.s3 import S3Server, s3_bucket, s3_server  # noqa: F401
 
-from lazarette.storage.errors import EXIT_OK, DamagedData
+from lazarette.storage.errors import EXIT_OK, DamagedData, InvalidArgument, Unsupported
 
 
 class Cli:
@@ -117,3 +122,62 @@ def test_a_rotated_key_shuts_out_the_others(cli: Cli, repository: str, tmp_path:
 
 def test_migrating_is_done_once(cli: Cli, repository: str) -> None:
     assert cli.json("repo", "migrate", repository) == {"version": 2, "changed": False}
+
+
+def test_what_an_attacker_deletes_comes_back_from_a_locked_bucket(
+    s3_server: S3Server,  # noqa: F811
+    cli: Cli,
+    tmp_path: Path,
+) -> None:
+    cli.environment |= s3_server.environment
+    bucket = f"laz-{secrets.token_hex(6)}"
+    url = s3_server.url(bucket, "repo")
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "file").write_bytes(os.urandom(300_000))
+    kit = str(tmp_path / "kit")
+    cli.json("repo", "init", "--no-daemon", "--lock-days", "1", "--kit-file", kit, url)
+    cli.json("backup", "path", str(source), "--name", "files", "--repo", url)
+    done = cli.json("repo", "lock", "--days", "3", url)
+    assert done["locked"] >= 5 and done["kept"] == 0
+    assert cli.json("repo", "lock", "--days", "2", url)["locked"] == 0
+    time.sleep(1.5)
+    safe = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    time.sleep(1.5)
+    with closing(s3_server.client()) as client:
+        for one in client.list_objects_v2(Bucket=bucket)["Contents"]:
+            client.delete_object(Bucket=bucket, Key=one["Key"])
+        assert cli.run("restore", "files@latest", "--repo", url, "--to", "/none").returncode
+        past = f"{url}&as-of={safe}"
+        out = tmp_path / "out"
+        restored = cli.run("restore", "files@latest", "--repo", past, "--to", str(out))
+        assert restored.returncode == EXIT_OK, restored.stderr
+        assert (out / "file").read_bytes() == (source / "file").read_bytes()
+        refused = cli.run("backup", "path", str(source), "--name", "files", "--repo", past)
+        assert refused.returncode != EXIT_OK
+        for page in client.get_paginator("list_object_versions").paginate(Bucket=bucket):
+            for entry in page.get("Versions", []) + page.get("DeleteMarkers", []):
+                client.delete_object(
+                    Bucket=bucket,
+                    Key=entry["Key"],
+                    VersionId=entry["VersionId"],
+                    BypassGovernanceRetention=True,
+                )
+        client.delete_bucket(Bucket=bucket)
+
+
+def test_a_bucket_without_versions_has_no_past(
+    s3_server: S3Server,  # noqa: F811
+    s3_bucket: str,  # noqa: F811
+    cli: Cli,
+    tmp_path: Path,
+) -> None:
+    cli.environment |= s3_server.environment
+    url = s3_server.url(s3_bucket, "repo")
+    cli.json("repo", "init", "--no-daemon", "--kit-file", str(tmp_path / "kit"), url)
+    asked = cli.run("repo", "stats", f"{url}&as-of=2026-01-31T12:00:00Z")
+    assert asked.returncode == Unsupported.exit_code, asked.stderr
+    assert cli.run("repo", "lock", "--days", "3", url).returncode == Unsupported.exit_code
+    bad = cli.run("repo", "stats", f"{url}&as-of=yesterday")
+    assert bad.returncode == InvalidArgument.exit_code
+    assert cli.run("repo", "lock", "--days", "3", "/tmp").returncode == InvalidArgument.exit_code

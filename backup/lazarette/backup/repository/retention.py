@@ -10,6 +10,7 @@ locks, and a repository opened on ``store.as_of(time)`` is as it was then.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ from lazarette.backup.stores.contract import LockingStore
 from lazarette.storage.errors import Cancelled
 
 _KEYS = "keys/"
+_AT_ONCE = 8
 
 
 @dataclass
@@ -64,14 +66,20 @@ def extend(
     with repo.guard.hold(Kind.READ, "object locks"):
         repo.refresh()
         chosen = list(repo.snapshots() if records is None else records)
-        for name in _needed(repo, chosen):
+
+        def one(name: str) -> bool:
+            """Whether the object's lock was too short."""
             if cancelled():
                 raise Cancelled("extending locks was cancelled")
             if store.locked_until(name) >= until_ns:
-                report.kept += 1
-            else:
-                store.lock(name, until_ns)
-                report.locked += 1
+                return False
+            store.lock(name, until_ns)
+            return True
+
+        with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="lock") as pool:
+            for locked in pool.map(one, _needed(repo, chosen)):
+                report.locked += locked
+                report.kept += not locked
     return report
 
 

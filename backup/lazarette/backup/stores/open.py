@@ -6,8 +6,9 @@
 ``s3://bucket/prefix?endpoint=http://…``  any other S3 server
 ========================================  =====================================
 
-Further options of ``s3``: ``region=…`` and ``style=virtual`` (the bucket in the host's
-name; the default for AWS) or ``style=path``.  Credentials never stand in a URL: they are
+Further options of ``s3``: ``region=…``, ``style=virtual`` (the bucket in the host's
+name; the default for AWS) or ``style=path``, and ``as-of=2026-01-31T12:00:00Z``: the bucket as
+it was then, for reading only, where it keeps versions.  Credentials never stand in a URL: they are
 passed, or come from ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``
 or ``~/.aws``.
 """
@@ -16,17 +17,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from lazarette.backup.stores.contract import BlobStore, is_name
 from lazarette.backup.stores.limit import LimitedStore, Rate, unlimited
 from lazarette.backup.stores.local import LocalStore
 from lazarette.backup.stores.retry import RetryPolicy, RetryStore
-from lazarette.backup.stores.s3place import Credentials, S3Place
+from lazarette.backup.stores.s3place import Credentials, S3Place, moment
 from lazarette.storage.clock import Clock, SystemClock
 from lazarette.storage.errors import Forbidden, InvalidArgument
 
-_OPTIONS = {"endpoint", "region", "style"}
+if TYPE_CHECKING:
+    from lazarette.backup.stores.s3 import S3Store
+    from lazarette.backup.stores.s3lock import LockedS3Store
+
+_OPTIONS = {"as-of", "endpoint", "region", "style"}
 
 
 def open_store(
@@ -66,7 +72,8 @@ def open_store(
     # On use: boto3 takes a third of a second to import.
     from lazarette.backup.stores.s3 import S3Store
 
-    bare = S3Store(place, credentials or credentials_from(os.environ), conditional=conditional)
+    now = S3Store(place, credentials or credentials_from(os.environ), conditional=conditional)
+    bare = _as_of(now, place.as_of_ns) if place.as_of_ns else now
     return RetryStore(LimitedStore(bare, time, upload=upload, download=download), time, retry)
 
 
@@ -90,12 +97,43 @@ def create_place(
         except OSError as failed:
             raise Forbidden(f"cannot make the folder {place}: {failed.strerror}") from failed
         return LocalStore(place)
+    if place.as_of_ns:
+        raise InvalidArgument("nothing can be made in the past", hint="leave as-of out of the URL")
     from lazarette.backup.stores.s3 import S3Store
 
     store = S3Store(place, credentials or credentials_from(os.environ))
     store.create_bucket()
     time = clock or SystemClock()
     return RetryStore(LimitedStore(store, time), time, retry)
+
+
+def lockable(url: str, credentials: Credentials | None = None) -> LockedS3Store:
+    """A bucket as something that locks its objects; it may not exist yet.
+
+    Raises:
+        InvalidArgument: the URL cannot be understood, or is of no bucket.
+    """
+    place = parse_url(url)
+    if isinstance(place, str) or place.as_of_ns:
+        raise InvalidArgument(
+            f"objects can be locked in buckets only, not in {url}", hint="use s3://bucket/prefix"
+        )
+    from lazarette.backup.stores.s3lock import LockedS3Store
+
+    return LockedS3Store(place, credentials or credentials_from(os.environ))
+
+
+def of_now(url: str) -> str:
+    """A store's URL without the moment it is looked at."""
+    start, question, options = url.partition("?")
+    kept = [one for one in options.split("&") if not one.startswith("as-of=")]
+    return start + question + "&".join(kept) if any(kept) else start
+
+
+def _as_of(store: S3Store, time_ns: int) -> BlobStore:
+    from lazarette.backup.stores.s3lock import S3AsOf
+
+    return S3AsOf(store, time_ns)
 
 
 def parse_url(url: str) -> str | S3Place:
@@ -154,12 +192,19 @@ def _s3_place(bucket: str, path: str, options: Mapping[str, str]) -> S3Place:
     style = options.get("style", "path" if endpoint else "virtual")
     if style not in ("path", "virtual"):
         raise InvalidArgument(f"style is path or virtual, not {style}")
+    try:
+        as_of = moment(options["as-of"]) if "as-of" in options else 0
+    except ValueError as bad:
+        raise InvalidArgument(
+            f"as-of is no time: {options['as-of']}", hint="write 2026-01-31T12:00:00Z"
+        ) from bad
     return S3Place(
         bucket,
         prefix + "/" if prefix else "",
         endpoint.rstrip("/") if endpoint else None,
         options.get("region") or "us-east-1",
         style == "virtual",
+        as_of,
     )
 
 

@@ -33,7 +33,7 @@ from lazarette.backup.stores.s3 import (
 )
 from lazarette.backup.stores.s3place import Credentials, S3Place
 from lazarette.storage.clock import NANOSECONDS
-from lazarette.storage.errors import LazaretteError
+from lazarette.storage.errors import LazaretteError, Unsupported
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import GetObjectRequestTypeDef
@@ -151,6 +151,7 @@ class S3AsOf:
     def __init__(self, store: S3Store, time_ns: int) -> None:
         self._store = store
         self._time_ns = time_ns
+        self._keeps_versions = False
 
     @property
     def url(self) -> str:
@@ -230,6 +231,7 @@ class S3AsOf:
 
     def _all(self, prefix: str) -> Iterator[tuple[str, int, _Version | None]]:
         """Every version and (None) every deletion; newest first for each name."""
+        self._refuse_without_versions()
         skip = len(self._store.place.prefix)
         pages = self._store.client().get_paginator("list_object_versions")
         try:
@@ -247,6 +249,21 @@ class S3AsOf:
                         yield name, moment_ns(marker["LastModified"]), None
         except FAILURES as failed:
             raise self._translated(failed, "list", "versions") from failed
+
+    def _refuse_without_versions(self) -> None:
+        """Without them what is there now would pass for the past."""
+        if self._keeps_versions:
+            return
+        try:
+            found = self._store.client().get_bucket_versioning(Bucket=self._store.place.bucket)
+        except FAILURES as failed:
+            raise self._translated(failed, "look up", "versions") from failed
+        if found.get("Status") is None:
+            raise Unsupported(
+                f"{self.url} keeps no versions: nothing is known of its past",
+                hint="make the repository with laz repo init --lock-days, or switch versions on",
+            )
+        self._keeps_versions = True
 
     def _refusal(self, name: str) -> ReadOnlyStore:
         return ReadOnlyStore(f"cannot change {name} in {self.url}: it is the past")

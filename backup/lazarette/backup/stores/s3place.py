@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -27,6 +30,7 @@ class S3Place:
         endpoint: the server's URL; None for AWS.
         region: e.g. ``us-east-1``.
         virtual: whether the bucket's name goes into the host name, not into the path.
+        as_of_ns: the moment its versions are looked at, wall clock; 0 for now.
     """
 
     bucket: str
@@ -34,6 +38,7 @@ class S3Place:
     endpoint: str | None = None
     region: str = "us-east-1"
     virtual: bool = False
+    as_of_ns: int = 0
 
     @property
     def url(self) -> str:
@@ -43,5 +48,24 @@ class S3Place:
             options.append(f"region={self.region}")
         if self.virtual and self.endpoint:
             options.append("style=virtual")
+        if self.as_of_ns:
+            options.append(f"as-of={_text(self.as_of_ns)}")
         question = "?" + "&".join(options) if options else ""
         return f"s3://{self.bucket}/{self.prefix.rstrip('/')}".rstrip("/") + question
+
+
+def moment(text: str) -> int:
+    """Nanoseconds since the epoch of a time in RFC 3339 with its zone.
+
+    Raises:
+        ValueError: it is none.
+    """
+    when = datetime.fromisoformat(text)
+    if when.tzinfo is None:
+        raise ValueError("the zone is missing")
+    return (when - _EPOCH) // timedelta(microseconds=1) * 1000
+
+
+def _text(time_ns: int) -> str:
+    when = _EPOCH + timedelta(microseconds=time_ns // 1000)
+    return when.isoformat().replace("+00:00", "Z")

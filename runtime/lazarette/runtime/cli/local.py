@@ -16,6 +16,7 @@ from lazarette.backup.jobs.run import execute
 from lazarette.backup.repository.keys import KeyFile
 from lazarette.backup.repository.kit import RecoveryKit
 from lazarette.backup.repository.repository import Repository
+from lazarette.backup.stores.open import of_now
 from lazarette.runtime.cli import output
 from lazarette.runtime.cli.secrets import key_folder
 from lazarette.storage.clock import SystemClock
@@ -96,4 +97,4 @@ def finish(result: Result) -> int:
 def _file_name(url: str) -> str:
     from hashlib import blake2b
 
-    return blake2b(url.encode(), digest_size=16).hexdigest() + ".key"
+    return blake2b(of_now(url).encode(), digest_size=16).hexdigest() + ".key"

@@ -11,7 +11,7 @@ from lazarette.runtime.cli.context import Session, json_option, pass_session
 from lazarette.runtime.cli.secrets import secret_options, store_access
 from lazarette.storage.errors import Unavailable
 
-_MAINTENANCE = ("copy", "key", "migrate", "repair", "scrub", "stats")
+_MAINTENANCE = ("copy", "key", "lock", "migrate", "repair", "scrub", "stats")
 
 
 class _RepoGroup(click.Group):
@@ -36,6 +36,12 @@ def repo() -> None:
 @repo.command("init")
 @click.option("--name", default="", help="How the daemon calls it; default: default.")
 @click.option("--no-daemon", is_flag=True, help="Do not tell a daemon of it.")
+@click.option(
+    "--lock-days",
+    type=click.IntRange(1),
+    default=None,
+    help="Make the bucket with object lock: nobody can delete what is younger.",
+)
 @click.option("--kit-file", default=None, help="Write the recovery kit here, not to the screen.")
 @secret_options
 @json_option
@@ -46,6 +52,7 @@ def init(
     url: str,
     name: str,
     no_daemon: bool,
+    lock_days: int | None,
     kit_file: str | None,
     key_file: str | None,
     kit: str | None,
@@ -53,6 +60,10 @@ def init(
 ) -> None:
     """Make a repository; its recovery kit is printed once."""
     access = store_access(url, key_file, kit)
+    if lock_days:
+        from lazarette.runtime.cli import maintenance
+
+        maintenance.make_locked(access, lock_days)
     if no_daemon:
         from lazarette.runtime.cli import local
 

@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 
 from lazarette.backup.stores.contract import WrongStore
-from lazarette.backup.stores.open import create_place, credentials_from, open_store, parse_url
+from lazarette.backup.stores.open import (
+    create_place,
+    credentials_from,
+    of_now,
+    open_store,
+    parse_url,
+)
 from lazarette.backup.stores.s3place import Credentials, S3Place
 from lazarette.storage.clock import NANOSECONDS, FakeClock
 from lazarette.storage.errors import InvalidArgument
@@ -23,12 +29,22 @@ from lazarette.storage.errors import InvalidArgument
             S3Place("b", "p/", "http://127.0.0.1:8333", "eu-1"),
         ),
         ("s3://b?endpoint=https://h&style=virtual", S3Place("b", "", "https://h", virtual=True)),
+        (
+            "s3://b/p?endpoint=https://h&as-of=2026-01-31T12:00:00.5Z",
+            S3Place("b", "p/", "https://h", as_of_ns=1769860800500000000),
+        ),
     ],
 )
 def test_urls(url: str, place: str | S3Place) -> None:
     assert parse_url(url) == place
     if isinstance(place, S3Place):
         assert parse_url(place.url) == place
+
+
+def test_the_key_of_a_store_is_that_of_its_past() -> None:
+    assert of_now("s3://b/p?as-of=2026-01-31T12:00:00Z") == "s3://b/p"
+    assert of_now("s3://b?endpoint=h&as-of=x&region=y") == "s3://b?endpoint=h&region=y"
+    assert of_now("/mnt/a") == "/mnt/a"
 
 
 @pytest.mark.parametrize(
@@ -43,6 +59,8 @@ def test_urls(url: str, place: str | S3Place) -> None:
         "s3://b?endpoint=http://a:b@h",
         "s3://b?secret=x",
         "s3://b?style=odd",
+        "s3://b?as-of=yesterday",
+        "s3://b?as-of=2026-01-31T12:00:00",
         "s3://b/a/../c",
         "file://host/x",
         "file:relative",
