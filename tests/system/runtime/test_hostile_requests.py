@@ -100,6 +100,13 @@ def test_long_bodies(daemon: Daemon) -> None:
     assert refused(*ask(daemon, "POST", "/volumes/create", b" " * (17 << 20) + b"{}"))
 
 
+def test_secrets_that_are_no_base64(daemon: Daemon) -> None:
+    for text in ("\U00013af7", "é", "%", "YQ"):
+        body = json.dumps({"secrets": {"a": text}}, ensure_ascii=False).encode()
+        status, said = ask(daemon, "POST", "/lazarette/v1/builds/secrets", body)
+        assert refused(status, said), text
+
+
 def test_bodies_of_routes_without_one(daemon: Daemon) -> None:
     """A body where none belongs is the client's fault, or nobody looks at it."""
     failed = []

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from aiohttp.test_utils import make_mocked_request
 
 from lazarette.runtime.api.http import Api, Call, Route, error_response, parse_filters
 from lazarette.storage.errors import Conflict, InvalidArgument, NotModified
@@ -45,6 +46,19 @@ def test_bad_filters_are_refused(raw: str) -> None:
 def test_paths(path: str, tried: str, name: str | None) -> None:
     match = Route("GET", path, _handler).pattern().fullmatch(tried)  # type: ignore[arg-type]
     assert (None if match is None else match.groupdict().get("name", "")) == name
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("5", 5), ("-1", -1), (str(2**63 - 1), 2**63 - 1), (str(2**63), None), ("9" * 5000, None)],
+)
+def test_numbers_have_64_bits(text: str, number: int | None) -> None:
+    call = Call(make_mocked_request("GET", f"/x?n={text}"), (1, 50), {})
+    if number is not None:
+        assert call.number("n") == number
+        return
+    with pytest.raises(InvalidArgument):
+        call.number("n")
 
 
 def test_errors_carry_message_hint_and_number() -> None:

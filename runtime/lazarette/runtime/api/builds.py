@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -130,7 +129,7 @@ class BuildRoutes:
                 name: Secret(base64.b64decode(text, validate=True))
                 for name, text in given.secrets.items()
             }
-        except binascii.Error as bad:
+        except ValueError as bad:  # no ASCII, or no base64
             raise InvalidArgument("a secret is not base64") from bad
         return json_response({"session": self._sessions.put(Handed(made, given.ssh))})
 

@@ -69,7 +69,7 @@ class Call:
         return default if value is None else value.strip().lower() not in _FALSE
 
     def number(self, key: str, default: int | None = None) -> int | None:
-        """An integer.
+        """An integer of 64 bits.
 
         Raises:
             InvalidArgument: it is not one.
@@ -78,9 +78,12 @@ class Call:
         if value is None or value == "":
             return default
         try:
-            return int(value)
+            number = int(value)
         except ValueError as bad:
             raise InvalidArgument(f'invalid value for {key}: "{value}" is not a number') from bad
+        if not -(1 << 63) <= number < 1 << 63:
+            raise InvalidArgument(f'invalid value for {key}: "{value}" is out of range')
+        return number
 
     def filters(self, known: Sequence[str]) -> dict[str, list[str]]:
         """The ``filters`` query in either of its encodings, as lists of values.
