@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from lazarette.fuse import mount
-from lazarette.fuse.client import UnionMount
+from lazarette.fuse.client import Mount, UnionMount
 from lazarette.fuse.spec import UnionSpec
 
 
@@ -78,8 +78,16 @@ def serving(union: Union) -> Iterator[Union]:
         assert union.log() == ""
 
 
+def kill_mount(mounted: Mount) -> None:
+    """SIGKILL a server and, before it, the standby that would go on: the mount is dead then."""
+    status = mounted.status()
+    if status.standby:
+        kill(status.standby)
+    kill(status.pid)
+
+
 def kill(pid: int) -> None:
-    """SIGKILL a server and wait until it is gone."""
+    """SIGKILL a process and wait until it is gone."""
     fd = os.pidfd_open(pid)
     try:
         signal.pidfd_send_signal(fd, signal.SIGKILL)

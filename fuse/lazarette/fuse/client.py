@@ -14,12 +14,13 @@ Example::
     union.start()              # returns once the mount answers; the server outlives us
     union.alive()              # True while mount and server answer
     union.status().passthrough # who reads and writes; .reason says why
-    union.ensure()             # after a restart of the daemon or a kill of the server
+    union.ensure()             # after a restart of the daemon
+    union.upgrade()            # after one of the package: the mount goes on with its code
     union.stop()               # EBUSY while used; stop(lazy=True) takes it out of sight
 
 A daemon that restarts makes the same object again and calls :meth:`Mount.ensure`: a living
-server is adopted, a dead one is replaced.  While no server runs, users of the mount get
-ENOTCONN, never a hang.
+server is adopted, a dead one is replaced.  A server that is killed is followed by its standby
+without that; only while neither runs, users of the mount get ENOTCONN, never a hang.
 
 A snapshot of a union's upper layer, while it is mounted and written (reflinks needed)::
 
@@ -43,6 +44,7 @@ import os
 import select
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 
 from lazarette.fuse import control, jsontext, mount, spec
@@ -55,6 +57,7 @@ _START_TIMEOUT = 60.0
 _STATUS_TIMEOUT = 10.0
 _STOP_TIMEOUT = 30.0
 _SNAPSHOT_TIMEOUT = 3600.0
+_TRIES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +100,37 @@ class Mount:
         return bytes(control.call(self.spec.control, command, timeout, **arguments))
 
     def status(self) -> Status:
-        """What the server says of itself.
+        """What the server says of itself; of its successor when it is killed meanwhile.
 
         Raises:
             OSError: it is not there or does not answer.
         """
+        for _ in range(_TRIES):
+            with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+                return jsontext.decode(self.call("status"), type=Status)
         return jsontext.decode(self.call("status"), type=Status)
+
+    def upgrade(self, python: str = sys.executable) -> Status:
+        """Have the server replace itself with the code installed now; mount and files go on.
+
+        Raises:
+            OSError: EOPNOTSUPP when the mount has no standby (ask again after :meth:`stop` and
+                :meth:`start`), EIO when the new code does not start: the old one goes on.
+        """
+        before = self.status()
+        with contextlib.suppress(ConnectionResetError):
+            self.call("upgrade", _STOP_TIMEOUT, python=python)
+        deadline = time.monotonic() + _START_TIMEOUT
+        while True:
+            after = self.status()
+            if after.handovers > before.handovers:
+                break
+            if time.monotonic() > deadline:
+                raise OSError(errno.ETIMEDOUT, "server does not end", self.spec.mountpoint)
+            time.sleep(0.01)
+        if after.pid != before.pid:
+            raise OSError(errno.EIO, "new server does not start", self.spec.mountpoint)
+        return after
 
     def alive(self) -> bool:
         """Whether the mount is there and its server answers."""

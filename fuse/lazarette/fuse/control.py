@@ -40,11 +40,15 @@ class ControlSocket:
     Args:
         path: of the socket; one left by a dead server is replaced.
         commands: by name.
+        listener: descriptor of the socket a server before listened on, -1 for none.
     """
 
-    def __init__(self, path: str, commands: Mapping[str, Command]) -> None:
+    def __init__(self, path: str, commands: Mapping[str, Command], listener: int = -1) -> None:
         self._path = path
         self._commands = commands
+        if listener >= 0:
+            self._listener = socket.socket(fileno=listener)
+            return
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -55,6 +59,10 @@ class ControlSocket:
         finally:
             os.umask(previous)
         self._listener.listen(16)
+
+    def fileno(self) -> int:
+        """Descriptor of the listening socket."""
+        return self._listener.fileno()
 
     def start(self) -> None:
         """Serve on a thread of its own."""

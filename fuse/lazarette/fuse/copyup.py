@@ -259,6 +259,7 @@ class CopyUp:
             node.orphan = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
             os.unlink(temporary, dir_fd=self._work)
             self._moved_up(node, os.stat(node.orphan))
+            tree.journal.node(node)
             return
         self._keep_ino(path, node, st)
         parent, name = next(iter(node.names))

@@ -75,17 +75,21 @@ class DirtyPaths:
         self._load()
 
     def _load(self) -> None:
-        record = Record()
-        with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError):
-            fd = os.open(b"record", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._work)
-            with os.fdopen(fd, "rb") as stream:
-                record = jsontext.decode(stream.read(), type=Record)
+        record = self._read()
         self.generation, self.snapshot = record.generation, record.snapshot
         self.known = record.clean and bool(record.snapshot)
         if self.known:
             self._paths = dict(record.paths)
             self._noting = True
         self._store(Record(self.generation, False, self.snapshot))
+
+    def _read(self) -> Record:
+        record = Record()
+        with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError):
+            fd = os.open(b"record", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._work)
+            with os.fdopen(fd, "rb") as stream:
+                record = jsontext.decode(stream.read(), type=Record)
+        return record
 
     def _store(self, record: Record) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
@@ -107,6 +111,13 @@ class DirtyPaths:
             paths = self.take() | dict.fromkeys(self.writers(), False)
             record = Record(self.generation, True, self.snapshot, list(paths.items()))
             self._store(record)
+
+    def reopen(self) -> None:
+        """Take :meth:`close` back."""
+        if self.known:
+            record = self._read()
+            self._paths = dict(record.paths)
+            self._store(Record(self.generation, False, self.snapshot))
 
     def begin(self) -> None:
         """A snapshot is being made: note changes from now on, even if none is there yet."""

@@ -56,11 +56,18 @@ class Entries:
         return parent.default_acl
 
     def make(
-        self, parent: Dir, name: bytes, maker: Callable[[int, bytes], None]
+        self,
+        parent: Dir,
+        name: bytes,
+        maker: Callable[[int, bytes], None],
+        again: Callable[[int, bytes], None] | None = None,
     ) -> tuple[Node, Status]:
-        """Make an entry and its node; see :meth:`CopyUp.make`."""
+        """Make an entry and its node; see :meth:`CopyUp.make`.
+
+        ``again`` completes an entry that a server before may have made for the same request.
+        """
         self.check_name(name)
-        self._copyup.make(parent, name, maker)
+        self._make_or_complete(parent, name, maker, again)
         found = self._tree.lookup(parent, name)
         if found is None:
             raise OSError(errno.ENOENT, "entry vanished")
@@ -69,10 +76,32 @@ class Entries:
             parent.listing.put(name, node.ino, stat.S_IFMT(st.st_mode) >> 12)
         return node, st
 
+    def _make_or_complete(
+        self,
+        parent: Dir,
+        name: bytes,
+        maker: Callable[[int, bytes], None],
+        again: Callable[[int, bytes], None] | None,
+    ) -> None:
+        """Make an entry, or take the one that is there: the kernel asked where none was."""
+        try:
+            self._copyup.make(parent, name, maker)
+        except FileExistsError:
+            if again is None:
+                raise
+            again(self._copyup.folder(parent), name)
+
     def create(
-        self, parent: Dir, name: bytes, opener: Callable[[int, bytes], int]
+        self,
+        parent: Dir,
+        name: bytes,
+        opener: Callable[[int, bytes], int],
+        again: Callable[[int, bytes], int] | None = None,
     ) -> tuple[File, Status, int]:
-        """Make a file with ``opener``; its node, attributes and the descriptor of it."""
+        """Make a file with ``opener``; its node, attributes and the descriptor of it.
+
+        ``again`` opens a file that a server before may have made for the same request.
+        """
         self.check_name(name)
         fd = -1
 
@@ -82,8 +111,13 @@ class Entries:
                 os.close(fd)
             fd = opener(folder, target)
 
+        def complete(folder: int, target: bytes) -> None:
+            nonlocal fd
+            assert again is not None
+            fd = again(folder, target)
+
         try:
-            self._copyup.make(parent, name, maker)
+            self._make_or_complete(parent, name, maker, complete if again else None)
             st = native.opened(fd)
         except BaseException:
             if fd >= 0:
@@ -94,8 +128,10 @@ class Entries:
             parent.listing.put(name, node.ino, stat.S_IFREG >> 12)
         return node, st, fd
 
-    def link(self, node: File, parent: Dir, name: bytes) -> tuple[Node, Status]:
-        """One more name for a file."""
+    def link(
+        self, node: File, parent: Dir, name: bytes, again: bool = False
+    ) -> tuple[Node, Status]:
+        """One more name for a file; ``again``: a server before may have made it."""
         tree = self._tree
         self._copyup.file(node)
         if node.dead and node.orphan < 0:
@@ -109,11 +145,19 @@ class Entries:
             self._copyup.folder(parent)
             self._copyup.mark_impure(parent)
         self.check_name(name)
-        self._copyup.make(parent, name, maker)
+        self._make_or_complete(
+            parent, name, maker, (lambda folder, target: None) if again else None
+        )
+        return self.linked(node, parent, name)
+
+    def linked(self, node: File, parent: Dir, name: bytes) -> tuple[Node, Status]:
+        """Note a link that was made."""
+        tree = self._tree
         if node.dead:
             node.dead = False
             tree.by_ino[node.ino] = node
         node.add_name(parent, name, True)
+        tree.journal.node(node)
         if parent.listing is not None:
             parent.listing.put(name, node.ino, node.kind >> 12)
         return node, tree.stat(node)
@@ -152,9 +196,19 @@ class Entries:
         if node.index or len(node.names) == 1:
             flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
             node.orphan = os.open(name, flags, dir_fd=folder)
+            self._hold(node)
+
+    def _hold(self, node: File) -> None:
+        """Note the descriptor of a file before its name goes: nothing else finds it then."""
+        self._tree.journal.node(node)
+        self._tree.journal.commit()
 
     def _name_gone(self, node: File, parent: Dir, name: bytes) -> None:
         """Note that a name is gone, and perhaps the file with it."""
+        self._drop_name(node, parent, name)
+        self._tree.journal.node(node)
+
+    def _drop_name(self, node: File, parent: Dir, name: bytes) -> None:
         tree = self._tree
         node.drop_name(parent, name)
         if parent.listing is not None:
@@ -166,6 +220,7 @@ class Entries:
             if node.orphan < 0:
                 flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
                 node.orphan = os.open(node.index, flags, dir_fd=tree.index)
+                self._hold(node)
             os.unlink(node.index, dir_fd=tree.index)
             node.index = b""
         elif node.names or (node.orphan >= 0 and native.opened(node.orphan).st_nlink > 0):
@@ -218,6 +273,7 @@ class Entries:
             del parent.entries[name]
         if parent.listing is not None:
             parent.listing.drop(name)
+        self._tree.journal.node(node)
 
     # -- renaming -----------------------------------------------------------------------
 
@@ -280,6 +336,7 @@ class Entries:
         elif isinstance(node, File):
             node.drop_name(*old)
             node.add_name(*new, True)
+        self._tree.journal.node(node)
         if new[0].listing is not None:
             kind = node.kind if isinstance(node, File) else stat.S_IFDIR
             new[0].listing.put(new[1], node.ino, kind >> 12)

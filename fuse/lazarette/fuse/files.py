@@ -53,7 +53,7 @@ class Files:
         self._copyup = copyup
         self._connection = Connection()
         self._handles: dict[int, Handle] = {}
-        self._next = 1
+        self.next_number = 1
         self._idle: OrderedDict[File, None] = OrderedDict()
         self.dirty: DirtyPaths | None = None
         self.through_opens = 0
@@ -100,6 +100,8 @@ class Files:
             folder.entries[name] = new
         old.successor = new
         tree.nodes[new.id] = new
+        tree.journal.node(new)
+        tree.journal.node(old)
         self._connection.forget_attributes(old.id)
         if tree.by_ino.get(old.ino) is old:
             tree.by_ino[new.ino] = new
@@ -132,13 +134,15 @@ class Files:
         through = node.kind == stat.S_IFREG and self._goes_through(node, flags, fd)
         if not through and fd < 0:
             fd = self._tree.open(node, _real_flags(flags))
-        number = self._next
-        self._next += 1
+        number = self.next_number
+        self.next_number += 1
         handle = Handle(node, flags, fd, through)
         self._handles[number] = handle
+        self._tree.journal.handle(number, handle)
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         if writable:
             node.writers += 1
+            node.written = True
             if self.dirty is not None:
                 self.dirty.writer(node)
         if not through:
@@ -195,6 +199,7 @@ class Files:
             node.backing = self._connection.backing_open(fd)
             node.backing_upper = node.upper
             node.backing_writable = not own
+            self._tree.journal.backing(node)
         finally:
             if own:
                 os.close(fd)
@@ -205,6 +210,31 @@ class Files:
         if node.backing:
             self._connection.backing_close(node.backing)
             node.backing = 0
+            self._tree.journal.backing(node)
+
+    # -- going on after another server ---------------------------------------------------
+
+    def adopt(self, number: int, handle: Handle) -> None:
+        """Enter an open that a server before answered."""
+        node = handle.node
+        self._handles[number] = handle
+        if handle.writable:
+            node.writers += 1
+        if not handle.through:
+            node.plain += 1
+            return
+        node.through += 1
+        self._idle.pop(node, None)
+
+    def idle(self, node: File) -> None:
+        """Note that a node has a backing file, and no opens yet."""
+        if node.backing:
+            self._idle[node] = None
+
+    @property
+    def handles(self) -> dict[int, Handle]:
+        """Handles by number."""
+        return self._handles
 
     # -- closing ------------------------------------------------------------------------
 
@@ -213,6 +243,7 @@ class Files:
         handle = self._handles.pop(number, None)
         if handle is None:
             return None
+        self._tree.journal.closed(number)
         node = handle.node
         if handle.fd >= 0:
             os.close(handle.fd)

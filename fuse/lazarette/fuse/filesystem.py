@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from lazarette.fuse.journal import Journal, Meta, Shared, State
 from lazarette.fuse.protocol import InitFlag
 from lazarette.fuse.requests import (
     CopyIn,
@@ -42,6 +43,8 @@ from lazarette.fuse.requests import (
     SetxattrIn,
     WriteIn,
 )
+
+_NO_JOURNAL = Journal()
 
 
 class NeedsWorker(Exception):
@@ -104,6 +107,31 @@ class Filesystem:
         """INIT is through; called on the thread of the loop."""
         self.connection = connection
         self._loop_thread = threading.get_ident()
+
+    @property
+    def journal(self) -> Journal:
+        """Where what the kernel knows is noted."""
+        return _NO_JOURNAL
+
+    def keep_journal(
+        self, shared: Shared, meta: Meta, attempts: dict[int, int] | None = None
+    ) -> None:
+        """Note from now on, in shared memory, what the kernel knows."""
+        raise OSError(errno.EOPNOTSUPP, "this filesystem has no journal")
+
+    def resume(self, state: State) -> int:
+        """Go on where another server stopped; how many nodes were not found again."""
+        raise OSError(errno.EOPNOTSUPP, "this filesystem has no journal")
+
+    def hand_over(self) -> set[int]:
+        """This process is about to become another program; descriptors that one needs."""
+        return set()
+
+    def take_back(self) -> None:
+        """It did not."""
+
+    def unsee(self, numbers: list[int]) -> None:
+        """Take back the lookups of a request whose reply never arrived."""
 
     def destroy(self) -> None:
         """The mount is gone: close everything."""

@@ -33,8 +33,9 @@ from lazarette.fuse.content import Content, Contents
 from lazarette.fuse.expand import Expander
 from lazarette.fuse.files import Files, kill_set_id
 from lazarette.fuse.filesystem import Filesystem, Later, NeedsWorker, Reply
+from lazarette.fuse.journal import State
 from lazarette.fuse.native import Status
-from lazarette.fuse.nodes import Dir, File, Listing, Node
+from lazarette.fuse.nodes import Dir, File, Handle, Listing, Node
 from lazarette.fuse.protocol import SetattrValid
 from lazarette.fuse.requests import (
     CopyIn,
@@ -120,6 +121,12 @@ class LazyFiles(Files):
         finally:
             os.close(fd)
         return acquired
+
+    def adopt(self, number: int, handle: Handle) -> None:
+        """Enter an open that a server before answered, with the content if it is incomplete."""
+        super().adopt(number, handle)
+        if not handle.through and (handle.node.names or handle.node.orphan >= 0):
+            self._content(handle.node)
 
     def release(self, number: int) -> File | None:
         """Close a handle; the content goes with the last."""
@@ -330,11 +337,27 @@ class LazyFilesystem(UnionFilesystem):
         :class:`Progress` and goes on after a pause.
         """
         self._rate = bytes_per_second
-        if self.progress.filling or self.progress.complete:
+        if self.progress.complete:
             return
-        self.progress.filling = True
+        with self.lock:
+            self.progress.filling, running = True, self.progress.filling
+            self.journal.rewrite()
+        if running:
+            return
         self._filler = threading.Thread(target=self._fill, name="fuse-fill", daemon=True)
         self._filler.start()
+
+    def extra(self) -> dict[str, float]:
+        """The limit of a fill that runs."""
+        return {"fill": self._rate} if self.progress.filling else {}
+
+    def resume(self, state: State) -> int:
+        """Go on where another server stopped, filling if it did."""
+        lost = super().resume(state)
+        rate = state.meta.extra.get("fill")
+        if rate is not None:
+            self.fill(rate)
+        return lost
 
     def _pace(self, length: int) -> None:
         """Wait as long as the limit asks for before so many bytes."""

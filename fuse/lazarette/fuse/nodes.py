@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 import os
 from dataclasses import dataclass
 
@@ -12,9 +13,9 @@ from lazarette.fuse.layers import LowerDir
 class Listing:
     """The entries of a folder in an order that stays while entries come and go.
 
-    Each entry keeps the number it was given when it came; a reader that goes on after
-    number N misses nothing that was there all the time and sees nothing twice.  Numbers
-    1 and 2 are ``.`` and ``..``.
+    An entry's number is a hash of its name, so the next server gives it the same; a reader
+    that goes on after number N misses nothing that was there all the time and sees nothing
+    twice.  Numbers 1 and 2 are ``.`` and ``..``.
     """
 
     FIRST = 3
@@ -23,7 +24,7 @@ class Listing:
         self._entries: dict[int, tuple[bytes, int, int]] = {}
         self._numbers: dict[bytes, int] = {}
         self._order: list[int] = []
-        self._next = self.FIRST
+        self._sorted = True
 
     def __contains__(self, name: bytes) -> bool:
         return name in self._numbers
@@ -35,10 +36,12 @@ class Listing:
         """Add an entry, or change what an existing one is; ``kind`` as in ``d_type``."""
         number = self._numbers.get(name)
         if number is None:
-            number = self._next
-            self._next += 1
+            number = _number(name)
+            while number in self._entries:  # two names with one hash, out of 2**62
+                number += 1
             self._numbers[name] = number
             self._order.append(number)
+            self._sorted = False
         self._entries[number] = (name, ino, kind)
 
     def drop(self, name: bytes) -> None:
@@ -48,20 +51,32 @@ class Listing:
             return
         del self._entries[number]
         if len(self._order) > 64 and len(self._order) > 2 * len(self._entries):
-            self._order = list(self._entries)
-            self._order.sort()
+            self._order = sorted(self._entries)
+            self._sorted = True
 
     def after(self, number: int) -> list[tuple[int, tuple[bytes, int, int]]]:
         """Entries with numbers above ``number``, in order (at most a reply's worth)."""
+        if not self._sorted:
+            self._order.sort()
+            self._sorted = True
         start = bisect.bisect_right(self._order, number)
-        found = []
+        found: list[tuple[int, tuple[bytes, int, int]]] = []
+        last = 0
         for each in self._order[start : start + 4096]:
             entry = self._entries.get(each)
-            if entry is not None:
+            # A name that went and came again is in the order twice.
+            if entry is not None and each != last:
+                last = each
                 found.append((each, entry))
         if not found and start + 4096 < len(self._order):
             return self.after(self._order[start + 4095])
         return found
+
+
+def _number(name: bytes) -> int:
+    """Where a name stands in a listing."""
+    digest = hashlib.blake2b(name, digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 2) + Listing.FIRST
 
 
 class Node:
@@ -190,6 +205,7 @@ class File(Node):
         through: opens that use the backing file.
         plain: opens that go through the server.
         writers: opens for writing.
+        written: it was opened for writing: a mapping may write to it still.
         privileged: it has set-id bits or capabilities; None when not yet known.
         cached: the kernel holds its attributes for long.
         content: what is known of a file that is still being fetched (lazy trees only).
@@ -215,6 +231,7 @@ class File(Node):
         "successor",
         "through",
         "writers",
+        "written",
     )
 
     def __init__(self, number: int, ino: int, kind: int, real: tuple[int, int]) -> None:
@@ -235,6 +252,7 @@ class File(Node):
         self.through = 0
         self.plain = 0
         self.writers = 0
+        self.written = False
         self.privileged: bool | None = None
         self.cached = False
         self.content: object = None

@@ -28,6 +28,8 @@ ROOT_ID = 1
 
 MIN_READ_BUFFER = 8192
 NAME_MAX = 255
+UNIQUE_RESEND = 1 << 63
+"""Bit in the number of a request that was handed to a server before."""
 FOREVER = 86400
 """Seconds the kernel may keep a name or attributes when only the server changes them."""
 
@@ -158,6 +160,7 @@ class Notify(IntEnum):
     INVAL_ENTRY = 3
     STORE = 4
     DELETE = 6
+    RESEND = 7
 
 
 GETATTR_FH = 1 << 0

@@ -110,6 +110,11 @@ def notify_inval_inode(node: int, offset: int, length: int) -> bytes:
     return OUT_HEADER.pack(16 + len(body), Notify.INVAL_INODE, 0) + body
 
 
+def notify_resend() -> bytes:
+    """A whole message: send all requests again that were taken and not answered."""
+    return OUT_HEADER.pack(16, Notify.RESEND, 0)
+
+
 def notify_inval_entry(parent: int, name: bytes) -> bytes:
     """A whole message: forget a name."""
     body = _NOTIFY_INVAL_ENTRY.pack(parent, len(name), 0) + name + b"\0"

@@ -54,6 +54,11 @@ class Request(msgspec.Struct, gc=False):
     extensions: int
     padding: int
 
+    @property
+    def resent(self) -> bool:
+        """Whether a server before had taken it, and may have done it in part."""
+        return bool(self.unique >> 63)
+
 
 class InitIn(msgspec.Struct, gc=False):
     """``struct fuse_init_in``: what the kernel can do."""

@@ -5,13 +5,18 @@ ready (``{"pid": ..., "passthrough": ..., "reason": ...}``) or has failed
 (``{"errno": ..., "message": ...}``).  It lives until it is unmounted: by the ``stop``
 command, SIGTERM, or umount(8).
 
-Commands of every kind: ``status``, ``stop`` (``lazy``: bool).  Unions add ``flush``,
+A server that is killed is replaced by its standby, and by ``upgrade`` it replaces itself with
+the code that is installed then: in both cases mount, open files and requests under way go on.
+
+Commands of every kind: ``status``, ``stop`` (``lazy``: bool), ``upgrade`` (``python``: which
+interpreter).  Unions add ``flush``,
 ``prepare``, ``take``, ``settle`` (``target``: folder of the snapshot) and ``changed``; lazy
 trees ``fill`` (``bytes_per_second``) and ``progress``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import importlib
@@ -25,11 +30,13 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from lazarette.fuse import jsontext, mount, spec
+from lazarette.fuse import journal, jsontext, mount, spec, standby
 from lazarette.fuse.control import Arguments, Command, ControlSocket
 from lazarette.fuse.filesystem import Filesystem
+from lazarette.fuse.journal import Shared, State
 from lazarette.fuse.lazy import LazyFilesystem
 from lazarette.fuse.loopback import LoopbackFilesystem
+from lazarette.fuse.restore import is_connection
 from lazarette.fuse.server import Server
 from lazarette.fuse.snapshots import Snapshots
 from lazarette.fuse.source import Source
@@ -59,6 +66,9 @@ class Status(msgspec.Struct):
         passthrough, reason: who reads and writes, and why.
         through_opens, plain_opens: opens so far of either way, for unions.
         nodes: inodes the kernel holds.
+        standby: process that goes on when the server is killed, 0 for none.
+        handovers: servers of this mount before this one.
+        lost: nodes the present server did not find again.
     """
 
     pid: int
@@ -69,6 +79,9 @@ class Status(msgspec.Struct):
     through_opens: int = 0
     plain_opens: int = 0
     nodes: int = 0
+    standby: int = 0
+    handovers: int = 0
+    lost: int = 0
 
 
 def build(wanted: Spec) -> Filesystem:
@@ -103,8 +116,13 @@ def _source(wanted: LazySpec) -> Source:
 class Process:
     """One mount with its control socket."""
 
-    def __init__(self, wanted: Spec) -> None:
+    def __init__(
+        self, wanted: Spec, shared: Shared | None = None, state: State | None = None
+    ) -> None:
         self._spec = wanted
+        self._shared = shared
+        self._state = state
+        self._lost = 0
         self._filesystem = build(wanted)
         allow = wanted.allow_other
         read_only = wanted.read_only
@@ -113,19 +131,43 @@ class Process:
         self._options = mount.MountOptions(
             read_only=read_only, allow_other=mount.privileged() if allow is None else allow
         )
-        self._control = ControlSocket(wanted.control, self._commands())
+        if state is not None:
+            assert shared is not None
+            self._control = ControlSocket(wanted.control, self._commands(), shared.listener)
+            device = shared.device
+        else:
+            self._control = ControlSocket(wanted.control, self._commands())
+            device = self._mount()
+        workers = _LAZY_WORKERS if isinstance(wanted, LazySpec) else _WORKERS
+        self.server = Server(
+            self._filesystem,
+            device,
+            passthrough=wanted.passthrough,
+            workers=workers,
+            shared=shared,
+            spec=spec.render(wanted),
+        )
+        if shared is not None:
+            shared.listener, shared.device = self._control.fileno(), device
+        if state is not None:
+            self._lost = self._filesystem.resume(state)
+            if self._lost:
+                log.warning("%d files were not found again", self._lost)
+            self.server.resume(state)
+
+    def _mount(self) -> int:
         try:
-            device = mount.mount(wanted.mountpoint, self._options)
+            return mount.mount(self._spec.mountpoint, self._options)
         except BaseException:
             self._control.close()
             raise
-        workers = _LAZY_WORKERS if isinstance(wanted, LazySpec) else _WORKERS
-        self.server = Server(
-            self._filesystem, device, passthrough=wanted.passthrough, workers=workers
-        )
 
     def _commands(self) -> Mapping[str, Command]:
-        commands: dict[str, Command] = {"status": self._status, "stop": self._stop}
+        commands: dict[str, Command] = {
+            "status": self._status,
+            "stop": self._stop,
+            "upgrade": self._upgrade,
+        }
         union = self._filesystem
         if isinstance(union, UnionFilesystem) and union.dirty is not None:
             assert union.stack.upper is not None
@@ -158,6 +200,9 @@ class Process:
             self.server.passthrough,
             self.server.reason,
         )
+        status.lost = self._lost
+        if self._shared is not None:
+            status.standby, status.handovers = self._shared.keeper, self._shared.handovers
         if isinstance(self._filesystem, UnionFilesystem):
             with self._filesystem.lock:
                 status.through_opens = self._filesystem.files.through_opens
@@ -167,6 +212,25 @@ class Process:
 
     def _stop(self, arguments: Arguments) -> None:
         mount.unmount(self._spec.mountpoint, lazy=bool(arguments.get("lazy")))
+
+    def _upgrade(self, arguments: Arguments) -> None:
+        """Become the code that is installed now; on success the caller loses its connection.
+
+        The standby, of the present code, goes on if that does not start.
+        """
+        if self._shared is None or not self._shared.keeper:
+            raise OSError(errno.EOPNOTSUPP, "the mount has no standby")
+        python = str(arguments.get("python") or sys.executable)
+        command = [python, "-m", "lazarette.fuse.serve", "--resume", str(self._shared.fd)]
+        self._filesystem.lock.acquire()
+        try:
+            held = self._filesystem.hand_over()
+            for fd in held | {self._shared.fd, self._shared.device, self._shared.listener}:
+                os.set_inheritable(fd, True)
+            os.execv(python, command)
+        finally:
+            self._filesystem.take_back()
+            self._filesystem.lock.release()
 
     def terminate(self) -> None:
         """Unmount on SIGTERM, out of sight at once if the mount is in use."""
@@ -180,8 +244,8 @@ class Process:
 
         threading.Thread(target=work, name="fuse-terminate", daemon=True).start()
 
-    def run(self, ready: int) -> None:
-        """Serve until unmounted; the ready line goes to the descriptor ``ready``."""
+    def run(self, ready: int = -1) -> None:
+        """Serve until unmounted; the ready line goes to the descriptor ``ready``, if any."""
 
         def announce() -> None:
             self.server.ready.wait()
@@ -190,10 +254,17 @@ class Process:
             os.close(ready)
 
         self._control.start()
-        threading.Thread(target=announce, name="fuse-ready", daemon=True).start()
+        if ready >= 0:
+            threading.Thread(target=announce, name="fuse-ready", daemon=True).start()
+        if self._state is not None:
+            self.server.send_again()
         try:
             self.server.run()
         finally:
+            if self._shared is not None:
+                self._shared.ended = True
+                if self._shared.keeper:
+                    standby.dismiss(self._shared.keeper)
             self._control.close()
 
 
@@ -227,7 +298,12 @@ def _child(document: bytes, ready: int) -> None:
         wanted = spec.parse(document)
         _detach(wanted)
         _tune()
-        process = Process(wanted)
+        _ignore_signals()
+        shared = None
+        if wanted.standby and standby.possible():
+            shared = Shared.create()
+            shared.keeper = standby.start(shared, lambda: _go_on(shared))
+        process = Process(wanted, shared)
     except msgspec.MsgspecError as error:
         os.write(ready, msgspec.json.encode(Started(errno=22, message=str(error))) + b"\n")
         return
@@ -236,13 +312,67 @@ def _child(document: bytes, ready: int) -> None:
         os.write(ready, msgspec.json.encode(line) + b"\n")
         return
     signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    process.run(ready)
+
+
+def _ignore_signals() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    process.run(ready)
+
+
+def _take_over(shared: Shared, replaced: int = 0) -> None:
+    """Serve on where another server of the mount stopped.
+
+    Args:
+        shared: what that left.
+        replaced: standby that is to end once this server can serve; 0: it ends by itself.
+    """
+    state = journal.read(shared)
+    keep = state.descriptors() | {shared.fd, shared.device, shared.listener}
+    standby.close_others(keep)
+    for fd in keep:
+        with contextlib.suppress(OSError):  # closed, and that not noted any more
+            os.set_inheritable(fd, False)
+    if not is_connection(shared.device) or not state.meta.spec:
+        shared.ended = True  # it died before anyone could use the mount, or after
+        return
+    keeper = standby.start(shared, lambda: _go_on(shared))
+    if not replaced:
+        shared.keeper = keeper
+    shared.handovers += 1
+    wanted = spec.parse(state.meta.spec)
+    process = Process(wanted, shared, state)
+    signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    if replaced:
+        shared.keeper = keeper
+        standby.dismiss(replaced)
+    shared.failures = 0
+    process.run()
+
+
+def _go_on(shared: Shared) -> None:
+    """What a standby does when its server has died."""
+    try:
+        _take_over(shared)
+    except BaseException:
+        log.exception("taking over failed")
+        raise
+
+
+def _resume(fd: int) -> int:
+    """Go on in this process, which was another version of this program before."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    shared = Shared(fd)
+    _tune()
+    _ignore_signals()
+    _take_over(shared, shared.keeper)
+    return 0
 
 
 def main() -> int:
     """Read the spec, become a process of its own, and report on standard output."""
+    if sys.argv[1:2] == ["--resume"]:
+        return _resume(int(sys.argv[2]))
     document = sys.stdin.buffer.read()
     receive, send = os.pipe()
     pid = os.fork()

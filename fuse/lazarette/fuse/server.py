@@ -17,6 +17,7 @@ from typing import TypeVar, TypeVarTuple, Unpack
 
 from lazarette.fuse import native, protocol, replies, requests, syscalls
 from lazarette.fuse.filesystem import Connection, Filesystem, Later, NeedsWorker, Reply
+from lazarette.fuse.journal import Meta, Shared, State
 from lazarette.fuse.protocol import InitFlag, Opcode
 from lazarette.fuse.requests import Request
 
@@ -43,8 +44,32 @@ _ALWAYS = (
     | InitFlag.SETXATTR_EXT
     | InitFlag.INIT_EXT
     | InitFlag.DIRECT_IO_ALLOW_MMAP
+    | InitFlag.HAS_RESEND
     | InitFlag.ALLOW_IDMAP
 )
+
+_ATTEMPTS = 10
+"""Servers that may die with a request, one after the other, before it is answered EIO."""
+
+_ONCE = frozenset(
+    int(each)
+    for each in (
+        Opcode.OPEN,
+        Opcode.CREATE,
+        Opcode.TMPFILE,
+        Opcode.MKNOD,
+        Opcode.MKDIR,
+        Opcode.SYMLINK,
+        Opcode.LINK,
+        Opcode.UNLINK,
+        Opcode.RMDIR,
+        Opcode.RENAME,
+        Opcode.RENAME2,
+        Opcode.SETXATTR,
+        Opcode.REMOVEXATTR,
+    )
+)
+"""Requests that must not be done twice; the others give the same result again."""
 
 _Handler = Callable[[Request, memoryview], Reply]
 
@@ -58,11 +83,21 @@ class Server(Connection):
         passthrough: False keeps reads and writes in the server even where the kernel
             could do them.
         workers: threads for what may block.
+        shared: where a journal is kept for a successor; None: there is to be none.
+        spec: for that successor.
     """
 
     def __init__(
-        self, filesystem: Filesystem, device: int, passthrough: bool = True, workers: int = 8
+        self,
+        filesystem: Filesystem,
+        device: int,
+        passthrough: bool = True,
+        workers: int = 8,
+        shared: Shared | None = None,
+        spec: bytes = b"",
     ) -> None:
+        self._shared = shared
+        self._spec = spec
         self._filesystem = filesystem
         self._device = device
         self._wish = passthrough
@@ -71,6 +106,8 @@ class Server(Connection):
         self.minor = 0
         self.granted = InitFlag(0)
         self.ready = threading.Event()
+        self._done: dict[int, bytes] = {}
+        self._seen: dict[int, list[int]] = {}
         self._pool = ThreadPoolExecutor(workers, "fuse-worker")
         self._table = self._handlers()
 
@@ -112,9 +149,12 @@ class Server(Connection):
         The umask of the process is set to 0: modes are those the kernel sends.
         """
         os.umask(0)
-        buffer = bytearray(MAX_WRITE + 65536)
+        # All its pages are there: a request that has to wait for one while the server is killed
+        # would fail.
+        buffer = bytearray(b"\1") * (MAX_WRITE + 65536)
         view = memoryview(buffer)
-        device, table, lock = self._device, self._table, self._filesystem.lock
+        filesystem = self._filesystem
+        device, table, lock = self._device, self._table, filesystem.lock
         read_into, answer, parse = os.readv, native.answer, requests.parse_header
         target = [view]
         try:
@@ -132,9 +172,13 @@ class Server(Connection):
                 if handler is None:
                     self._refuse(request.unique, errno.ENOSYS)
                     continue
+                if request.unique >> 63 and self._answered_before(request):
+                    continue
                 lock.acquire()
                 try:
                     reply = handler(request, view[40:size])
+                    if request.opcode in _ONCE and type(reply) is bytes:
+                        filesystem.journal.done(request.unique, reply)
                 except OSError as error:
                     self._refuse(request.unique, error.errno or errno.EIO)
                     continue
@@ -147,6 +191,8 @@ class Server(Connection):
                     self._refuse(request.unique, errno.EIO)
                     continue
                 finally:
+                    if filesystem.journal.pending:
+                        filesystem.journal.commit()
                     lock.release()
                 if type(reply) is bytes:
                     try:
@@ -182,7 +228,12 @@ class Server(Connection):
     def _repeat(self, handler: _Handler, request: Request, body: bytes) -> None:
         try:
             with self._filesystem.lock:
-                reply = handler(request, memoryview(body))
+                try:
+                    reply = handler(request, memoryview(body))
+                    if request.opcode in _ONCE and isinstance(reply, bytes):
+                        self._filesystem.journal.done(request.unique, reply)
+                finally:
+                    self._filesystem.journal.commit()
         except OSError as error:
             self._refuse(request.unique, error.errno or errno.EIO)
             return
@@ -206,6 +257,52 @@ class Server(Connection):
         else:
             self._answer(request.unique, body)
 
+    # -- going on after another server --------------------------------------------------
+
+    def _keep_journal(self, attempts: dict[int, int] | None = None) -> None:
+        """Note for a successor from now on, if there can be one."""
+        if self._shared is None:
+            return
+        if not self.granted & InitFlag.HAS_RESEND:
+            self._shared.keeper = 0  # what the server had taken would hang for ever
+            return
+        meta = Meta(self._spec, int(self.granted), self.minor, self.passthrough, self.reason)
+        self._filesystem.keep_journal(self._shared, meta, attempts)
+
+    def resume(self, state: State) -> None:
+        """Take over a connection; :meth:`run` then begins with what was left unanswered."""
+        meta = state.meta
+        self.granted, self.minor = InitFlag(meta.granted), meta.minor
+        self.passthrough, self.reason = meta.passthrough, meta.reason
+        self._done, self._seen = state.done, state.seen
+        self._filesystem.connect(self, self.granted)
+        self._keep_journal(state.attempts)
+        self.ready.set()
+
+    def send_again(self) -> None:
+        """Have the kernel repeat what the server before took and did not answer."""
+        os.write(self._device, replies.notify_resend())
+
+    def _answered_before(self, request: Request) -> bool:
+        """Answer a repeated request that was done, without doing it again."""
+        unique = request.unique & ~protocol.UNIQUE_RESEND
+        reply = self._done.pop(unique, None)
+        if reply is not None:
+            self._answer(request.unique, reply)
+            return True
+        seen = self._seen.pop(unique, None)
+        if seen is not None:
+            with self._filesystem.lock:
+                self._filesystem.unsee(seen)
+                self._filesystem.journal.commit()
+        with self._filesystem.lock:
+            attempts = self._filesystem.journal.attempt(request.unique)
+        if attempts < _ATTEMPTS:
+            return False
+        log.error("%s is given up: %d servers died while they had it", request, attempts)
+        self._refuse(request.unique, errno.EIO)
+        return True
+
     # -- requests -----------------------------------------------------------------------
 
     def _init(self, request: Request, body: memoryview) -> Reply:
@@ -222,6 +319,7 @@ class Server(Connection):
         self.granted = init.flags & wanted
         self._choose(init.flags)
         self._filesystem.connect(self, self.granted)
+        self._keep_journal()
         self.ready.set()
         return replies.init_reply(init.minor, init.max_readahead, self.granted, MAX_WRITE, depth)
 

@@ -16,6 +16,7 @@ class _Common(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
         read_only: mount for reading only.
         passthrough: let the kernel read and write backing files where it can.
         allow_other: other users may enter; None: where the mounting user may allow it.
+        standby: keep a process that goes on serving when the server is killed.
         log: file for the server's log; None: none is kept.
     """
 
@@ -24,6 +25,7 @@ class _Common(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
     read_only: bool = False
     passthrough: bool = True
     allow_other: bool | None = None
+    standby: bool = True
     log: str | None = None
 
 

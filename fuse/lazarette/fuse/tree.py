@@ -16,12 +16,12 @@ from collections.abc import Sequence
 import msgspec
 
 from lazarette.fuse import layers, native, protocol
+from lazarette.fuse.journal import Journal
 from lazarette.fuse.layers import DIRECTORY, Format, LowerDir, Stack, is_whiteout
 from lazarette.fuse.native import Shown, Status
 from lazarette.fuse.nodes import Dir, File, Listing, LowerFile, Node
 
 _MANY_LOWERS = 3
-_CONFLICT = 1 << 61
 UPPER = -1
 
 
@@ -53,7 +53,14 @@ class Tree:
         stack: the layers.
         form: names of the on-disk xattrs.
         index: descriptor of the folder with the index of hard links, -1 without an upper layer.
+
+    Attributes:
+        next_number: node id that is given next.
+        journal: where what the kernel knows is noted.
     """
+
+    CONFLICT = 1 << 61
+    """Flips in the inode number of the second of two nodes with the same."""
 
     def __init__(self, stack: Stack, form: Format, index: int) -> None:
         self.stack = stack
@@ -72,7 +79,8 @@ class Tree:
         self.root.lower_fds = [layer.fd for layer in stack.lowers]
         self.nodes: dict[int, Node] = {protocol.ROOT_ID: self.root}
         self.by_ino: dict[int, Node] = {ino: self.root}
-        self._next = protocol.ROOT_ID + 1
+        self.next_number = protocol.ROOT_ID + 1
+        self.journal = Journal()
         self._opened: deque[tuple[Dir, int]] = deque()
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most_open = max(64, min(soft // 3, 50_000))
@@ -97,8 +105,8 @@ class Tree:
 
     def new_number(self) -> int:
         """A node id never used before."""
-        number = self._next
-        self._next += 1
+        number = self.next_number
+        self.next_number += 1
         return number
 
     def add(self, node: Node) -> None:
@@ -119,6 +127,7 @@ class Tree:
                 self._drop_idle(folder)
             if node.successor is not None:
                 node.successor.lookups -= 1
+                self.journal.forget(node.successor.id, 1)
                 if node.successor.lookups <= 0:
                     self.drop(node.successor)
         elif isinstance(node, Dir):
@@ -126,6 +135,7 @@ class Tree:
 
     def _erase(self, node: Node) -> None:
         self.nodes.pop(node.id, None)
+        self.journal.gone(node.id)
         if self.by_ino.get(node.ino) is node:
             del self.by_ino[node.ino]
 
@@ -149,6 +159,17 @@ class Tree:
                 self.close_dir(node)
         self.nodes.clear()
         self.by_ino.clear()
+
+    def forget_all(self) -> None:
+        """Forget every node but the root: the tree is about to be rebuilt."""
+        for node in list(self.nodes.values()):
+            if isinstance(node, Dir) and node is not self.root:
+                self.close_dir(node)
+        self.nodes = {self.root.id: self.root}
+        self.by_ino = {self.root.ino: self.root}
+        self.root.entries.clear()
+        self.root.pins = 1
+        self._opened.clear()
 
     def close_dir(self, folder: Dir) -> None:
         """Close the descriptors of a folder."""
@@ -433,7 +454,7 @@ class Tree:
             parent.entries[name] = known
             return known
         if known is not None:
-            ino ^= _CONFLICT
+            ino ^= self.CONFLICT
             known = self.by_ino.get(ino)
             if isinstance(known, Dir) and known.parent is parent and known.name == name:
                 return known
@@ -459,7 +480,7 @@ class Tree:
         real = (st.st_dev, st.st_ino)
         known = self.by_ino.get(ino)
         if known is not None and not (isinstance(known, File) and known.real == real):
-            ino ^= _CONFLICT
+            ino ^= self.CONFLICT
             known = self.by_ino.get(ino)
         if isinstance(known, File) and known.real == real:
             known.add_name(parent, name, in_upper)

@@ -24,6 +24,7 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from lazarette.fuse import layers, native, protocol, replies, syscalls
@@ -32,6 +33,7 @@ from lazarette.fuse.dirty import DirtyPaths
 from lazarette.fuse.entries import Entries
 from lazarette.fuse.files import Files
 from lazarette.fuse.filesystem import Connection, Filesystem, Later, Reply
+from lazarette.fuse.journal import Intent, Journal, LiveJournal, Meta, Shared, State
 from lazarette.fuse.layers import Format, Stack
 from lazarette.fuse.native import UTIME_NOW, UTIME_OMIT, Status
 from lazarette.fuse.nodes import Dir, File, Listing, Node
@@ -54,6 +56,7 @@ from lazarette.fuse.requests import (
     SetxattrIn,
     WriteIn,
 )
+from lazarette.fuse.restore import Restorer
 from lazarette.fuse.tree import Tree
 
 _WRITTEN_TTL = 1
@@ -142,6 +145,70 @@ class UnionFilesystem(Filesystem):
     def _make_files(self) -> Files:
         return Files(self, self.tree, self.copyup)
 
+    # -- going on after another server --------------------------------------------------
+
+    def keep_journal(
+        self, shared: Shared, meta: Meta, attempts: dict[int, int] | None = None
+    ) -> None:
+        """Note from now on, in shared memory, what the kernel knows."""
+
+        def describe(journal: LiveJournal) -> None:
+            meta.next_node, meta.next_handle = self.tree.next_number, self.files.next_number
+            meta.extra = self.extra()
+            journal.meta(meta)
+            for node in self.tree.nodes.values():
+                if node is not self.tree.root:
+                    journal.node(node)
+            for number, handle in self.files.handles.items():
+                journal.handle(number, handle)
+
+        journal = LiveJournal(shared, describe, attempts or {})
+        journal.rewrite()
+        self.tree.journal = journal
+
+    def extra(self) -> dict[str, float]:
+        """Numbers of this kind of filesystem for its successor."""
+        return {}
+
+    def resume(self, state: State) -> int:
+        """Go on where another server stopped; how many nodes were not found again."""
+        restorer = Restorer(self.tree, self.files, self.dirty, state)
+        self._loop_thread = 0  # this thread may block
+        with self.lock:
+            restorer.run()
+        return restorer.lost
+
+    def hand_over(self) -> set[int]:
+        """Write down what changed, and keep files open that have no name."""
+        if self.dirty is not None:
+            self.dirty.close()
+        self.journal.rewrite()
+        held = {handle.fd for handle in self.files.handles.values()}
+        for node in self.tree.nodes.values():
+            if isinstance(node, File):
+                held.add(node.orphan)
+            elif isinstance(node, Dir) and node.dead:
+                held.add(node.fd)
+        return {fd for fd in held if fd >= 0}
+
+    def take_back(self) -> None:
+        """Note changes again."""
+        if self.dirty is not None:
+            self.dirty.reopen()
+
+    def unsee(self, numbers: list[int]) -> None:
+        """Take back the lookups of a request whose reply never arrived."""
+        for number in numbers:
+            node = self.tree.nodes.get(number)
+            if node is not None:
+                node.lookups -= 1
+                self.tree.journal.forget(number, 1)
+
+    @property
+    def journal(self) -> Journal:
+        """Where what the kernel knows is noted."""
+        return self.tree.journal
+
     def wanted(self) -> InitFlag:
         """Nothing beyond what every server asks for."""
         return InitFlag(0)
@@ -172,8 +239,12 @@ class UnionFilesystem(Filesystem):
             node.cached = True
         return FOREVER
 
-    def _entry(self, node: Node, st: Status) -> bytes:
+    def _entry(self, request: Request, node: Node, st: Status) -> bytes:
+        journal = self.tree.journal
+        if node.lookups <= 0 or (isinstance(node, File) and len(node.names) > 1):
+            journal.node(node)
         node.lookups += 1
+        journal.lookup(node.id, request.unique)
         links = self.tree.links(node, st)
         return replies.entry_reply(node.id, node.ino, st, links, FOREVER, self._attr_ttl(node))
 
@@ -199,7 +270,7 @@ class UnionFilesystem(Filesystem):
         if found is None:
             self._count_miss(parent)
             return self._missing(name)
-        return self._entry(*found)
+        return self._entry(request, *found)
 
     @staticmethod
     def _missing(name: bytes) -> bytes:
@@ -227,6 +298,8 @@ class UnionFilesystem(Filesystem):
         known.lookups -= lookups
         if known.lookups <= 0:
             self._release(known)
+        if node in self.tree.nodes:
+            self.tree.journal.forget(node, lookups)
 
     def _note(self, parent: Dir, name: bytes, deep: bool = False) -> None:
         """Note a changed entry for the next snapshot."""
@@ -281,15 +354,18 @@ class UnionFilesystem(Filesystem):
             self._note(parent, name)
             found = self.tree.lookup(parent, name)
             assert found is not None
-            return self._entry(*found)
+            return self._entry(request, *found)
 
         def maker(folder: int, target: bytes) -> None:
             os.mknod(target, mode, protocol.decode_device(args.rdev), dir_fd=folder)
             self._own(request, parent, folder, target, mode)
 
-        made = self.entries.make(parent, name, maker)
+        def again(folder: int, target: bytes) -> None:
+            self._own(request, parent, folder, target, mode)
+
+        made = self.entries.make(parent, name, maker, again if request.resent else None)
         self._note(parent, name)
-        return self._entry(*made)
+        return self._entry(request, *made)
 
     def mkdir(self, request: Request, args: MkdirIn, name: bytes) -> Reply:
         """MKDIR."""
@@ -298,14 +374,17 @@ class UnionFilesystem(Filesystem):
 
         def maker(folder: int, target: bytes) -> None:
             os.mkdir(target, mode, dir_fd=folder)
+            again(folder, target)
+
+        def again(folder: int, target: bytes) -> None:
             if mode & ~0o777:  # mkdir(2) takes only permissions and the sticky bit for sure
                 bits = mode | (stat.S_ISGID if parent.setgid else 0)
                 os.chmod(target, bits, dir_fd=folder)
             self._own(request, parent, folder, target, 0)
 
-        made = self.entries.make(parent, name, maker)
+        made = self.entries.make(parent, name, maker, again if request.resent else None)
         self._note(parent, name)
-        return self._entry(*made)
+        return self._entry(request, *made)
 
     def symlink(self, request: Request, name: bytes, target: bytes) -> Reply:
         """SYMLINK."""
@@ -313,11 +392,14 @@ class UnionFilesystem(Filesystem):
 
         def maker(folder: int, link: bytes) -> None:
             os.symlink(target, link, dir_fd=folder)
+            again(folder, link)
+
+        def again(folder: int, link: bytes) -> None:
             self._own(request, parent, folder, link, stat.S_IFLNK)
 
-        made = self.entries.make(parent, name, maker)
+        made = self.entries.make(parent, name, maker, again if request.resent else None)
         self._note(parent, name)
-        return self._entry(*made)
+        return self._entry(request, *made)
 
     def link(self, request: Request, node: int, name: bytes) -> Reply:
         """LINK."""
@@ -326,19 +408,41 @@ class UnionFilesystem(Filesystem):
             raise OSError(errno.EPERM, "folders have no hard links")
         self.files.before_change(source)
         parent = self.tree.dir(request.node)
-        linked = self.entries.link(source, parent, name)
+        linked = self.entries.link(source, parent, name, request.resent)
         self._note(parent, name)
         self._note_node(source)
-        return self._entry(*linked)
+        return self._entry(request, *linked)
 
     def unlink(self, request: Request, name: bytes) -> Reply:
         """UNLINK."""
         parent = self.tree.dir(request.node)
-        node = self.entries.unlink(parent, name)
+        with self._announced(request, parent, name):
+            node = self.entries.unlink(parent, name)
         self._note(parent, name)
         self._note_node(node)
         self._settle(node)
         return b""
+
+    @contextlib.contextmanager
+    def _announced(
+        self,
+        request: Request,
+        parent: Dir,
+        name: bytes,
+        parent2: Dir | None = None,
+        name2: bytes = b"",
+        flags: int = 0,
+    ) -> Iterator[None]:
+        """Note what is about to be removed or renamed: a successor sees whether it was."""
+        journal = self.tree.journal
+        second = parent2.id if parent2 is not None else 0
+        intent = Intent(request.opcode, flags, parent.id, name, second, name2)
+        journal.intend(request.unique, intent)
+        try:
+            yield
+        except BaseException:
+            journal.cancel(request.unique)
+            raise
 
     def _settle(self, node: File) -> None:
         """Let go of what an idle dead file held."""
@@ -350,7 +454,8 @@ class UnionFilesystem(Filesystem):
     def rmdir(self, request: Request, name: bytes) -> Reply:
         """RMDIR."""
         parent = self.tree.dir(request.node)
-        node = self.entries.rmdir(parent, name)
+        with self._announced(request, parent, name):
+            node = self.entries.rmdir(parent, name)
         self._note(parent, name)
         if not node.lookups:
             self.tree.drop(node)
@@ -363,7 +468,8 @@ class UnionFilesystem(Filesystem):
         moving = self.tree.known(*source)
         if isinstance(moving, File):
             self.files.before_change(moving)
-        self.entries.rename(source, target, args.flags)
+        with self._announced(request, *source, *target, args.flags):
+            self.entries.rename(source, target, args.flags)
         self._note(*source, deep=True)
         self._note(*target, deep=True)
         return b""
@@ -459,7 +565,8 @@ class UnionFilesystem(Filesystem):
         """SETXATTR."""
         node, path, follow = self._writable_path(request)
         stored = self.tree.form.stored(name)
-        os.setxattr(path, stored, value, args.flags, follow_symlinks=follow)
+        flags = 0 if request.resent else args.flags  # a server before may have set it
+        os.setxattr(path, stored, value, flags, follow_symlinks=follow)
         if isinstance(node, File) and name == _CAPABILITY:
             node.privileged = True
         if isinstance(node, Dir) and name == _DEFAULT_ACL:
@@ -475,7 +582,12 @@ class UnionFilesystem(Filesystem):
         """REMOVEXATTR."""
         node = self.tree.node(request.node)
         path, follow = self.tree.path(node)
-        os.getxattr(path, self.tree.form.stored(name), follow_symlinks=follow)
+        try:
+            os.getxattr(path, self.tree.form.stored(name), follow_symlinks=follow)
+        except OSError:
+            if request.resent:
+                return b""  # a server before has removed it
+            raise
         node, path, follow = self._writable_path(request)
         os.removexattr(path, self.tree.form.stored(name), follow_symlinks=follow)
         if isinstance(node, File):
@@ -512,11 +624,15 @@ class UnionFilesystem(Filesystem):
                 raise
             return fd
 
-        node, st, fd = self.entries.create(parent, name, opener)
+        def again(folder: int, target: bytes) -> int:
+            self._own(request, parent, folder, target, mode)
+            return os.open(target, _CREATE & ~(os.O_CREAT | os.O_EXCL), dir_fd=folder)
+
+        node, st, fd = self.entries.create(parent, name, opener, again if request.resent else None)
         node.privileged = bool(mode & _SUID_SGID)
         self._note(parent, name)
         reply = self.files.opened(node, args.flags, fd)
-        return self._entry(node, st) + reply
+        return self._entry(request, node, st) + reply
 
     def tmpfile(self, request: Request, args: CreateIn) -> Reply:
         """TMPFILE: a file without a name, that link(2) can give one."""
@@ -538,7 +654,7 @@ class UnionFilesystem(Filesystem):
         node.dead = True
         self.tree.nodes[node.id] = node
         reply = self.files.opened(node, args.flags, fd)
-        return self._entry(node, st) + reply
+        return self._entry(request, node, st) + reply
 
     def read(self, request: Request, args: ReadIn) -> Reply:
         """READ."""
@@ -622,7 +738,7 @@ class UnionFilesystem(Filesystem):
             if len(packed) > room:
                 break
             found = None if number < Listing.FIRST else self.tree.lookup(folder, name)
-            reply += self._entry(*found) if found else replies.no_lookup_entry()
+            reply += self._entry(request, *found) if found else replies.no_lookup_entry()
             reply += packed
         return bytes(reply)
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.support.unions import kill, prepare, serving
+from tests.support.unions import kill_mount, prepare, serving
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
@@ -52,7 +52,7 @@ def test_kills_under_load_lose_nothing(tmp_path: Path) -> None:
             command = [sys.executable, "-c", WRITER, str(union.root), str(round_number)]
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
                 time.sleep(0.2 + rng.random() * 0.4)
-                kill(union.mounted.status().pid)
+                kill_mount(union.mounted)
                 output, _ = writer.communicate(timeout=60)
             union.mounted.ensure()
             done = {int(line.split()[1]) for line in output.splitlines() if line[:4] == "done"}

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from tests.support.unions import Union, kill, prepare
+from tests.support.unions import Union, kill, kill_mount, prepare
 
 from lazarette.fuse import mount
 
@@ -33,6 +33,7 @@ Path_ = tuple[str, ...]
 class FileNode:
     data: bytearray
     mode: int = 0o644
+    hidden: int = 0
     xattrs: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -165,11 +166,13 @@ class UnionMachine(RuleBasedStateMachine):
     def adopt(self, path: Path_, folder: DirNode, seen: dict[int, FileNode]) -> None:
         """The model starts as what two layers merge to."""
         candidates: dict[str, Path] = {}
+        hidden: list[int] = []
         for index in (0, 1):
             here = self.union.lower(index).joinpath(*path)
             if here.is_dir():
                 for child in here.iterdir():
-                    candidates.setdefault(child.name, child)
+                    if candidates.setdefault(child.name, child) is not child:
+                        hidden.append(child.stat().st_ino)
             elif here.exists():
                 break
         for name, child in candidates.items():
@@ -180,6 +183,8 @@ class UnionMachine(RuleBasedStateMachine):
                 known = seen.setdefault(
                     child.stat().st_ino, FileNode(bytearray(child.read_bytes()))
                 )
+                # Links that another layer hides count, as with the kernel's overlay.
+                known.hidden += hidden.count(child.stat().st_ino)
                 folder.entries[name] = known
 
     def path(self, path: Path_) -> Path:
@@ -275,8 +280,12 @@ class UnionMachine(RuleBasedStateMachine):
 
     @rule()
     def kill(self) -> None:
-        kill(self.union.mounted.status().pid)
+        kill_mount(self.union.mounted)
         self.union.mounted.ensure()
+
+    @rule()
+    def hand_over(self) -> None:
+        kill(self.union.mounted.status().pid)
 
     @invariant()
     def trees_are_equal(self) -> None:
@@ -304,7 +313,7 @@ class UnionMachine(RuleBasedStateMachine):
             if isinstance(node, DirNode):
                 self.check_links((*path, name), node, counts)
             else:
-                assert self.path((*path, name)).stat().st_nlink == counts[node]
+                assert self.path((*path, name)).stat().st_nlink == counts[node] + node.hidden
 
     def teardown(self) -> None:
         if mount.is_mounted(self.union.spec.mountpoint):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.unions import kill
+from tests.support.unions import kill_mount
 from tests.support.waiting import until
 
 from lazarette.fuse import mount
@@ -155,7 +155,6 @@ def test_kills_during_fill_and_writes_lose_nothing(lazy: Lazy) -> None:
     lazy.set("slow", True)
     for _ in range(int(os.environ.get("LAZ_KILLS", "4"))):
         lazy.mount.ensure()
-        pid = lazy.mount.status().pid
         lazy.mount.fill(bytes_per_second=50e6)
         fd = os.open(lazy.root / "f", os.O_RDWR)
         try:
@@ -166,7 +165,7 @@ def test_kills_during_fill_and_writes_lose_nothing(lazy: Lazy) -> None:
                 model[offset : offset + done] = data[:done]
                 check = rng.randrange(len(model))
                 assert os.pread(fd, 1000, check) == model[check : check + 1000]
-            kill(pid)
+            kill_mount(lazy.mount)
         finally:
             os.close(fd)
     lazy.mount.ensure()

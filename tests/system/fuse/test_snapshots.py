@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.mounts import loop_filesystem, tmpfs
-from tests.support.unions import Union, kill, prepare, serving
+from tests.support.unions import Union, kill_mount, prepare, serving
 
 from lazarette.fuse.differences import Difference, differences
 
@@ -175,7 +175,7 @@ def test_unknown_changes_after_a_kill_make_a_whole_copy(union: Union) -> None:
         assert b"a" in union.mounted.changed()
         union.remount()
         assert b"a" in union.mounted.changed()
-        kill(union.mounted.status().pid)
+        kill_mount(union.mounted)
         union.mounted.ensure()
         with pytest.raises(OSError) as caught:
             union.mounted.changed()

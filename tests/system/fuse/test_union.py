@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.unions import Union, kill, prepare, serving
+from tests.support.unions import Union, kill_mount, prepare, serving
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
@@ -132,7 +132,7 @@ def test_server_outlives_caller_and_is_adopted(union: Union) -> None:
         pid = union.mounted.status().pid
         assert union.mounted.ensure()
         assert union.mounted.status().pid == pid
-        kill(pid)
+        kill_mount(union.mounted)
         assert not union.mounted.alive()
         with pytest.raises(OSError) as caught:
             os.listdir(union.root)

@@ -17,16 +17,23 @@ def names(listing: Listing, after: int = 0) -> list[bytes]:
 
 
 def test_entries_keep_their_numbers() -> None:
-    listing = Listing()
+    listing, other = Listing(), Listing()
     for name in (b"a", b"b", b"c"):
         listing.put(name, 1, 8)
-    first = listing.after(0)[0][0]
-    listing.drop(b"b")
-    listing.put(b"d", 2, 8)
-    listing.put(b"a", 9, 4)
-    assert names(listing, first) == [b"c", b"d"]
-    assert listing.after(0)[0][1] == (b"a", 9, 4)
-    assert b"b" not in listing and len(listing) == 3
+    for name in (b"x", b"c", b"b", b"a"):
+        other.put(name, 1, 8)  # another server reads the folder in another order
+    other.drop(b"x")
+    assert listing.after(0) == other.after(0)
+    first, *rest = names(listing)
+    position = listing.after(0)[0][0]
+    for again in (rest[0], first):
+        listing.drop(again)
+        listing.put(again, 9, 4)
+    assert names(listing, position) == rest
+    assert names(listing) == [first, *rest]
+    assert listing.after(0)[0][1] == (first, 9, 4)
+    listing.drop(first)
+    assert first not in listing and len(listing) == 2
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 200)), max_size=600), st.integers(1, 50))
