@@ -60,13 +60,15 @@ class Postgres:
     port: int
 
     @classmethod
-    def run(cls, daemon: Daemon, volume: str = "pgdata", name: str = "db") -> Postgres:
+    def run(
+        cls, daemon: Daemon, volume: str = "pgdata", name: str = "db", initdb: str = ""
+    ) -> Postgres:
         """Load the image, start the container, wait until it answers."""
         daemon.laz("load", "-q", "-i", str(archive()))
-        return cls.start(daemon, volume, name)
+        return cls.start(daemon, volume, name, initdb)
 
     @classmethod
-    def start(cls, daemon: Daemon, volume: str, name: str) -> Postgres:
+    def start(cls, daemon: Daemon, volume: str, name: str, initdb: str = "") -> Postgres:
         """Start a container of the loaded image, wait until it answers."""
         port = free_port()
         daemon.laz(
@@ -76,6 +78,8 @@ class Postgres:
             name,
             "-e",
             "POSTGRES_PASSWORD=secret",
+            "-e",
+            f"POSTGRES_INITDB_ARGS={initdb}",
             "-v",
             f"{volume}:{_DATA}",
             "-p",
