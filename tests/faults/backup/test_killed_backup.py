@@ -43,6 +43,26 @@ def _start(arguments: list[str]) -> tuple[subprocess.Popen[bytes], int]:
     return worker, reading
 
 
+def _duration(folder: Path, source: Path) -> float:
+    """Seconds a whole backup takes on this machine now: kills are to meet all of it."""
+    folder.mkdir()
+    (folder / "store").mkdir()
+    store = LocalStore(str(folder / "store"))
+    key = keys.KeyFile.generate()
+    key.write(str(folder / "key"))
+    Repository.create(store, keys.create(store, [key], clock=SystemClock()), SystemClock())
+    names = [str(folder / name) for name in ("store", "cache", "key")]
+    worker, pipe = _start([*names, str(source)])
+    began = time.monotonic()
+    worker.wait()
+    taken = time.monotonic() - began
+    assert os.read(pipe, 100)
+    os.close(pipe)
+    store.close()
+    process.run(["rm", "-rf", str(folder)])
+    return taken
+
+
 def test_backup_killed_at_random_moments(tmp_path: Path) -> None:
     chance = random.Random(int.from_bytes(os.urandom(4), "little"))
     source = tmp_path / "source"
@@ -54,7 +74,7 @@ def test_backup_killed_at_random_moments(tmp_path: Path) -> None:
     clock = SystemClock()
     Repository.create(store, keys.create(store, [key], clock=clock), clock)
     arguments = [str(tmp_path / name) for name in ("store", "cache", "key", "source")]
-    length = 2.0
+    length = _duration(tmp_path / "rehearsal", source)
     snapshots = 0
     state = describe(source)
     for kill in range(KILLS):
