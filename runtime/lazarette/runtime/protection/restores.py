@@ -121,8 +121,8 @@ class RestoreService:
 
     Attributes:
         in_place: changes volumes that are there.
-        freshen: stores what a volume's database has written, before its log is replayed; until
-            which moment all is stored then, 0 when that is not known.
+        freshen: stores what a volume's database has written in a repository, before its log is
+            replayed; until which moment all is stored there then, 0 when that is not known.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class RestoreService:
         users: Users,
     ) -> None:
         self.in_place = InPlace(volumes, users, jobs, state)
-        self.freshen: Callable[[str], Awaitable[int]] = _nothing_newer
+        self.freshen: Callable[[str, str], Awaitable[int]] = _nothing_newer
         self._fills = fills
         self._volumes = volumes
         self._repositories = repositories
@@ -241,7 +241,7 @@ class RestoreService:
         return Restored(target, record.id, result)
 
     async def _plan(self, volume: str, moment_ns: int, repository: str) -> wal.Plan:
-        whole_ns = await self.freshen(volume)
+        whole_ns = await self.freshen(volume, self._repositories.get(repository).name)
         bases = await self.points(volume, repository)
         archives = await self.points(LOG_PREFIX + volume, repository)
         return wal.plan(bases, archives, moment_ns, whole_ns)
@@ -326,8 +326,8 @@ class RestoreService:
         self._jobs.discard(job_id)
 
 
-async def _nothing_newer(volume: str) -> int:
-    del volume
+async def _nothing_newer(volume: str, repository: str) -> int:
+    del volume, repository
     return 0
 
 

@@ -232,10 +232,17 @@ class WalService:
             await self._store(volume, repository_of(self._repositories, policy))
         return moment
 
-    async def freshen(self, volume: str) -> int:
-        """As :meth:`flush`, as far as that is possible now; 0 when it is not."""
+    async def freshen(self, volume: str, repository: str) -> int:
+        """As :meth:`flush`, as far as that is possible now; 0 when it is not.
+
+        Args:
+            volume: whose log.
+            repository: the name of that in which it is wanted.
+        """
         try:
-            return await self.flush(volume)
+            moment = await self.flush(volume)
+            kept = {one.volume: one.repository for one in self.all()}
+            return moment if kept.get(volume) == repository else 0
         except (VolumeNotFound, NotKept):
             return 0
         except LazaretteError as bad:
@@ -275,6 +282,7 @@ class WalService:
                 await asyncio.to_thread(self._discard, one)
         for known in self.all():
             if known.volume not in wanted and known.state != OFF:
+                self.set_back(known.volume)  # what it hands over from now on is not kept
                 self._note(known.volume, state=OFF, error="")
 
     async def _look(self, volume: str, policy: Policy) -> None:
