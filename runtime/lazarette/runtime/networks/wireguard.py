@@ -188,7 +188,7 @@ class Tunnel:
         request = nl.Message(f"look at tunnel {self._name}", self._number(socket_), 0, body)
         found = next(iter(socket_.dump(request, wgmsg)))
         key = found.get_attr("WGDEVICE_A_PUBLIC_KEY")
-        text = key["value"].decode() if key is not None else _NO_KEY
+        text = bytes(key).decode() if key is not None else _NO_KEY
         return Door(text, int(found.get_attr("WGDEVICE_A_LISTEN_PORT") or 0))
 
     def _set(self, socket_: nl.Netlink, what: str, attributes: list[tuple[str, object]]) -> None:
