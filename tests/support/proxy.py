@@ -1,4 +1,4 @@
-"""A proxy on loopback that sits before an HTTP server and does to requests what networks do."""
+"""A proxy, on loopback by default, that sits before an HTTP server and does what networks do."""
 
 from __future__ import annotations
 
@@ -42,11 +42,13 @@ class Rule:
 class FaultProxy:
     """Use as a context manager; ``endpoint`` is its URL."""
 
-    def __init__(self, upstream: str, *, max_parallel: int = 1000) -> None:
+    def __init__(
+        self, upstream: str, *, max_parallel: int = 1000, address: str = "127.0.0.1"
+    ) -> None:
         parts = urlsplit(upstream)
         self._upstream = (parts.hostname or "", parts.port or 80)
         self._max_parallel = max_parallel
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self._listener = socket.create_server((address, 0), backlog=128)
         self._lock = threading.Lock()
         self._inside = 0
         self._rules: list[Rule] = []
@@ -58,7 +60,8 @@ class FaultProxy:
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        address, port = self._listener.getsockname()[:2]
+        return f"http://{address}:{port}"
 
     def plan(self, rule: Rule) -> Rule:
         with self._lock:
