@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.unions import kill_mount, prepare, serving
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
@@ -50,10 +51,13 @@ def test_kills_under_load_lose_nothing(tmp_path: Path) -> None:
     with serving(union):
         for round_number in range(int(os.environ.get("LAZ_KILLS", "4"))):
             command = [sys.executable, "-c", WRITER, str(union.root), str(round_number)]
-            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
-                time.sleep(0.2 + rng.random() * 0.4)
+            said = tmp_path / f"said-{round_number}"
+            with said.open("w") as stream, subprocess.Popen(command, stdout=stream) as writer:
+                until(lambda said=said: "done" in said.read_text(), "nothing is written")  # type: ignore[misc]
+                time.sleep(rng.random() * 0.4)
                 kill_mount(union.mounted)
-                output, _ = writer.communicate(timeout=60)
+                writer.wait(60)
+            output = said.read_text()
             union.mounted.ensure()
             done = {int(line.split()[1]) for line in output.splitlines() if line[:4] == "done"}
             gone = {int(line.split()[1]) for line in output.splitlines() if line[:4] == "gone"}
