@@ -107,3 +107,33 @@ def test_any_moment_between_two_backups(
     _insert(database, 42)
     assert _restore(daemon, again, "--as", "again")["result"]["outcome"] == "ok"
     assert _rows(daemon, "again") == [1, 2, 3, 4, 40, 41]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_nothing_is_lost_while_the_store_is_away_and_the_daemon_dies(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    store = tmp_path / "repo"
+    daemon.laz("repo", "init", "--kit-file", str(tmp_path / "kit"), str(store))
+    database = Postgres.run(daemon)
+    daemon.laz("policy", "set", "pgdata", "--every", "24h", "--wal")
+    until(lambda: _log(daemon).get("state") == "restart", "not set")
+    daemon.laz("restart", database.name)
+    database.wait()
+    until(lambda: _log(daemon).get("state") == "on", "not kept")
+    database.sql("CREATE TABLE rows (id bigint PRIMARY KEY)")
+    daemon.laz("backup", "run", "pgdata")
+    moments = []
+    store.rename(tmp_path / "away")
+    for number in range(1, 4):
+        moments.append(_insert(database, number))
+        database.sql("SELECT pg_switch_wal()")
+    until(lambda: _log(daemon)["state"] == "failed", "it goes on without a store")
+    daemon.kill()
+    (tmp_path / "away").rename(store)
+    daemon.start()
+    moments.append(_insert(database, 4))
+    _insert(database, 5)
+    assert _restore(daemon, moments[3], "--as", "then")["result"]["outcome"] == "ok"
+    assert _rows(daemon, "then") == [1, 2, 3, 4]
