@@ -97,7 +97,7 @@ def _overlay(
     if shutil.which("etcd") is None:
         pytest.skip("etcd is not installed")
     etcd = stack.enter_context(Etcd(folder / "etcd", host, "127.0.0.1"))
-    driver = OverlayDriver(host, netlink)
+    driver = OverlayDriver(host, netlink, "wg-test")
     config = ClusterConfig((etcd.url,), "127.0.0.1")
     driver.cluster = Cluster(config, "here", host, lambda view: None, lambda record: None)
     driver.cluster.start([])
