@@ -176,6 +176,7 @@ class Entries:
             if node is None:
                 raise OSError(errno.ENOENT, "no such entry")
             raise OSError(errno.EISDIR, "is a folder")
+        self._count_links(node)
         in_upper = node.names.get((parent, name), False)
         folder = self._copyup.folder(parent)
         self._keep_reachable(node, folder, name, in_upper)
@@ -188,6 +189,15 @@ class Entries:
             os.unlink(name, dir_fd=folder)
         self._name_gone(node, parent, name)
         return node
+
+    def _count_links(self, node: File) -> None:
+        """Make a file of which a name goes able to tell how many are left.
+
+        A lower layer says how many it had: with several, the count is kept beside a copy,
+        as the kernel's overlay does it.
+        """
+        if node.lower is not None and self._tree.stat(node).st_nlink > 1:
+            self._copyup.file(node)
 
     def _keep_reachable(self, node: File, folder: int, name: bytes, in_upper: bool) -> None:
         """Hold a file that is about to lose its last known name, if the kernel still has it."""
@@ -377,6 +387,7 @@ class Entries:
         self._mark_move(node, target)
         hidden = self._lower_shows(*source)
         if isinstance(replaced, File):
+            self._count_links(replaced)
             in_upper = replaced.names.get(target, False)
             self._keep_reachable(replaced, to_fd, target[1], in_upper)
             if not in_upper and replaced.index:

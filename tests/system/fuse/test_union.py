@@ -306,3 +306,20 @@ def test_folder_of_a_lower_layer_is_renamed_with_redirect(tmp_path: Path) -> Non
             assert (moved / "e" / "f").read_text() == "f"
             assert moved.stat().st_ino == number
             union.remount()
+
+
+def test_a_lower_file_with_several_names_tells_how_many_are_left(union: Union) -> None:
+    for name in ("a", "b", "c"):
+        if name == "a":
+            (union.lower() / name).write_text("below")
+        else:
+            (union.lower() / name).hardlink_to(union.lower() / "a")
+    with serving(union):
+        (union.root / "a").unlink()
+        assert (union.root / "b").stat().st_nlink == 2
+        (union.root / "new").write_text("above")
+        (union.root / "new").replace(union.root / "b")
+        assert (union.root / "c").stat().st_nlink == 1
+    with serving(union):
+        assert (union.root / "c").stat().st_nlink == 1
+        assert (union.root / "c").read_text() == "below"
