@@ -307,6 +307,7 @@ class Engine:
         running = recover.load(self.containers)
         await asyncio.to_thread(self.networks.recover, running)
         await recover.resume(self.containers)
+        await self.fills.resumed()
 
     async def stop(self, shutdown: bool) -> None:
         """Let go of everything; containers go on unless ``shutdown`` is asked for.

@@ -140,11 +140,6 @@ def test_a_volume_in_use_is_in_the_old_state_or_the_new(host: Host) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=False,
-    reason="daemon and server killed at once: a server taken over by its standby, and the"
-    " container is not always brought back to it",
-)
 @pytest.mark.timeout(max(900, 60 * KILLS))
 def test_an_instant_volume_never_shows_a_wrong_byte(host: Host) -> None:
     daemon = host.daemon

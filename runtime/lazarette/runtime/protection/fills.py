@@ -32,6 +32,7 @@ import msgspec
 from lazarette.fuse import jsontext
 from lazarette.fuse.client import Mount
 from lazarette.fuse.lazy import Progress as FillProgress
+from lazarette.fuse.mount import is_mounted
 from lazarette.fuse.spec import LazySpec
 from lazarette.runtime.protection.repositories import RepositoryBook
 from lazarette.storage.beneath import names, open_folder, opened, remove_path
@@ -119,6 +120,7 @@ class FillService:
         self._state = state
         self._run_root = run_root
         self._watcher: asyncio.Task[None] | None = None
+        self._died: list[str] = []
         # Between looking whether a server answers and starting one, nobody else may do so.
         self._serving = threading.Lock()
         state.migrate("fills", _MIGRATIONS)
@@ -241,11 +243,25 @@ class FillService:
             if fill.volume not in here:  # its removal had come so far
                 self._forget(fill)
                 continue
+            merged = self._run_root / fill.volume / "merged"
+            mounted = is_mounted(str(merged))  # not after a reboot
             try:
-                await asyncio.to_thread(self._serve, fill)
+                adopted = await asyncio.to_thread(self._serve, fill)
             except (OSError, LazaretteError) as bad:
                 log.error("volume %s cannot be shown: %s", fill.volume, bad)
+                continue
+            if mounted and not adopted:
+                self._died.append(fill.volume)
         self._watcher = asyncio.create_task(self._watch())
+
+    async def resumed(self) -> None:
+        """Containers are known again: tell of servers that died while no daemon ran."""
+        died, self._died = self._died, []
+        for volume in died:
+            try:
+                await self._tell(volume)
+            except (OSError, LazaretteError) as bad:
+                log.error("users of volume %s are not brought back: %s", volume, bad)
 
     async def stop(self) -> None:
         """Watch no more; servers and fills go on."""
@@ -320,10 +336,13 @@ class FillService:
             for fill in self.all():
                 try:
                     if await asyncio.to_thread(self._look, fill.volume):
-                        log.warning("the server of volume %s had died", fill.volume)
-                        await self.replaced(fill.volume)
+                        await self._tell(fill.volume)
                 except (OSError, LazaretteError) as bad:
                     log.warning("fill of volume %s: %s", fill.volume, bad)
+
+    async def _tell(self, volume: str) -> None:
+        log.warning("the server of volume %s had died", volume)
+        await self.replaced(volume)
 
     def _look(self, volume: str) -> bool:
         """Replace a dead server, note a whole volume, settle one nobody uses.
