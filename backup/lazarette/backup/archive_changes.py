@@ -277,9 +277,7 @@ class ChangedWalk(Walk):
             entry.extra.block = base.extra.block
             entry.extra.paged = base.extra.paged
         entry.content, entry.depth = base.content, base.depth
-        self._run.number(entry)
-        frame.children.append(entry)
-        self._run.count(entry)
+        self._run.keep(frame, entry)
 
     @staticmethod
     def _flags(directory: int, name: bytes) -> int:

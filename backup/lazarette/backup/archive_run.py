@@ -326,17 +326,20 @@ class Run:
         """
         self._salt = os.urandom(8)
 
-    def number(self, entry: Entry) -> None:
-        """Set the number that an entry which was saved anew goes by."""
+    def keep(self, owner: Frame, entry: Entry) -> None:
+        """Give a directory an entry that was saved anew."""
+        self._number(entry)
+        owner.children.append(entry)
+        self.count(entry)
+
+    def _number(self, entry: Entry) -> None:
         extra = entry.extra
         if self._salt and extra is not None and extra.links > 1 and not entry.inode & _RENUMBERED:
             seed = b"%b %d %d" % (self._salt, extra.filesystem, entry.inode)
             entry.inode = xxhash.xxh3_64_intdigest(seed) | _RENUMBERED
 
     def _deliver(self, owner: Frame, entry: Entry) -> None:
-        self.number(entry)
-        owner.children.append(entry)
-        self.count(entry)
+        self.keep(owner, entry)
         self._let_go(owner)
 
     def _let_go(self, owner: Frame) -> None:

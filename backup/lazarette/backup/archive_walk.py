@@ -166,9 +166,7 @@ class Walk:
         except OSError as failed:
             self._run.warn(path, f"cannot be read: {failed.strerror}")
             return
-        self._run.number(entry)
-        frame.children.append(entry)
-        self._run.count(entry)
+        self._run.keep(frame, entry)
 
     def settle(self, frame: Frame) -> None:
         """Finish a directory, and those above it, when nothing is outstanding."""
