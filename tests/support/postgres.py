@@ -20,6 +20,12 @@ from lazarette.runtime.images import postgres
 IMAGE = "postgres:latest"
 _DATA = "/var/lib/postgresql/data"
 _PATIENCE_S = 60.0
+SUMS = (
+    "SELECT (SELECT sum(abalance) FROM pgbench_accounts) = (SELECT sum(tbalance) FROM"
+    " pgbench_tellers) AND (SELECT sum(bbalance) FROM pgbench_branches) ="
+    " (SELECT coalesce(sum(delta), 0) FROM pgbench_history)"
+)
+"""Whether the balances that pgbench keeps in four tables agree: true after whole transactions."""
 _ENTRY_POINT = "postgres-entrypoint.sh"
 
 

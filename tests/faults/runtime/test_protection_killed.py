@@ -18,7 +18,7 @@ from typing import cast
 import pytest
 from tests.support.daemon import Daemon
 from tests.support.images import busybox_archive
-from tests.support.postgres import Postgres
+from tests.support.postgres import SUMS, Postgres
 from tests.support.s3 import S3Server
 from tests.support.waiting import until
 
@@ -36,11 +36,6 @@ HELD = {
     "paused": ["lazarette.mode=pause"],
     "hooked": ["lazarette.consistency=hooks"],
 }
-SUMS = (
-    "SELECT (SELECT sum(abalance) FROM pgbench_accounts) = (SELECT sum(tbalance) FROM"
-    " pgbench_tellers) AND (SELECT sum(bbalance) FROM pgbench_branches) ="
-    " (SELECT coalesce(sum(delta), 0) FROM pgbench_history)"
-)
 
 
 class Host:

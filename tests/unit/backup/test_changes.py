@@ -21,16 +21,16 @@ from lazarette.storage import beneath, copying
 from lazarette.storage.changes import ByteRange, Change, ChangeKind, ChangesUnknown
 from lazarette.storage.compare import everything, tree_changes
 
-ROUNDS = int(os.environ.get("LAZ_TEST_EXAMPLES", "4"))
-
-
-@pytest.mark.timeout(1800)
-@settings(
-    max_examples=ROUNDS,
+random_edits = settings(
+    max_examples=int(os.environ.get("LAZ_TEST_EXAMPLES", "4")),
     deadline=None,
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
+
+
+@pytest.mark.timeout(1800)
+@random_edits
 @given(seed=st.integers(0, 2**32), steps=st.lists(st.integers(1, 12), min_size=1, max_size=3))
 def test_any_edits_come_back_by_record_and_by_walk(
     tmp_path_factory: pytest.TempPathFactory, seed: int, steps: list[int]
@@ -75,12 +75,7 @@ def _record(base: Path, target: Path) -> Iterator[Iterator[Change]]:
 
 
 @pytest.mark.timeout(1800)
-@settings(
-    max_examples=ROUNDS,
-    deadline=None,
-    phases=(Phase.explicit, Phase.reuse, Phase.generate),
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@random_edits
 @given(seed=st.integers(0, 2**32), steps=st.lists(st.integers(1, 12), min_size=2, max_size=5))
 def test_any_edits_come_back_from_snapshots_that_are_copies(
     tmp_path_factory: pytest.TempPathFactory, seed: int, steps: list[int]

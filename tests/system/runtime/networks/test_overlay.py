@@ -411,17 +411,17 @@ def _forge(site: Hosts, target: Container) -> None:
     assert not any(b"forged" in frame for frame in heard)
 
 
+def _mtu() -> int:
+    with nl.Netlink() as netlink:
+        return next(link.mtu for link in rt.links(netlink) if link.name == "eth0")
+
+
 def test_mtu_leaves_room_for_the_tunnel(site: Hosts) -> None:
     first = site.host(2)
     _needs_wireguard(site)
     first.manager.create(ENCRYPTED)
     container = first.start("one", "over")
-
-    def mtu() -> int:
-        with nl.Netlink() as netlink:
-            return next(link.mtu for link in rt.links(netlink) if link.name == "eth0")
-
-    assert inside(container.path, mtu) == 1370
+    assert inside(container.path, _mtu) == 1370
 
 
 def test_encrypted_without_wireguard(site: Hosts) -> None:
@@ -459,9 +459,4 @@ def test_mtu_leaves_room(site: Hosts) -> None:
     first = site.host(2)
     first.manager.create(OVERLAY)
     container = first.start("one", "over")
-
-    def mtu() -> int:
-        with nl.Netlink() as netlink:
-            return next(link.mtu for link in rt.links(netlink) if link.name == "eth0")
-
-    assert inside(container.path, mtu) == 1450
+    assert inside(container.path, _mtu) == 1450

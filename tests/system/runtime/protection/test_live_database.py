@@ -14,15 +14,10 @@ from typing import cast
 
 import pytest
 from tests.support.daemon import Daemon
-from tests.support.postgres import Postgres
+from tests.support.postgres import SUMS, Postgres
 from tests.support.waiting import until
 
 BACKUPS = int(os.environ.get("LAZ_LIVE_BACKUPS", "2"))
-SUMS = (
-    "SELECT (SELECT sum(abalance) FROM pgbench_accounts) = (SELECT sum(tbalance) FROM"
-    " pgbench_tellers) AND (SELECT sum(bbalance) FROM pgbench_branches) ="
-    " (SELECT coalesce(sum(delta), 0) FROM pgbench_history)"
-)
 
 
 @pytest.fixture
