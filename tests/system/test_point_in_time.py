@@ -9,6 +9,7 @@ from typing import cast
 
 import pytest
 from tests.support.daemon import Daemon
+from tests.support.images import busybox_archive
 from tests.support.postgres import Postgres
 from tests.support.s3 import S3Server
 from tests.support.waiting import until
@@ -137,3 +138,19 @@ def test_nothing_is_lost_while_the_store_is_away_and_the_daemon_dies(
     _insert(database, 5)
     assert _restore(daemon, moments[3], "--as", "then")["result"]["outcome"] == "ok"
     assert _rows(daemon, "then") == [1, 2, 3, 4]
+
+
+@pytest.mark.timeout(300)
+def test_what_a_restored_database_hands_over_unwanted_does_not_pile_up(daemon: Daemon) -> None:
+    daemon.laz("load", "-q", "-i", str(busybox_archive()))
+    ready = "/v/lazarette.wal/ready"
+    make = f"mkdir -p /v/global {ready}; echo 15 > /v/PG_VERSION"
+    daemon.laz("run", "--rm", "-v", "copy:/v", "busybox", "sh", "-c", make)
+    daemon.laz("run", "-d", "--init", "--name", "user", "-v", "copy:/v", "busybox", "sleep", "600")
+    there = ("exec", "user", "test", "-e")
+    for segment in ("1", "2"):  # whenever it comes
+        name = f"{ready}/{segment.zfill(24)}"
+        daemon.laz("exec", "user", "touch", name, f"{ready}/other")
+        while daemon.laz(*there, name, check=False).returncode == 0:
+            time.sleep(0.5)
+    daemon.laz(*there, f"{ready}/other")

@@ -11,7 +11,6 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 from lazarette.backup.repository import ownership
@@ -19,6 +18,7 @@ from lazarette.backup.repository.format import OWNERS
 from lazarette.backup.repository.ownership import Fenced, Owner
 from lazarette.runtime.containers.manager import ContainerManager
 from lazarette.runtime.events import EventBus
+from lazarette.runtime.protection import watching
 from lazarette.runtime.protection.repositories import RepositoryBook, RepositoryUnknown
 from lazarette.runtime.protection.runs import RunBook
 from lazarette.storage.clock import Clock
@@ -99,10 +99,7 @@ class Fencing:
 
     async def stop(self) -> None:
         """Watch no more."""
-        if self._watcher is not None:
-            self._watcher.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._watcher
+        await watching.end(self._watcher)
 
     def require(self, volume: str, repository: str) -> None:
         """Make sure that this host may continue a history; blocks.

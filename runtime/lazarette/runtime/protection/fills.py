@@ -34,6 +34,7 @@ from lazarette.fuse.client import Mount
 from lazarette.fuse.lazy import Progress as FillProgress
 from lazarette.fuse.mount import is_mounted
 from lazarette.fuse.spec import LazySpec
+from lazarette.runtime.protection import watching
 from lazarette.runtime.protection.repositories import RepositoryBook
 from lazarette.storage.beneath import names, open_folder, opened, remove_path
 from lazarette.storage.copying import renew_metadata
@@ -265,10 +266,7 @@ class FillService:
 
     async def stop(self) -> None:
         """Watch no more; servers and fills go on."""
-        if self._watcher is not None:
-            self._watcher.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._watcher
+        await watching.end(self._watcher)
 
     def unmount_all(self) -> None:
         """End all servers, for an engine that ends for good."""

@@ -19,6 +19,7 @@ from lazarette.backup.policy.retention import Decision, Keep, plan
 from lazarette.backup.policy.scheduler import Scheduler
 from lazarette.backup.recovery import wal
 from lazarette.runtime.events import Event, EventBus
+from lazarette.runtime.protection import watching
 from lazarette.runtime.protection.backups import MANUAL, BackupRunning, BackupService, Limits
 from lazarette.runtime.protection.copies import CopyService
 from lazarette.runtime.protection.drills import Drills
@@ -111,10 +112,7 @@ class PolicyFollower:
 
     async def stop(self) -> None:
         """Begin nothing any more; running jobs go on by themselves."""
-        if self._watcher is not None:
-            self._watcher.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._watcher
+        await watching.end(self._watcher)
         await self._scheduler.stop()
 
     async def refresh(self) -> None:

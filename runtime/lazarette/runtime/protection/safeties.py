@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection
-from contextlib import suppress
 
+from lazarette.runtime.protection import watching
 from lazarette.storage.clock import NANOSECONDS, Clock
 from lazarette.storage.errors import LazaretteError
 from lazarette.storage.volumes.manager import VolumeManager
@@ -47,10 +47,7 @@ class Safeties:
 
     async def stop(self) -> None:
         """Look no more."""
-        if self._watcher is not None:
-            self._watcher.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._watcher
+        await watching.end(self._watcher)
 
     def sweep(self) -> list[tuple[str, str]]:
         """Remove those that are old; which, as volume and snapshot."""

@@ -22,8 +22,8 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -37,6 +37,7 @@ from lazarette.backup.recovery import wal
 from lazarette.backup.recovery.wal import READY, NoCluster, Segment, Stored
 from lazarette.runtime.containers.container import Container
 from lazarette.runtime.containers.manager import ContainerManager
+from lazarette.runtime.protection import watching
 from lazarette.runtime.protection.fencing import Fencing
 from lazarette.runtime.protection.fills import FillService
 from lazarette.runtime.protection.holding import EngineAccess
@@ -54,7 +55,7 @@ from lazarette.storage.errors import (
     VolumeNotFound,
 )
 from lazarette.storage.state import State
-from lazarette.storage.volumes.manager import Volume, VolumeManager
+from lazarette.storage.volumes.manager import VolumeManager
 
 log = logging.getLogger(__name__)
 
@@ -185,6 +186,7 @@ class WalService:
         self._clock = clock
         self._locks: dict[str, asyncio.Lock] = {}
         self._asked: dict[str, int] = {}
+        self._bare: dict[str, int] = {}
         self._watcher: asyncio.Task[None] | None = None
         self.passive: Callable[[str], bool] = lambda volume: False
         state.migrate("wal", _MIGRATIONS)
@@ -197,10 +199,7 @@ class WalService:
 
     async def stop(self) -> None:
         """Watch no more; what waits in volumes waits on."""
-        if self._watcher is not None:
-            self._watcher.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._watcher
+        await watching.end(self._watcher)
 
     def all(self) -> list[LogState]:
         """The logs that are or were kept, by volume."""
@@ -277,9 +276,12 @@ class WalService:
                     await self._look(volume, policy)
                 except (LazaretteError, OSError) as bad:
                     self._failed(volume, bad)
-        for one in await asyncio.to_thread(self._volumes.list):
-            if one.name not in wanted and one.users and not self.passive(one.name):
-                await asyncio.to_thread(self._discard, one)
+        here = {one.name: one for one in await asyncio.to_thread(self._volumes.list)}
+        unwanted = here.keys() - wanted.keys()
+        self._bare = {name: self._bare[name] for name in self._bare.keys() & unwanted}
+        for name in unwanted:
+            if here[name].users and not self.passive(name):
+                await asyncio.to_thread(self._discard, name)
         for known in self.all():
             if known.volume not in wanted and known.state != OFF:
                 self.set_back(known.volume)  # what it hands over from now on is not kept
@@ -390,25 +392,37 @@ class WalService:
         finally:
             os.close(cluster)
 
-    def _waiting(self, spool: int) -> _Waiting:
-        ready = os.open(READY, beneath.OPEN_DIRECTORY, dir_fd=spool)
-        with os.scandir(ready) as listing:
-            names = sorted(one.name for one in listing if wal.is_kept(one.name))
-        return _Waiting(ready, names[:_MOST_AT_ONCE])
+    @contextmanager
+    def _waiting(self, volume: str) -> Iterator[_Waiting]:
+        spool = self._spool(volume)
+        try:
+            ready = os.open(READY, beneath.OPEN_DIRECTORY, dir_fd=spool)
+        finally:
+            os.close(spool)
+        try:
+            with os.scandir(ready) as listing:
+                names = sorted(one.name for one in listing if wal.is_kept(one.name))
+            yield _Waiting(ready, names[:_MOST_AT_ONCE])
+        finally:
+            os.close(ready)
 
-    def _discard(self, volume: Volume) -> None:
-        """Remove what a database hands over though nobody wants it: a restored one does."""
-        with suppress(LazaretteError, OSError):
-            spool = self._spool(volume.name)
-            try:
-                waiting = self._waiting(spool)
-            finally:
-                os.close(spool)
-            try:
+    def _discard(self, volume: str) -> None:
+        """Remove what a database hands over though nobody wants it: a restored one does.
+
+        A volume where nothing can be handed over is looked at again when a user was started.
+        """
+        users = self._containers.using_volume(volume)
+        started = max((one.state.started_ns for one in users), default=0)
+        if self._bare.get(volume) == started:
+            return
+        try:
+            with self._waiting(volume) as waiting:
                 for name in waiting.names:
                     os.unlink(name, dir_fd=waiting.descriptor)
-            finally:
-                os.close(waiting.descriptor)
+        except (wal.NoCluster, FileNotFoundError):
+            self._bare[volume] = started
+        except (LazaretteError, OSError) as bad:
+            log.debug("what volume %s hands over is left there: %s", volume, bad)
 
     # ---- storing
 
@@ -445,28 +459,14 @@ class WalService:
             await asyncio.to_thread(shutil.rmtree, batch, True)
 
     def _copy_out(self, volume: str, batch: Path) -> list[Segment]:
-        spool = self._spool(volume)
-        try:
-            waiting = self._waiting(spool)
-        finally:
-            os.close(spool)
-        try:
+        with self._waiting(volume) as waiting:
             return [_copied(waiting.descriptor, name, batch) for name in waiting.names]
-        finally:
-            os.close(waiting.descriptor)
 
     def _let_go(self, volume: str, names: Sequence[str]) -> None:
-        spool = self._spool(volume)
-        try:
-            waiting = self._waiting(spool)
-        finally:
-            os.close(spool)
-        try:
+        with self._waiting(volume) as waiting:
             for name in names:
                 with suppress(FileNotFoundError):
                     os.unlink(name, dir_fd=waiting.descriptor)
-        finally:
-            os.close(waiting.descriptor)
 
     async def _ship(
         self, volume: str, repository: str, folder: Path, stored: Stored, instant_ns: int
