@@ -218,6 +218,7 @@ def summaries(
         named = image.tags or image.digests
         if not wanted(image) or (not everything and not named and image.id in parents):
             continue
+        target = target_of(store, image) if manifests else None
         found.append(
             Summary(
                 id=image.id,
@@ -229,8 +230,8 @@ def summaries(
                 shared_size=_shared(store, image, uses) if shared_size else -1,
                 containers=-1,
                 labels=image.config.run.labels,
-                descriptor=target_of(store, image) if manifests else msgspec.UNSET,
-                manifests=manifests_of(store, image) if manifests else msgspec.UNSET,
+                descriptor=target or msgspec.UNSET,
+                manifests=manifests_of(store, image, target) if target else msgspec.UNSET,
             )
         )
     return found
@@ -313,6 +314,7 @@ def inspect(
     """
     image = store.get(ref)
     config = image.config
+    target = target_of(store, image) if version >= (1, 48) else None
     return Inspect(
         id=image.id,
         repo_tags=list(image.tags),
@@ -332,8 +334,8 @@ def inspect(
         graph_driver=GraphDriver(name=store.layers.driver.capabilities.name, data=None),
         root_fs=RootFSView(type="layers", layers=list(config.rootfs.diff_ids)),
         metadata=Metadata(last_tag_time=rfc3339(image.tagged_ns)),
-        descriptor=target_of(store, image) if version >= (1, 48) else None,
-        manifests=manifests_of(store, image) if manifests else [],
+        descriptor=target,
+        manifests=manifests_of(store, image, target) if manifests and target else [],
     )
 
 

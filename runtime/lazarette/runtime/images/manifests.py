@@ -52,14 +52,14 @@ def target_of(store: ImageStore, image: Image) -> Descriptor:
         raw = store.blobs.read(image.manifest)
         kind = decode(raw, Kind, "image manifest").media_type or model.OCI_MANIFEST
     else:
-        config = store.blobs.read(image.id)
-        raw = model.encode(manifest_of(image, len(config), store.layers_of(image)))
+        size = store.blobs.size(image.id)
+        raw = model.encode(manifest_of(image, size, store.layers_of(image)))
         kind = model.OCI_MANIFEST
     return Descriptor(media_type=kind, digest=model.digest_of(raw), size=len(raw))
 
 
-def manifests_of(store: ImageStore, image: Image) -> list[ManifestSummary]:
-    """All manifests of an image."""
+def manifests_of(store: ImageStore, image: Image, descriptor: Descriptor) -> list[ManifestSummary]:
+    """All manifests of an image, whose own :func:`target_of` is ``descriptor``."""
     config = image.config
     platform = Platform(
         architecture=config.architecture,
@@ -67,7 +67,6 @@ def manifests_of(store: ImageStore, image: Image) -> list[ManifestSummary]:
         variant=config.variant,
         os_version=config.os_version,
     )
-    descriptor = target_of(store, image)
     layers = store.layers_of(image)
     packed = {layer.blob.digest: layer.blob.size for layer in layers}
     content = descriptor.size + store.blobs.size(image.id) + sum(packed.values())
