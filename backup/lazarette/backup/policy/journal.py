@@ -7,7 +7,7 @@ for ever.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import Enum
 from sqlite3 import Row
@@ -39,6 +39,7 @@ _STEPS = (
     ) STRICT;
     """,
     "ALTER TABLE policy_slots ADD COLUMN pending INTEGER NOT NULL DEFAULT 0",
+    "CREATE TABLE policy_volumes (volume TEXT PRIMARY KEY, since_ns INTEGER NOT NULL) STRICT",
 )
 _KEPT_RUNS = 20_000
 
@@ -78,6 +79,7 @@ class Protection:
         rpo_target_ns: the oldest it may be.
         rto_ns: the restore time last measured; None when no drill succeeded.
         rto_target_ns: the longest it may be; 0 for no target.
+        watched_ns: for how long a policy has meant it.
     """
 
     volume: str
@@ -89,11 +91,19 @@ class Protection:
     rpo_target_ns: int
     rto_ns: int | None
     rto_target_ns: int
+    watched_ns: int = 0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is no good backup yet, and need not be: the policy is too new."""
+        return self.rpo_ns is None and self.watched_ns <= self.rpo_target_ns
 
     @property
     def overdue(self) -> bool:
-        """Whether the newest good backup is older than it may be, or there is none."""
-        return self.rpo_ns is None or self.rpo_ns > self.rpo_target_ns
+        """Whether the newest good backup is older than it may be, or there should be one."""
+        if self.rpo_ns is None:
+            return not self.waiting
+        return self.rpo_ns > self.rpo_target_ns
 
 
 class Journal:
@@ -139,6 +149,20 @@ class Journal:
                     outcome.restore_ns,
                     run,
                 ),
+            )
+
+    def watch(self, volumes: Collection[str]) -> None:
+        """These volumes, and no others, are meant by a policy from now on or still."""
+        now = self._clock.now_ns()
+        with self._state.write() as db:
+            known = {str(row[0]) for row in db.execute("SELECT volume FROM policy_volumes")}
+            db.executemany(
+                "DELETE FROM policy_volumes WHERE volume = ?",
+                [(gone,) for gone in known.difference(volumes)],
+            )
+            db.executemany(
+                "INSERT INTO policy_volumes VALUES (?, ?)",
+                [(volume, now) for volume in set(volumes) - known],
             )
 
     def close_abandoned(self, is_alive: Callable[[int], bool] = lambda run: False) -> list[Run]:
@@ -192,6 +216,7 @@ class Journal:
             rpo_target_ns=rpo_target_ns,
             rto_ns=proven.outcome.restore_ns if proven and proven.outcome else None,
             rto_target_ns=rto_target_ns,
+            watched_ns=self._watched(volume),
         )
 
     def suspicious_snapshots(self, volume: str) -> set[str]:
@@ -251,6 +276,10 @@ class Journal:
             )
         row = self._state.row("SELECT skipped FROM policy_slots WHERE policy = ?", (policy,))
         return int(row["skipped"]) if row is not None else 0
+
+    def _watched(self, volume: str) -> int:
+        row = self._state.row("SELECT since_ns FROM policy_volumes WHERE volume = ?", (volume,))
+        return 0 if row is None else max(self._clock.now_ns() - int(row["since_ns"]), 0)
 
     def _newest(self, condition: str, values: tuple[object, ...]) -> Run | None:
         found = self._runs(f"ended_ns IS NOT NULL AND {condition}", values, 1)

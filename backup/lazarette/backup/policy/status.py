@@ -47,7 +47,7 @@ def unprotected(volume: str) -> StatusLine:
 
 def _age(state: Protection) -> str:
     if state.rpo_ns is None:
-        return "overdue: never saved"
+        return "not saved yet" if state.waiting else "overdue: never saved"
     age = format_duration(state.rpo_ns)
     if state.overdue:
         return f"overdue: saved {age} ago, target {format_duration(state.rpo_target_ns)}"
@@ -83,6 +83,8 @@ def _level(state: Protection) -> Level:
         return Level.BAD
     if drill is not None and drill.result is Result.FAILED:
         return Level.BAD
+    if state.waiting:
+        return Level.WARNING
     slow = bool(state.rto_target_ns and state.rto_ns and state.rto_ns > state.rto_target_ns)
     if slow or (last is not None and (last.suspicious or last.result is Result.WARNINGS)):
         return Level.WARNING

@@ -187,6 +187,7 @@ class PolicyFollower:
             members.setdefault(policy.name, []).append(volume)
             found[policy.name] = policy
         self._members = members
+        self._journal.watch([name for names in members.values() for name in names])
         drills = [_drill_of(policy) for policy in found.values() if policy.drill is not None]
         return [*found.values(), *(each for each in drills if each is not None)]
 

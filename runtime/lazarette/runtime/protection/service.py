@@ -255,4 +255,6 @@ def _state(seen: VolumeState, has_policy: bool) -> str:
         return "suspicious" if last.suspicious else "failed"
     if not has_policy:
         return "manual" if seen.last_good else "unprotected"
+    if seen.waiting:
+        return "waiting"
     return "overdue" if seen.overdue else "protected"

@@ -62,7 +62,8 @@ def test_runs_without_an_end_have_failed(journal: Journal) -> None:
 
 def test_the_state_of_a_volume(journal: Journal, clock: FakeClock) -> None:
     nothing = journal.protection("db", HOUR)
-    assert nothing.overdue
+    assert nothing.waiting
+    assert not nothing.overdue
     assert nothing.rpo_ns is None
     good = journal.begin("p", "db", Kind.BACKUP)
     clock.advance(60)

@@ -116,6 +116,25 @@ async def test_overdue(listener: Listener, clock: FakeClock, state: State) -> No
     assert "2h old; the target is 1h" in listener.messages[0]["message"]
 
 
+async def test_a_new_policy_is_overdue_when_its_target_has_passed(
+    listener: Listener, clock: FakeClock, state: State
+) -> None:
+    journal, notifier = Journal(state, clock), Notifier(state, clock, "host-a")
+    each = policy(listener)
+    for begins in (1, 2):  # forgotten and set again, its time begins anew
+        journal.watch(["db"])
+        await notifier.looked_at(each, journal.protection("db", HOUR))
+        assert len(listener.messages) == 2 * (begins - 1)
+        clock.advance(3601)
+        await notifier.looked_at(each, journal.protection("db", HOUR))
+        assert listener.titles()[-1] == "db on host-a: overdue"
+        assert "there is no good backup; the target is 1h" in listener.messages[-1]["message"]
+        journal.watch([])
+        journal.watch(["db"])
+        await notifier.looked_at(each, journal.protection("db", HOUR))
+        assert listener.titles()[-1] == "db on host-a: no longer overdue"
+
+
 async def test_pings(listener: Listener, clock: FakeClock, state: State) -> None:
     notifier, each = Notifier(state, clock, "h"), policy(listener)
     await notifier.began(each)
@@ -151,6 +170,9 @@ def test_metrics(clock: FakeClock, state: State) -> None:
         return float(next(each for each in text.splitlines() if each.startswith(line)).split()[-1])
 
     assert value('lazarette_last_success_timestamp_seconds{policy="p",volume="db"}') == 0
+    assert value("lazarette_overdue") == 0
+    journal.watch(["db"])
+    clock.advance(3601)
     assert value("lazarette_overdue") == 1
     started = clock.now_ns() / NANOSECONDS
     outcome = replace(GOOD, bytes_read=1000, bytes_sent=10)
@@ -182,6 +204,10 @@ def test_status_lines(clock: FakeClock, state: State) -> None:
         found = status_line(journal.protection("db", HOUR, 5 * NANOSECONDS), "12:00+01:00")
         return found.level.value, found.text
 
+    journal.watch(["db"])
+    assert line() == ("warning", "not saved yet, next 12:00+01:00")
+    clock.advance(3601)
+    journal.watch(["db", "other"])
     assert line() == ("bad", "overdue: never saved, next 12:00+01:00")
     journal.end(journal.begin("p", "db", Kind.BACKUP), GOOD)
     clock.advance(60)
