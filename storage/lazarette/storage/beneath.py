@@ -13,6 +13,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 from lazarette.storage import mounts, syscalls
 from lazarette.storage.errors import InUse
@@ -107,7 +108,8 @@ def names(folder: int) -> list[bytes]:
 def walk(root: int, prunes: Callable[[bytes], bool] | None = None) -> Iterator[Entry]:
     """All entries below a folder, itself first, parents before children, sorted by name.
 
-    An entry that vanishes meanwhile is left out.  Depth is bounded by open descriptors, one
+    An entry that vanishes meanwhile is left out; a folder that something else replaces
+    meanwhile is that.  Depth is bounded by open descriptors, one
     a level.
 
     Args:
@@ -139,7 +141,8 @@ def _walk_into(root: int, prunes: Callable[[bytes], bool] | None) -> Iterator[En
                 try:
                     inner = open_folder(folder, name)
                 except OSError as refused:
-                    if refused.errno == errno.ENOENT:
+                    if refused.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                        stack[-1] = (folder, path, chain((name,), left))  # look again
                         continue
                     if refused.errno != errno.EXDEV:
                         raise

@@ -106,6 +106,25 @@ def renew_metadata(
     copy_metadata(source, name, status, target, target_name)
 
 
+def open_regular(parent: int, name: bytes) -> int:
+    """Open for reading what was seen to be a regular file.
+
+    Raises:
+        FileNotFoundError: it vanished since, or something else has its name.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        opened = os.open(name, flags, dir_fd=parent)
+    except OSError as refused:
+        if refused.errno in (errno.ELOOP, errno.ENXIO, errno.ENODEV):
+            raise FileNotFoundError(errno.ENOENT, "replaced meanwhile", name) from refused
+        raise
+    if stat.S_ISREG(os.fstat(opened).st_mode):
+        return opened
+    os.close(opened)
+    raise FileNotFoundError(errno.ENOENT, "replaced meanwhile", name)
+
+
 def copy_content(source: int, target: int, size: int) -> None:
     """Copy a file's content, by reflink where both are on a disk that can, holes kept."""
     if size == 0:
@@ -150,14 +169,19 @@ def _copy_range(source: int, target: int, start: int, end: int) -> int:
 def copy_entry(
     source: int, name: bytes, status: os.stat_result, target: int, target_name: bytes
 ) -> None:
-    """Copy one entry, a folder without what is in it; metadata included."""
+    """Copy one entry, a folder without what is in it; metadata included.
+
+    Raises:
+        FileNotFoundError: it vanished meanwhile, or something else has its name; what is made
+            of the copy stays.
+    """
     kind = stat.S_IFMT(status.st_mode)
     if kind == stat.S_IFDIR:
         os.mkdir(target_name, 0o700, dir_fd=target)
     elif kind == stat.S_IFLNK:
-        os.symlink(os.readlink(name, dir_fd=source), target_name, dir_fd=target)
+        os.symlink(_read_link(source, name), target_name, dir_fd=target)
     elif kind == stat.S_IFREG:
-        reading = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=source)
+        reading = open_regular(source, name)
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             writing = os.open(target_name, flags, 0o600, dir_fd=target)
@@ -200,8 +224,9 @@ def copy_tree(source: int, target: int, *, cancelled: Callable[[], bool] = lambd
                     _link(target, first, into, name)
                     continue
             copy_entry(entry.parent, entry.name, entry.status, into, name)
-        except FileNotFoundError:
-            continue  # it vanished meanwhile
+        except FileNotFoundError:  # it vanished meanwhile
+            beneath.remove_tree(into, name)
+            continue
         finally:
             os.close(into)
         if entry.is_folder:
@@ -218,6 +243,15 @@ def copy_tree(source: int, target: int, *, cancelled: Callable[[], bool] = lambd
         finally:
             os.close(into)
     copy_metadata(source, b".", os.fstat(source), target, b".")
+
+
+def _read_link(parent: int, name: bytes) -> bytes:
+    try:
+        return os.readlink(name, dir_fd=parent)
+    except OSError as refused:
+        if refused.errno == errno.EINVAL:
+            raise FileNotFoundError(errno.ENOENT, "replaced meanwhile", name) from refused
+        raise
 
 
 def _link(root: int, first: bytes, into: int, name: bytes) -> None:

@@ -67,8 +67,9 @@ class RefreshedCopy:
             touched.append(entry.path)
             try:
                 self._renew(entry, before.get(entry.path), first)
-            except FileNotFoundError:
-                del now[entry.path]  # it vanished meanwhile: the next refresh sees that
+            except FileNotFoundError:  # it vanished meanwhile: nothing of it may stay
+                del now[entry.path]
+                self._drop(entry.path)
         for path in sorted(before.keys() - now.keys(), reverse=True):
             self._drop(path)
         self._set_folders(now, touched)
@@ -102,10 +103,9 @@ class RefreshedCopy:
             os.close(into)
 
     def _clone_again(self, entry: beneath.Entry, into: int, name: bytes) -> None:
-        flags = os.O_NOFOLLOW | os.O_CLOEXEC
-        source = os.open(entry.name, os.O_RDONLY | flags, dir_fd=entry.parent)
+        source = copying.open_regular(entry.parent, entry.name)
         try:
-            target = os.open(name, os.O_WRONLY | flags, dir_fd=into)
+            target = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=into)
             try:
                 # the end of a clone may lie in the middle of a block only at the end of a file
                 status = os.fstat(source)

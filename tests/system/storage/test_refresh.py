@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tests.support.volumes import snapshot_of
 
-from lazarette.storage import beneath
+from lazarette.storage import beneath, copying
 from lazarette.storage.pool import GIB, Pool, PoolFormat
 from lazarette.storage.refresh import RefreshedCopy
 
@@ -74,6 +74,27 @@ def mutate(root: Path, rnd: random.Random, count: int) -> None:
                     memory[rnd.randrange(len(memory))] = rnd.randrange(256)
         except (OSError, ValueError):
             continue
+
+
+def test_nothing_stays_of_what_vanishes_while_it_is_copied(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = disk / "source", disk / "target"
+    source.mkdir()
+    target.mkdir()
+    for name in "ab":
+        (source / name).write_text("x")
+    read_xattrs = copying.read_xattrs
+
+    def vanishing(parent: int, name: bytes) -> dict[str, bytes]:
+        if name == b"b":
+            (source / "b").unlink(missing_ok=True)
+        return read_xattrs(parent, name)
+
+    monkeypatch.setattr(copying, "read_xattrs", vanishing)
+    with beneath.opened(source) as reading, beneath.opened(target) as writing:
+        RefreshedCopy(reading, writing).refresh()
+        assert snapshot_of(target) == snapshot_of(source)
 
 
 @pytest.mark.parametrize("seed", range(3))

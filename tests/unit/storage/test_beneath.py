@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,26 @@ def test_walk_marks_mount_points_and_stays_out(tmp_path: Path) -> None:
             ]
     finally:
         mounts.unmount(tree / "inner")
+
+
+@pytest.mark.parametrize("replace", [Path.touch, lambda path: path.symlink_to("/"), os.mkfifo])
+def test_walk_sees_what_replaces_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replace: Callable[[Path], None]
+) -> None:
+    (tmp_path / "changing").mkdir()
+    (tmp_path / "later").mkdir()
+    open_folder = beneath.open_folder
+
+    def replacing(parent: int, name: bytes) -> int:
+        if name == b"changing":
+            (tmp_path / "changing").rmdir()
+            replace(tmp_path / "changing")
+        return open_folder(parent, name)
+
+    monkeypatch.setattr(beneath, "open_folder", replacing)
+    with beneath.opened(tmp_path) as root:
+        found = {entry.path: entry.is_folder for entry in beneath.walk(root)}
+    assert found == {b"": True, b"changing": False, b"later": True}
 
 
 def test_walk_can_be_left_early(tmp_path: Path) -> None:
