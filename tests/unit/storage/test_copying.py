@@ -17,7 +17,13 @@ def _socket(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "replace",
-    [lambda path: None, Path.mkdir, lambda path: path.symlink_to("/etc/passwd"), os.mkfifo, _socket],
+    [
+        lambda path: None,
+        Path.mkdir,
+        lambda path: path.symlink_to("/etc/passwd"),
+        os.mkfifo,
+        _socket,
+    ],
     ids=["gone", "folder", "link", "fifo", "socket"],
 )
 def test_a_file_that_is_replaced_has_vanished(
