@@ -193,7 +193,7 @@ class Engine:
         )
         self.fills.replaced = self._restart_users
         hands = EngineHands(self.images, keep, self.networks, self.containers)
-        recovery = HostRecovery(repositories, restores, self.volumes, book, hands)
+        recovery = HostRecovery(repositories, restores, self.fills, self.volumes, book, hands)
         standbys = StandbyService(
             self.volumes,
             repositories,

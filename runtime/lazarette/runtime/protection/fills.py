@@ -22,8 +22,8 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Awaitable, Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,6 +122,7 @@ class FillService:
         self._run_root = run_root
         self._watcher: asyncio.Task[None] | None = None
         self._died: list[str] = []
+        self._postponing = 0
         # Between looking whether a server answers and starting one, nobody else may do so.
         self._serving = threading.Lock()
         state.migrate("fills", _MIGRATIONS)
@@ -199,6 +200,15 @@ class FillService:
             except OSError as bad:
                 self._abandon(fill)
                 raise InternalError(f"volume {volume} cannot be shown: {bad}") from bad
+
+    @contextmanager
+    def postponed(self) -> Iterator[None]:
+        """Volumes are shown meanwhile, but filled only afterwards: what is urgent goes first."""
+        self._postponing += 1
+        try:
+            yield
+        finally:
+            self._postponing -= 1
 
     def complete(self, volume: str, rate: int = 0) -> None:
         """Begin to fill a lazy volume, or give a fill that runs another limit.
@@ -312,7 +322,7 @@ class FillService:
         mount = self._mount(fill)
         adopted = mount.ensure()
         self._volumes.redirect(fill.volume, merged)
-        if not fill.whole and not fill.lazy:
+        if not fill.whole and not fill.lazy and not self._postponing:
             mount.call("fill", bytes_per_second=float(fill.rate))
         return adopted
 
@@ -364,7 +374,7 @@ class FillService:
                 with self._state.write() as db:
                     db.execute("UPDATE fills SET whole = 1 WHERE volume = ?", (fill.volume,))
                 log.info("volume %s is whole", fill.volume)
-            elif not seen.filling:
+            elif not seen.filling and not self._postponing:
                 self._serve(fill)
         return False
 

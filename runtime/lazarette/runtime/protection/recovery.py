@@ -18,6 +18,7 @@ from lazarette.runtime.protection.definitions import (
     ContainerDefinition,
     Definitions,
 )
+from lazarette.runtime.protection.fills import FillService
 from lazarette.runtime.protection.images import PREFIX as IMAGE_PREFIX
 from lazarette.runtime.protection.policies import PolicyBook
 from lazarette.runtime.protection.repositories import RepositoryBook
@@ -89,7 +90,8 @@ class HostRecovery:
 
     Args:
         repositories: comes to know the bucket.
-        restores: fills volumes.
+        restores: shows or restores volumes.
+        fills: fills them, once the containers run.
         volumes: what is there already.
         policies: gets those that were set.
         hands: makes networks and containers.
@@ -99,12 +101,14 @@ class HostRecovery:
         self,
         repositories: RepositoryBook,
         restores: RestoreService,
+        fills: FillService,
         volumes: VolumeManager,
         policies: PolicyBook,
         hands: Hands,
     ) -> None:
         self._repositories = repositories
         self._restores = restores
+        self._fills = fills
         self._volumes = volumes
         self._policies = policies
         self._hands = hands
@@ -140,30 +144,60 @@ class HostRecovery:
             for record in newest_points(await self._restores.points(None, known.name))
         }
         chosen = _chosen(found, volumes, projects)
-        items = []
-        for record, definitions in chosen:
-            item = await self._volume(record, known.name, instant, dry_run, tell)
-            items.append(item)
-            if definitions.policy and item.result != _EXISTS:
-                items.append(self._policy(record.volume, definitions.policy, dry_run))
         whole = [
             msgspec.structs.replace(one, containers=[*_mates(one, projects), *one.containers])
             if projects or not volumes
             else one
             for _, one in chosen
         ]
-        items += await self._bring(whole, known.name, start, dry_run)
+        with self._fills.postponed():
+            items, lacking = await asyncio.gather(
+                self._volumes_of(chosen, known.name, instant, dry_run, tell),
+                self._images(whole, known.name, dry_run),
+            )
+            items += await self._bring(whole, lacking, start, dry_run)
         return Report("ok" if all(item.good for item in items) else "warnings", items)
 
     async def bring(self, definitions: Definitions, repository: str, *, start: bool) -> Report:
         """Bring what belongs to a volume that is here; containers that exist are started."""
-        items = await self._bring([definitions], repository, start, False, existing=True)
+        lacking = await self._images([definitions], repository, False)
+        items = await self._bring([definitions], lacking, start, False, existing=True)
         return Report("ok" if all(item.good for item in items) else "warnings", items)
+
+    async def _volumes_of(
+        self,
+        chosen: Sequence[tuple[SnapshotRecord, Definitions]],
+        repository: str,
+        instant: bool,
+        dry_run: bool,
+        tell: Tell,
+    ) -> list[Item]:
+        items = []
+        for record, definitions in chosen:
+            item = await self._volume(record, repository, instant, dry_run, tell)
+            items.append(item)
+            if definitions.policy and item.result != _EXISTS:
+                items.append(self._policy(record.volume, definitions.policy, dry_run))
+        return items
+
+    async def _images(
+        self, definitions: Sequence[Definitions], repository: str, dry_run: bool
+    ) -> dict[str, LazaretteError]:
+        """Bring the images of all containers; those that do not come, by id, and why."""
+        containers = unique(one for found in definitions for one in found.containers)
+        wanted = {} if dry_run else {one.image_id: one.image for one in containers}
+        lacking = {}
+        for image_id, reference in wanted.items():
+            try:
+                await self._hands.bring_image(reference, image_id, repository)
+            except LazaretteError as error:
+                lacking[image_id] = error
+        return lacking
 
     async def _bring(
         self,
         definitions: Sequence[Definitions],
-        repository: str,
+        lacking: Mapping[str, LazaretteError],
         start: bool,
         dry_run: bool,
         existing: bool = False,
@@ -175,7 +209,7 @@ class HostRecovery:
             if existing and await self._hands.has_container(container.name):
                 items.append(await self._start(container, start))
             else:
-                items.append(await self._container(container, repository, start, dry_run))
+                items.append(await self._container(container, lacking, start, dry_run))
         return items
 
     async def _start(self, container: ContainerDefinition, start: bool) -> Item:
@@ -245,7 +279,11 @@ class HostRecovery:
         return item
 
     async def _container(
-        self, container: ContainerDefinition, repository: str, start: bool, dry_run: bool
+        self,
+        container: ContainerDefinition,
+        lacking: Mapping[str, LazaretteError],
+        start: bool,
+        dry_run: bool,
     ) -> Item:
         item = Item("container", container.name, "")
         if await self._hands.has_container(container.name):
@@ -253,8 +291,10 @@ class HostRecovery:
             return item
         if dry_run:
             return item
+        if container.image_id in lacking:
+            item.result, item.good = lacking[container.image_id].message, False
+            return item
         try:
-            await self._hands.bring_image(container.image, container.image_id, repository)
             made = await self._hands.bring_container(container)
             item.result = "restored"
             if start and container.running:
