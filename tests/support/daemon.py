@@ -13,9 +13,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
+from lazarette.fuse import jsontext
+
 LAZ = Path(sys.executable).with_name("laz")
 LAZD = Path(sys.executable).with_name("lazd")
 _START_S = 60.0
+
+
+class _Listed(msgspec.Struct, rename={"id": "Id"}):
+    """A running container."""
+
+    id: str
 
 
 @dataclass
@@ -108,27 +118,23 @@ class Daemon:
             return
         if self.process.poll() is not None:
             self.start()
-        subprocess.run(
-            [
-                "curl",
-                "-s",
-                "--max-time",
-                "60",
-                "--unix-socket",
-                str(self.socket),
-                "-X",
-                "POST",
-                "http://d/lazarette/v1/shutdown",
-            ],
-            check=False,
-            stdout=subprocess.DEVNULL,
-        )
+        # nobody waits for what ignores SIGTERM
+        running = self._ask("GET", "containers/json") or b"[]"
+        for container in jsontext.decode(running, type=list[_Listed]):
+            self._ask("POST", f"containers/{container.id}/kill")
+        self._ask("POST", "lazarette/v1/shutdown")
         try:
             self.process.wait(60)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
             raise AssertionError(f"lazd did not end:\n{self.log[-4000:]}") from None
+
+    def _ask(self, method: str, path: str) -> bytes:
+        patience = ("--max-time", "60")
+        where = ("--unix-socket", str(self.socket), f"http://d/{path}")
+        asked = ["curl", "-s", *patience, "-X", method, *where]
+        return subprocess.run(asked, check=False, stdout=subprocess.PIPE).stdout
 
     def laz(
         self,
