@@ -1,9 +1,10 @@
-"""A source of lazy trees that is a folder, and fails when a file says so."""
+"""A source of lazy trees that is a folder, and fails or kills its server when a file says so."""
 
 from __future__ import annotations
 
 import errno
 import os
+import signal
 import stat
 import time
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ from lazarette.fuse.source import SourceEntry, Totals
 
 
 class FolderSource:
-    """Ids are paths; every call is counted in a file, and fails while ``broken`` exists."""
+    """Ids are paths; calls fail while ``broken`` exists, and kill while ``deadly`` does."""
 
     def __init__(self, folder: str, switches: str, block_size: int = 65536) -> None:
         self._folder = os.fsencode(folder)
@@ -27,6 +28,8 @@ class FolderSource:
     def _gate(self) -> None:
         if (self._switches / "slow").exists():
             time.sleep(0.005)
+        if (self._switches / "deadly").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
         if (self._switches / "broken").exists():
             raise OSError(errno.EHOSTUNREACH, "the source is broken")
 
@@ -85,4 +88,7 @@ class FolderSource:
 
 
 def folder_source(folder: str, switches: str) -> FolderSource:
+    """The source, unless ``stillborn`` exists: then whoever asks for it dies."""
+    if (Path(switches) / "stillborn").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
     return FolderSource(folder, switches)

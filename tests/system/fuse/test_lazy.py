@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.unions import kill_mount
+from tests.support.unions import kill, kill_mount
 from tests.support.waiting import until
 
 from lazarette.fuse import mount
@@ -148,6 +148,78 @@ def test_broken_source_gives_eio_after_the_deadline_and_recovers(lazy: Lazy) -> 
     assert (lazy.root / "d/e/c").read_bytes() == contents["d/e/c"]
 
 
+def require_standby(lazy: Lazy) -> None:
+    if not lazy.mount.status().standby:
+        pytest.skip("this kernel does not send requests again")
+
+
+def test_a_request_that_kills_every_server_is_an_error(lazy: Lazy) -> None:
+    contents = populate(lazy.source)
+    lazy.mount.start()
+    require_standby(lazy)
+    kept = os.open(lazy.root / "d/b", os.O_RDWR)
+    assert os.read(kept, 700_000) == contents["d/b"]
+    lazy.set("deadly", True)
+    with pytest.raises(OSError) as caught:
+        (lazy.root / "d/e/c").stat()
+    assert caught.value.errno == errno.EIO
+    lazy.set("deadly", False)
+    os.pwrite(kept, b"goes on", 0)
+    assert os.pread(kept, 7, 0) == b"goes on"
+    os.close(kept)
+    assert (lazy.root / "d/e/c").read_bytes() == contents["d/e/c"]
+    status = lazy.mount.status()
+    assert (status.handovers, status.lost) == (11, 0)
+
+
+def test_servers_that_die_before_they_serve_end_the_mount(lazy: Lazy) -> None:
+    contents = populate(lazy.source)
+    lazy.mount.start()
+    require_standby(lazy)
+    status = lazy.mount.status()
+    lazy.set("stillborn", True)
+    kill(status.pid)
+    with pytest.raises(OSError) as caught:
+        os.listdir(lazy.root)
+    assert caught.value.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+    lazy.set("stillborn", False)
+    assert not lazy.mount.ensure()
+    assert (lazy.root / "a").read_bytes() == contents["a"]
+
+
+def test_files_stay_open_while_servers_are_killed_during_the_fill(lazy: Lazy) -> None:
+    rng = random.Random(9)
+    model = bytearray(rng.randbytes(3_000_000))
+    (lazy.source / "f").write_bytes(model)
+    lazy.set("slow", True)
+    lazy.mount.start()
+    require_standby(lazy)
+    kills = int(os.environ.get("LAZ_KILLS", "4"))
+    fd = os.open(lazy.root / "f", os.O_RDWR)
+    for _ in range(kills):
+        lazy.mount.fill(bytes_per_second=50e6)
+        for _ in range(rng.randrange(1, 30)):
+            change(fd, model, rng)
+        kill(lazy.mount.status().pid)
+    lazy.set("slow", False)
+    lazy.fill()
+    os.close(fd)
+    assert (lazy.root / "f").read_bytes() == model
+    assert lazy.mount.status().handovers == kills
+    lazy.mount.stop()
+    assert (lazy.tree / "f").read_bytes() == model
+
+
+def change(fd: int, model: bytearray, rng: random.Random) -> None:
+    """Write somewhere, in the file and its model, and look somewhere else."""
+    offset = rng.randrange(len(model))
+    data = rng.randbytes(min(rng.choice((3, 5000, 200_000)), len(model) - offset))
+    done = os.pwrite(fd, data, offset)
+    model[offset : offset + done] = data[:done]
+    check = rng.randrange(len(model))
+    assert os.pread(fd, 1000, check) == model[check : check + 1000]
+
+
 def test_kills_during_fill_and_writes_lose_nothing(lazy: Lazy) -> None:
     rng = random.Random(7)
     model = bytearray(rng.randbytes(3_000_000))
@@ -159,12 +231,7 @@ def test_kills_during_fill_and_writes_lose_nothing(lazy: Lazy) -> None:
         fd = os.open(lazy.root / "f", os.O_RDWR)
         try:
             for _ in range(rng.randrange(1, 30)):
-                offset = rng.randrange(len(model))
-                data = rng.randbytes(min(rng.choice((3, 5000, 200_000)), len(model) - offset))
-                done = os.pwrite(fd, data, offset)
-                model[offset : offset + done] = data[:done]
-                check = rng.randrange(len(model))
-                assert os.pread(fd, 1000, check) == model[check : check + 1000]
+                change(fd, model, rng)
             kill_mount(lazy.mount)
         finally:
             os.close(fd)
