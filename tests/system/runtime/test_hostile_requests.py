@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import socket
+from collections.abc import Iterator
 
 import pytest
 from tests.support.daemon import Daemon
@@ -19,6 +21,17 @@ VALUES = {
     "a number out of range": b"1" + b"0" * 400,
 }
 WHOLE = (b"\xff\xfe\x00", b"[1, 2]", b'"x"', b"[" * 100_000)
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """One for all: what a test sends leaves nothing that another could see."""
+    if os.geteuid() != 0:
+        pytest.skip("the daemon needs root")
+    one = Daemon(tmp_path_factory.mktemp("hostile") / "d")
+    one.start()
+    yield one
+    one.end()
 
 
 def bodies(members: list[str]) -> dict[str, bytes]:
