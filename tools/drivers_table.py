@@ -43,6 +43,8 @@ WORDS = """
 - **changed extents**: changed byte ranges come from the filesystem's own trees, nothing is read.
 - **changed files**: both snapshots are compared; of files that are in both only the extents are
   read that they do not share.
+- **remapped users**: containers whose users are others on the host (`lazd --userns-remap`).
+  Every volume driver has them; in a `bind` volume owners stay the host's.
 - A change record that is lost or doubtful leads to a full comparison, never to a block left out.
 
 ## Options
@@ -110,13 +112,21 @@ def render() -> str:
     """The whole document."""
     lines = [HEAD, "## Layer drivers, in order of preference", ""]
     lines += [
-        "| driver | a new layer costs no copy | renaming a folder of a lower layer | needs |",
-        "|---|---|---|---|",
+        "| driver | a new layer costs no copy | renaming a folder of a lower layer "
+        "| remapped users | needs |",
+        "|---|---|---|---|---|",
     ]
     for layer in _layers():
         rename = "works" if layer.directory_rename else "EXDEV (mv copies)"
         needs = ", ".join(layer.needs) or "nothing"
-        lines.append(f"| `{layer.name}` | {_yes(layer.copy_on_write)} | {rename} | {needs} |")
+        cells = (
+            f"`{layer.name}`",
+            _yes(layer.copy_on_write),
+            rename,
+            _yes(layer.maps_owners),
+            needs,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## Volume drivers, in order of preference", ""]
     lines += [
         "| driver | snapshot | clone | size limit | rollback | changes | options | needs |",

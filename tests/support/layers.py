@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lazarette.storage.clock import SystemClock
+from lazarette.storage.idmaps import IdMap
 from lazarette.storage.layers.btrfs import BtrfsLayerDriver
 from lazarette.storage.layers.contract import LayerDriver
 from lazarette.storage.layers.copy import CopyLayerDriver
@@ -42,21 +43,22 @@ class LayerBench:
         self.kind = kind
         self.driver = driver
         self.root = root
-        self._mounted: list[str] = []
+        self._mounted: list[tuple[str, IdMap | None]] = []
 
     def key(self) -> str:
         """A fresh key."""
         return f"k{secrets.token_hex(6)}"
 
-    def mount(self, key: str) -> Path:
+    def mount(self, key: str, idmap: IdMap | None = None) -> Path:
         """Mount until the end of the test."""
-        self._mounted.append(key)
-        return self.driver.mount(key)
+        place = self.driver.mount(key, idmap)
+        self._mounted.append((key, idmap))
+        return place
 
-    def unmount(self, key: str) -> None:
+    def unmount(self, key: str, idmap: IdMap | None = None) -> None:
         """Give back one mount early."""
-        self._mounted.remove(key)
-        self.driver.unmount(key)
+        self._mounted.remove((key, idmap))
+        self.driver.unmount(key, idmap)
 
     def base(self, *members: tarfile.TarInfo | tuple[tarfile.TarInfo, bytes]) -> str:
         """A committed layer of a hand-made tar."""
@@ -82,8 +84,8 @@ class LayerBench:
 
     def clean(self) -> None:
         """Unmount and remove everything, children first."""
-        for key in self._mounted:
-            self.driver.unmount(key)
+        for key, idmap in self._mounted:
+            self.driver.unmount(key, idmap)
         self._mounted.clear()
         remove_all(self.driver)
 

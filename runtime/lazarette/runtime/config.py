@@ -22,6 +22,8 @@ class Config:
         volume_driver: default for new volumes; empty means chosen for this host.
         layer_driver: driver of image layers; empty means chosen for this host.
         runtime: ``crun`` or ``runc``; empty means probed.
+        userns_remap: whose subordinate ids the users of containers are, see
+            :mod:`lazarette.runtime.remap`; empty means that they are the host's.
         bridge: name of the default bridge.
         insecure_registries: registries reached without TLS or without checking it.
         registry_mirrors: base URLs asked before the hub.
@@ -39,6 +41,7 @@ class Config:
     volume_driver: str = ""
     layer_driver: str = ""
     runtime: str = ""
+    userns_remap: str = ""
     bridge: str = "laz0"
     insecure_registries: tuple[str, ...] = ("127.0.0.0/8", "::1/128")
     registry_mirrors: tuple[str, ...] = ()

@@ -41,7 +41,9 @@ log = logging.getLogger("lazarette")
 
 _LOCK_S, _RELEASE_S = 1.0, 120.0
 _RELEASING = b"releasing"
-_CONFIG_KEYS = ("volume_driver", "layer_driver", "runtime", "bridge", "advertise_address")
+_CONFIG_KEYS = (
+    *("volume_driver", "layer_driver", "runtime", "userns_remap", "bridge", "advertise_address"),
+)
 _CONFIG_PATHS = ("policy_file",)
 _CONFIG_NUMBERS = ("parallel_backups", "safety_days")
 _CONFIG_LISTS = ("etcd", "insecure_registries", "registry_mirrors", "labels")
@@ -81,6 +83,12 @@ class AlreadyRunning(Conflict):
 )
 @click.option("--bridge", default=None, help="Name of the default bridge.")
 @click.option("--etcd", multiple=True, help="URL of an etcd, for networks over several hosts.")
+@click.option(
+    "--userns-remap",
+    default=None,
+    metavar="default|USER[:GROUP]",
+    help="Whose subordinate ids the users of containers are.",
+)
 @click.option("--advertise-address", default=None, help="Address other hosts reach this one at.")
 @click.option("--tlscacert", default=None, help="Clients must have a certificate of this CA.")
 @click.option("--tlscert", default=None)
@@ -95,6 +103,7 @@ def lazd(
     config_file: Path | None,
     bridge: str | None,
     etcd: tuple[str, ...],
+    userns_remap: str | None,
     advertise_address: str | None,
     tlscacert: str | None,
     tlscert: str | None,
@@ -124,6 +133,8 @@ def lazd(
         config = replace(config, bridge=bridge)
     if etcd:
         config = replace(config, etcd=etcd)
+    if userns_remap is not None:
+        config = replace(config, userns_remap=userns_remap)
     if advertise_address is not None:
         config = replace(config, advertise_address=advertise_address)
     tls = tls_files(tlscacert, tlscert, tlskey)

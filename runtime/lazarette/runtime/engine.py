@@ -131,6 +131,7 @@ class Engine:
                 self.containers.cgroup_parent,
                 self.networks,
                 self._network_of,
+                self.containers.places.roots,
             ),
             self.state,
             self.clock,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lazarette.storage import syscalls
-from lazarette.storage.errors import InternalError, NotRoot
+from lazarette.storage.errors import InternalError, MissingFeature, NotRoot
 from lazarette.storage.syscalls import AT_FDCWD, MountAttr, Propagation, Resolve
 
 AnyPath = Path | str | bytes
@@ -224,6 +224,7 @@ def bind(
         user_namespace: descriptor of a user namespace whose id map to apply.
 
     Raises:
+        MissingFeature: one of the filesystems cannot map owners.
         MountFailed: the kernel refused.
     """
     directory, path = (source, b"") if isinstance(source, int) else (AT_FDCWD, os.fsencode(source))
@@ -231,9 +232,7 @@ def bind(
         tree = syscalls.open_tree(directory, path, clone=True, recursive=recursive)
         try:
             if user_namespace is not None:
-                syscalls.mount_setattr(
-                    tree, b"", add=MountAttr.IDMAP, user_namespace=user_namespace
-                )
+                _map_owners(tree, target, user_namespace, recursive=recursive)
             own = attributes | (MountAttr.READ_ONLY if read_only else MountAttr.NONE)
             if own:
                 syscalls.mount_setattr(tree, b"", add=own)
@@ -244,6 +243,45 @@ def bind(
             syscalls.move_mount(tree, AT_FDCWD, os.fsencode(target))
         finally:
             os.close(tree)
+
+
+@contextmanager
+def mapped(folder: AnyPath, user_namespace: int) -> Iterator[int]:
+    """A folder with its owners mapped, mounted nowhere: a descriptor to begin paths with.
+
+    Args:
+        folder: which; mounts below it are left out.
+        user_namespace: descriptor of a user namespace whose id map to apply.
+
+    Raises:
+        MissingFeature: its filesystem cannot map owners.
+    """
+    with _explained("mapping the owners of", folder):
+        tree = syscalls.open_tree(AT_FDCWD, os.fsencode(folder), clone=True, recursive=False)
+    try:
+        _map_owners(tree, folder, user_namespace, recursive=False)
+        yield tree
+    finally:
+        os.close(tree)
+
+
+def _map_owners(tree: int, shown: AnyPath, user_namespace: int, *, recursive: bool) -> None:
+    with _explained("mapping the owners of", shown):
+        try:
+            syscalls.mount_setattr(
+                tree,
+                b"",
+                add=MountAttr.IDMAP,
+                user_namespace=user_namespace,
+                recursive=recursive,
+            )
+        except OSError as refused:
+            if refused.errno != errno.EINVAL:
+                raise
+            raise MissingFeature(
+                f"the filesystem at {os.fsdecode(shown)} cannot map owners",
+                hint="start the container with --userns=host, or use another driver",
+            ) from refused
 
 
 def move(source: AnyPath, target: AnyPath) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntFlag
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -44,6 +46,7 @@ _OPEN_TREE_CLOEXEC = os.O_CLOEXEC
 _MOVE_MOUNT_F_EMPTY_PATH = 0x04
 _MOVE_MOUNT_T_EMPTY_PATH = 0x40
 _FSOPEN_CLOEXEC = 1
+_CAPABILITY_VERSION_3 = 0x20080522
 _FSMOUNT_CLOEXEC = 1
 _FSPICK_CLOEXEC = 1
 
@@ -249,6 +252,34 @@ def mount_setattr(
         ctypes.c_size_t(len(attributes)),
         path=path,
     )
+
+
+@contextmanager
+def filesystem_ids(uid: int, gid: int) -> Iterator[None]:
+    """Make files as another user, in this thread alone, without losing root's rights.
+
+    Through a mount that maps owners nobody can make a file whose user the map lacks, and
+    the host's root is such a one.  Never ``await`` inside.
+    """
+    before = _libc.setfsgid(gid), _libc.setfsuid(uid)
+    try:
+        _raise_permitted()
+        yield
+    finally:
+        _libc.setfsuid(before[1])
+        _libc.setfsgid(before[0])
+
+
+def _raise_permitted() -> None:
+    """Make all permitted capabilities effective: leaving fsuid 0 has taken some away."""
+    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+    data = ctypes.create_string_buffer(24)
+    if _libc.capget(ctypes.c_char_p(header), data) != 0:
+        raise _failed()
+    sets = list(struct.unpack("=6I", data.raw))
+    sets[0], sets[3] = sets[1], sets[4]
+    if _libc.capset(ctypes.c_char_p(header), ctypes.c_char_p(struct.pack("=6I", *sets))) != 0:
+        raise _failed()
 
 
 def classic_mount(source: bytes, target: bytes, kind: str, flags: int, options: bytes) -> None:

@@ -150,6 +150,7 @@ class SystemRoutes:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         options = ["name=seccomp,profile=builtin"] if manager.facts.seccomp else []
         options += ["name=apparmor"] if manager.facts.apparmor else []
+        options += ["name=userns"] if manager.facts.idmap is not None else []
         has = hierarchies.has
         v2 = hierarchies.layout is Layout.V2
         return json_response(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import select
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
@@ -19,7 +20,7 @@ import msgspec
 from lazarette.runtime.builds.errors import StepFailed
 from lazarette.runtime.builds.options import Limits
 from lazarette.runtime.builds.runner import RunMount, RunRequest
-from lazarette.runtime.containers import spec
+from lazarette.runtime.containers import spec, users
 from lazarette.runtime.containers.model import ContainerConfig, HostConfig, Ulimit
 from lazarette.runtime.containers.networking import JOIN
 from lazarette.runtime.containers.oci import OciRuntime
@@ -28,6 +29,7 @@ from lazarette.runtime.containers.rootfs import resolve_user
 from lazarette.runtime.networks.model import Endpoint, EndpointRequest
 from lazarette.storage import beneath, process
 from lazarette.storage.errors import Cancelled, InvalidArgument, LazaretteError
+from lazarette.storage.idmaps import IdMap
 
 HOSTNAME: Final = "build"
 _CHUNK = 1 << 16
@@ -40,8 +42,8 @@ _HOSTS = b"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
 class Networks(Protocol):
     """What steps need of the network manager."""
 
-    def create_sandbox(self, container: str) -> Path:
-        """Make a network namespace; one that is there is kept."""
+    def create_sandbox(self, container: str, new: Path | None = None) -> Path:
+        """Make a network namespace, or take a new one; one that is there is kept."""
         ...
 
     def attach(self, container: str, requests: Sequence[EndpointRequest]) -> list[Endpoint]:
@@ -69,6 +71,14 @@ class Joined:
 Join = Callable[[str], Joined]
 
 
+@dataclass(frozen=True)
+class _Remapped:
+    """What a step with users of its own has: namespaces, and its root as they reach it."""
+
+    namespaces: users.Namespaces
+    root: Path
+
+
 class _Child(Protocol):
     """A started program."""
 
@@ -86,6 +96,7 @@ class OciStepRunner:
         cgroup_parent: path below which steps get their control groups.
         networks: the network manager; None gives steps no network but the host's.
         join: finds the network of a container.
+        roots: where remapped users reach the root of a step.
     """
 
     def __init__(
@@ -96,7 +107,9 @@ class OciStepRunner:
         cgroup_parent: str,
         networks: Networks | None = None,
         join: Join | None = None,
+        roots: Path | None = None,
     ) -> None:
+        self._roots = roots
         self._runtime = runtime
         self._facts = facts
         self._folder = folder
@@ -105,6 +118,11 @@ class OciStepRunner:
         self._join = join
         self._lock = Lock()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    @property
+    def idmap(self) -> IdMap | None:
+        """See :attr:`StepRunner.idmap`."""
+        return self._facts.idmap if self._roots is not None else None
 
     def targets(self) -> Mapping[str, bool]:
         """See :meth:`StepRunner.targets`."""
@@ -115,12 +133,32 @@ class OciStepRunner:
         """See :meth:`StepRunner.run`."""
         bundle = self._folder / request.id
         bundle.mkdir(mode=0o700)
-        try:
-            configuration = self._configuration(request, bundle)
+        with ExitStack() as until:
+            until.callback(beneath.remove_path, bundle)
+            owned = None
+            if request.idmap is not None:
+                owned = until.enter_context(self._remapped(request, request.idmap))
+            configuration = self._configuration(request, bundle, owned)
             (bundle / "config.json").write_bytes(msgspec.json.encode(configuration))
             return self._attended(request.id, bundle, output, cancelled)
-        finally:
-            beneath.remove_path(bundle)
+
+    @contextmanager
+    def _remapped(self, request: RunRequest, idmap: IdMap) -> Iterator[_Remapped]:
+        """The namespaces of a step with users of its own, and its root as they reach it."""
+        name = request.network
+        if name == "host" or name.startswith(JOIN):
+            raise StepFailed(
+                f"RUN cannot use the network {name} when user namespaces are enabled",
+                hint="allow security.insecure, and use RUN --security=insecure",
+            )
+        assert self._roots is not None
+        place = self._roots / request.id
+        with users.fresh(idmap) as made:
+            try:
+                yield _Remapped(made, users.show_root(request.root, place, idmap))
+            finally:
+                users.hide_root(place)
+                self.release(request.id)
 
     def recover(self) -> None:
         """See :meth:`StepRunner.recover`."""
@@ -135,7 +173,9 @@ class OciStepRunner:
 
     # ---- configuration
 
-    def _configuration(self, request: RunRequest, bundle: Path) -> dict[str, object]:
+    def _configuration(
+        self, request: RunRequest, bundle: Path, owned: _Remapped | None
+    ) -> dict[str, object]:
         root = os.open(request.root, os.O_PATH | os.O_DIRECTORY)
         try:
             user = resolve_user(root, request.user)
@@ -145,9 +185,9 @@ class OciStepRunner:
             os.close(root)
         definition = self._definition(request)
         namespaces = {"mount": "", "pid": "", "ipc": "", "uts": ""}
-        hosts, resolver = self._network(request, namespaces)
+        hosts, resolver = self._network(request, namespaces, owned)
         made = spec.Prepared(
-            rootfs=request.root,
+            rootfs=request.root if owned is None else owned.root,
             user=user,
             cgroup=f"/{self._cgroup_parent}/{request.id}",
             namespaces=namespaces,
@@ -155,6 +195,7 @@ class OciStepRunner:
             mounts=[_placed(mount) for mount in request.mounts],
             hostname=HOSTNAME,
             env=spec.environment(definition, HOSTNAME, user.home),
+            idmap=request.idmap,
         )
         configuration = spec.build(definition, made, self._facts)
         request.devices.apply(configuration)
@@ -176,8 +217,14 @@ class OciStepRunner:
             command=list(request.argv),
         )
 
-    def _network(self, request: RunRequest, namespaces: dict[str, str]) -> tuple[bytes, bytes]:
+    def _network(
+        self, request: RunRequest, namespaces: dict[str, str], owned: _Remapped | None
+    ) -> tuple[bytes, bytes]:
         """Choose the network namespace; the texts of ``hosts`` and ``resolv.conf``."""
+        sandbox, new = request.sandbox, None
+        if owned is not None:
+            namespaces["user"] = str(owned.namespaces.user)
+            sandbox, new = request.id, owned.namespaces.network
         name = request.network or "default"
         if name == "host":
             return _HOSTS, _host_resolver()
@@ -189,14 +236,14 @@ class OciStepRunner:
             namespaces["network"] = joined.namespace
             return joined.hosts, joined.resolv_conf
         if name == "none" or self._networks is None:
-            namespaces["network"] = ""
+            namespaces["network"] = "" if new is None else str(new)
             return _HOSTS, b""
         with self._lock:
-            path = self._networks.create_sandbox(request.sandbox)
+            path = self._networks.create_sandbox(sandbox, new)
             network = "bridge" if name == "default" else name
-            self._networks.attach(request.sandbox, [EndpointRequest(network=network)])
+            self._networks.attach(sandbox, [EndpointRequest(network=network)])
             namespaces["network"] = str(path)
-            return _HOSTS, self._networks.resolv_conf(request.sandbox)
+            return _HOSTS, self._networks.resolv_conf(sandbox)
 
     @staticmethod
     def _files(request: RunRequest, bundle: Path, hosts: bytes, resolver: bytes) -> dict[str, Path]:
@@ -207,6 +254,8 @@ class OciStepRunner:
         texts["resolv.conf"] = resolver
         for name, text in texts.items():
             (bundle / name).write_bytes(text)
+            if request.idmap is not None:
+                os.chown(bundle / name, *request.idmap.root)
         return {f"/etc/{name}": bundle / name for name in texts}
 
     # ---- the process

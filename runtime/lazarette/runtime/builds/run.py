@@ -23,6 +23,7 @@ from lazarette.runtime.builds.state import StageState
 from lazarette.runtime.builds.work import Work
 from lazarette.storage import copying, mounts
 from lazarette.storage.beneath import opened, remove_path
+from lazarette.storage.idmaps import IdMap
 from lazarette.storage.layers.overlay import stack
 
 AGENT_FOLDER: Final = "/run/buildkit"
@@ -82,21 +83,25 @@ class MountMaker:
     Args:
         work: the build.
         caches: folders of cache mounts.
-        origin: opens what ``from`` names; the build context for an empty name.
+        origin: opens what ``from`` names, a layer with an id map; the build context for an
+            empty name.
         working_dir: targets may be relative to it.
+        idmap: whom the users of the step are on the host; it sees its mounts with it.
     """
 
     def __init__(
         self,
         work: Work,
         caches: CacheMounts,
-        origin: Callable[[str], SourceTree],
+        origin: Callable[[str, IdMap | None], SourceTree],
         working_dir: str,
+        idmap: IdMap | None,
     ) -> None:
         self._work = work
         self._caches = caches
         self._origin = origin
         self._cwd = working_dir or "/"
+        self._idmap = idmap
         self._env: list[str] = []
 
     @contextmanager
@@ -119,7 +124,7 @@ class MountMaker:
                 file = self._temporary(until) / "script"
                 file.write_bytes(content)
                 file.chmod(0o755)
-                found.append(RunMount(path, file, False))
+                found.append(RunMount(path, self._mapped(file, until), False))
             yield found, self._env
 
     def _target(self, mount: StepMount) -> str:
@@ -135,10 +140,13 @@ class MountMaker:
             return self._cache(mount, until)
         if mount.kind is MountKind.SECRET:
             return self._secret(mount, until)
-        return self._agent(mount)
+        return self._agent(mount, until)
 
     def _bind(self, mount: StepMount, until: ExitStack) -> RunMount:
-        source = self._host_path(mount)
+        tree = self._origin(mount.origin, self._idmap)
+        source = self._host_path(mount, tree)
+        if tree.is_context:
+            source = self._mapped(source, until)
         if not mount.writable:
             return RunMount(self._target(mount), source, False)
         if not source.is_dir():
@@ -155,12 +163,27 @@ class MountMaker:
         base = self._temporary(until)
         for name in ("upper", "work", "merged"):
             (base / name).mkdir()
+        if self._idmap is not None:
+            os.chown(base / "upper", *self._idmap.root)
         stack([source], base / "upper", base / "work", base / "merged")
         until.callback(mounts.unmount, base / "merged")
         return base / "merged"
 
-    def _host_path(self, mount: StepMount) -> Path:
-        tree = self._origin(mount.origin)
+    def _mapped(self, path: Path, until: ExitStack) -> Path:
+        """A file or folder of ours as the step is to see it, with the owners it knows."""
+        if self._idmap is None:
+            return path
+        place = self._temporary(until) / path.name
+        if path.is_dir():
+            place.mkdir()
+        else:
+            place.touch()
+        mounts.bind(path, place, recursive=False, user_namespace=self._idmap.namespace)
+        until.callback(mounts.unmount, place, detach=True)
+        return place
+
+    @staticmethod
+    def _host_path(mount: StepMount, tree: SourceTree) -> Path:
         path = os.fsencode(mount.source or "/")
         if tree.tree.status(path, follow=True) is None:
             where = mount.origin or "the build context"
@@ -170,9 +193,9 @@ class MountMaker:
     def _cache(self, mount: StepMount, until: ExitStack) -> RunMount:
         initial: Path | None = None
         if mount.origin:
-            initial = self._host_path(mount)
+            initial = self._host_path(mount, self._origin(mount.origin, None))
         folder = until.enter_context(self._caches.used(mount, initial, self._work.cancelled))
-        return RunMount(self._target(mount), folder, mount.writable)
+        return RunMount(self._target(mount), self._mapped(folder, until), mount.writable)
 
     def _secret(self, mount: StepMount, until: ExitStack) -> RunMount | None:
         secret = self._work.options.secrets.get(mount.id)
@@ -194,9 +217,9 @@ class MountMaker:
             target.write(secret.data)
             os.fchown(descriptor, mount.uid, mount.gid)
             os.fchmod(descriptor, 0o400 if mount.mode is None else mount.mode)
-        return RunMount(self._target(mount), file, False)
+        return RunMount(self._target(mount), self._mapped(file, until), False)
 
-    def _agent(self, mount: StepMount) -> RunMount | None:
+    def _agent(self, mount: StepMount, until: ExitStack) -> RunMount | None:
         path = self._work.options.ssh.get(mount.id)
         if path is None:
             if mount.required:
@@ -210,7 +233,7 @@ class MountMaker:
         target = mount.target or f"{AGENT_FOLDER}/ssh_agent.{number}"
         if number == 0:
             self._env.append(f"SSH_AUTH_SOCK={target}")
-        return RunMount(target, Path(path), True)
+        return RunMount(target, self._mapped(Path(path), until), True)
 
     def _temporary(self, until: ExitStack) -> Path:
         folder = self._work.folder / "mounts" / secrets.token_hex(8)

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from lazarette.runtime.builds.options import Limits
 from lazarette.runtime.cdi import Edits
+from lazarette.storage.idmaps import IdMap
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class RunRequest:
         limits: resources.
         privileged: ``--security=insecure``.
         devices: what a vendor's devices need.
+        idmap: the root and the mounts are seen with; None: with the host's users.
     """
 
     id: str
@@ -62,10 +64,16 @@ class RunRequest:
     limits: Limits = field(default_factory=Limits)
     privileged: bool = False
     devices: Edits = field(default_factory=Edits)
+    idmap: IdMap | None = None
 
 
 class StepRunner(Protocol):
     """Runs the processes of builds."""
+
+    @property
+    def idmap(self) -> IdMap | None:
+        """Whom the users of steps are on the host; what a step sees has their owners."""
+        ...
 
     def targets(self) -> Mapping[str, bool]:
         """Paths the runtime mounts something on in every run; whether each is a folder."""

@@ -42,6 +42,7 @@ from lazarette.runtime.builds.stubs import Stubs
 from lazarette.runtime.builds.tree import Tree
 from lazarette.runtime.builds.work import MadeLayer, Work
 from lazarette.storage.errors import NoSpace
+from lazarette.storage.idmaps import IdMap, as_root
 
 _SHORT = 12
 
@@ -273,15 +274,17 @@ class StageRunner:
         work, state, runner = self._work, self._state, self._work.services.runner
         expander = state.scope.expander(state.env)
         script = script_of(step, state.shell)
-        with ExitStack() as until, work.active(state.layer) as layer:
+        idmap = None if step.security == "insecure" else runner.idmap
+        with ExitStack() as until, work.active(state.layer, idmap) as layer:
 
-            def source(origin: str) -> SourceTree:
-                return self._opened(self._origin(origin, step), until)
+            def source(origin: str, seen: IdMap | None) -> SourceTree:
+                return self._opened(self._origin(origin, step), until, seen)
 
-            maker = MountMaker(work, self._caches, source, state.config.working_dir)
+            maker = MountMaker(work, self._caches, source, state.config.working_dir, idmap)
             found, extra = until.enter_context(maker.made(expanded_mounts(step, expander), script))
             stubs = Stubs(layer.tree)
-            stubs.make({**runner.targets(), **stub_targets(found)})
+            with as_root(idmap):
+                stubs.make({**runner.targets(), **stub_targets(found)})
             try:
                 request = RunRequest(
                     id=run_id,
@@ -297,6 +300,7 @@ class StageRunner:
                     limits=work.options.limits,
                     privileged=step.security == "insecure",
                     devices=edits([parse_device(text) for text in step.devices]),
+                    idmap=idmap,
                 )
                 code = runner.run(request, self._channel.output, work.cancelled)
             finally:
@@ -308,10 +312,11 @@ class StageRunner:
                 )
             return layer.keep(state.chain, stubs.touched)
 
-    def _opened(self, origin: Origin, until: ExitStack) -> SourceTree:
+    def _opened(self, origin: Origin, until: ExitStack, idmap: IdMap | None = None) -> SourceTree:
+        """What a ``from`` leads to; of a layer with its owners mapped."""
         if origin.files is not None:
             return origin.files()
-        root = until.enter_context(self._work.mounted(origin.layer))
+        root = until.enter_context(self._work.mounted(origin.layer, idmap))
         tree = until.enter_context(Tree(root))
         return SourceTree(tree, origin.name, False)
 

@@ -31,6 +31,7 @@ from lazarette.storage import beneath
 from lazarette.storage.changes import Change, ChangeKind
 from lazarette.storage.clock import NANOSECONDS, Clock
 from lazarette.storage.errors import Cancelled
+from lazarette.storage.idmaps import IdMap
 from lazarette.storage.layers.contract import LayerDriver
 
 LAYER_PREFIX = "build-"
@@ -118,7 +119,7 @@ class Work:
         return self.services.clock.now_ns() if epoch is None else epoch * NANOSECONDS
 
     @contextmanager
-    def mounted(self, key: str | None) -> Iterator[Path]:
+    def mounted(self, key: str | None, idmap: IdMap | None = None) -> Iterator[Path]:
         """A committed layer's tree, to read; an empty folder for none.
 
         It is seen through a layer of the build's own, so that whatever a killed daemon
@@ -129,17 +130,22 @@ class Work:
             empty.mkdir(exist_ok=True)
             yield empty
             return
-        with self.active(key) as layer:
+        with self.active(key, idmap) as layer:
             yield layer.root
 
     @contextmanager
-    def active(self, parent: str | None) -> Iterator[ActiveLayer]:
-        """A new layer on a parent, mounted for the block and gone after it."""
+    def active(self, parent: str | None, idmap: IdMap | None = None) -> Iterator[ActiveLayer]:
+        """A new layer on a parent, mounted for the block and gone after it.
+
+        Args:
+            parent: the layer below.
+            idmap: it is mounted with; see :meth:`LayerDriver.mount`.
+        """
         layers = self.services.layers
         key = f"{LAYER_PREFIX}{secrets.token_hex(16)}"
         layers.prepare(key, parent)
         try:
-            root = layers.mount(key)
+            root = layers.mount(key, idmap)
             active = ActiveLayer(self, key, root)
             try:
                 with Tree(root) as tree:

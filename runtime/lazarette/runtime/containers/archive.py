@@ -24,6 +24,7 @@ from lazarette.storage import beneath
 from lazarette.storage import mounts as kernel_mounts
 from lazarette.storage.changes import ChangeKind
 from lazarette.storage.errors import InvalidArgument, VolumeNotFound
+from lazarette.storage.idmaps import IdMap, as_root
 from lazarette.storage.layers.apply import LayerReader
 from lazarette.storage.layers.contract import LayerDriver
 from lazarette.storage.layers.tar import TreeWriter
@@ -108,7 +109,7 @@ class Archives:
     def own_files(self, container: Container) -> Iterator[int]:
         """A descriptor of the container's root without anything mounted in it."""
         layer = container.definition.layer
-        folder = self._layers.mount(layer)
+        folder = self._layers.mount(layer, container.idmap)
         try:
             root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -194,7 +195,7 @@ class Archives:
         """
         found = self.stat(container, root, path)
         absolute = posixpath.join("/", path)
-        writer = TreeWriter(out)
+        writer = TreeWriter(out, container.idmap)
         if stat.S_ISDIR(found.status.st_mode):
             fd = open_in_root(root, absolute, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -216,7 +217,7 @@ class Archives:
     def export(self, container: Container, out: BinaryIO) -> None:
         """Write the whole root, without anything mounted in it, as a tar."""
         with self.own_files(container) as root:
-            writer = TreeWriter(out)
+            writer = TreeWriter(out, container.idmap)
             for entry in beneath.walk(root):
                 if entry.path:
                     writer.entry(entry.path, entry.parent, entry.name, entry.status)
@@ -288,7 +289,8 @@ class Archives:
             if own:
                 user = resolve_user(root, container.definition.config.user)
                 owner = (user.uid, user.gid)
-            _Unpacker(folder, keep_types, owner).apply(stream)
+            with as_root(container.idmap):
+                _Unpacker(folder, keep_types, owner, container.idmap).apply(stream)
         finally:
             os.close(folder)
 
@@ -331,8 +333,14 @@ def _refuse_read_only(container: Container, root: int, folder: int) -> None:
 class _Unpacker(LayerReader):
     """Unpacks a tar over what is there."""
 
-    def __init__(self, root: int, keep_types: bool, owner: tuple[int, int] | None) -> None:
-        super().__init__(root, None)
+    def __init__(
+        self,
+        root: int,
+        keep_types: bool,
+        owner: tuple[int, int] | None,
+        idmap: IdMap | None,
+    ) -> None:
+        super().__init__(root, None, idmap=idmap)
         self._keep_types = keep_types
         self._owner = owner
 

@@ -15,6 +15,7 @@ from lazarette.runtime.config import Config
 from lazarette.runtime.containers.logs import ContainerLog, Rotation, parse_options
 from lazarette.runtime.containers.record import Definition, State, Status
 from lazarette.storage.errors import InvalidArgument
+from lazarette.storage.idmaps import IdMap
 
 if TYPE_CHECKING:
     from lazarette.runtime.containers.exec import ExecSession
@@ -35,15 +36,18 @@ class Places:
     Attributes:
         data: folders that survive a reboot, one a container.
         run: folders that do not: bundles, sockets, pid files.
+        roots: where remapped users reach the root of their container.
     """
 
     data: Path
     run: Path
+    roots: Path
 
     @classmethod
     def of(cls, config: Config) -> Places:
         """The places of a daemon."""
-        return cls(config.data_root / "containers", config.exec_root / "containers")
+        run = config.exec_root
+        return cls(config.data_root / "containers", run / "containers", run / "roots")
 
 
 @dataclass
@@ -57,6 +61,7 @@ class Container:
         waiting: clients attached before its start.
         sessions: exec sessions by id.
         root_mounted: its run holds a mount of its root.
+        idmap: whom its users are on the host in this run; None: they are the host's.
         health_task, restart_timer: what goes on beside it.
         stopping: a stop by hand is under way.
         removing: a removal is under way.
@@ -69,6 +74,7 @@ class Container:
     waiting: list[asyncio.Future[socket.socket | None]] = field(default_factory=list)
     sessions: dict[str, ExecSession] = field(default_factory=dict)
     root_mounted: bool = False
+    idmap: IdMap | None = None
     health_task: asyncio.Task[None] | None = None
     restart_timer: asyncio.TimerHandle | None = None
     stopping: bool = False
@@ -94,6 +100,16 @@ class Container:
     def bundle(self) -> Path:
         """Its folder of the current run."""
         return self.places.run / self.id
+
+    @property
+    def shown_root(self) -> Path:
+        """Where its root is mounted for remapped users."""
+        return self.places.roots / self.id
+
+    @property
+    def owner(self) -> tuple[int, int]:
+        """User and group of the host that its root is."""
+        return (0, 0) if self.idmap is None else self.idmap.root
 
     @property
     def log_path(self) -> Path | None:

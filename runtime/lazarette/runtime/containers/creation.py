@@ -12,7 +12,7 @@ import posixpath
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from lazarette.runtime.containers import mounts, pidfd, resources, spec
+from lazarette.runtime.containers import mounts, pidfd, resources, spec, users
 from lazarette.runtime.containers.logs import parse_options
 from lazarette.runtime.containers.model import (
     ContainerConfig,
@@ -54,6 +54,7 @@ def define(
     config = merged_config(request, run, container_id)
     host = filled_host(request.host_config, facts)
     check(config, host, version)
+    users.check(host, facts.idmap)
     points = mounts.collect(
         host, mounts.merged_volumes(request.volumes, run.volumes), lookup, version
     )

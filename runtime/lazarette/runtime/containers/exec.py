@@ -263,6 +263,7 @@ class ExecSessions:
             stdin=request.attach_stdin,
             exec_spec=file,
             command=session.command[0],
+            owner=container.owner,
         )
 
     def _runs(self, session: ExecSession, started: conmon.Started) -> None:

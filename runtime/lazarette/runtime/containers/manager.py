@@ -13,6 +13,7 @@ import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 
+from lazarette.runtime import remap
 from lazarette.runtime.config import Config
 from lazarette.runtime.containers import (
     cgroups,
@@ -24,6 +25,7 @@ from lazarette.runtime.containers import (
     recover,
     spec,
     stats,
+    users,
 )
 from lazarette.runtime.containers.container import Container, Places
 from lazarette.runtime.containers.errors import (
@@ -99,7 +101,12 @@ class ContainerManager:
             folder.mkdir(parents=True, exist_ok=True, mode=0o711)
         hierarchies = cgroups.detect()
         self.runtime = oci.choose(config.runtime, hierarchies, config.exec_root)
-        self.facts = spec.find_facts(hierarchies, oci.find_init())
+        self.facts = spec.find_facts(
+            hierarchies, oci.find_init(), remap.idmap_of(config.userns_remap)
+        )
+        self.places.roots.mkdir(exist_ok=True, mode=0o710)
+        if self.facts.idmap is not None:
+            users.make_roots(self.places.roots, self.facts.idmap)
         self.cgroup_parent = oci.cgroup_parent(config.exec_root)
         self.store = ContainerStore(state)
         self.images = images

@@ -16,6 +16,7 @@ import asyncio
 import os
 import re
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,7 @@ class Launch:
         leave_stdin_open: a client that leaves does not end stdin.
         exec_spec: process file of an exec session.
         command: the program it starts, for errors.
+        owner: user and group of the host that root in the container is.
     """
 
     container: str
@@ -69,6 +71,7 @@ class Launch:
     leave_stdin_open: bool = False
     exec_spec: Path | None = None
     command: str = ""
+    owner: tuple[int, int] = (0, 0)
 
 
 class Monitor:
@@ -92,8 +95,12 @@ class Monitor:
             StartFailed: the runtime could not; with Docker's exit code for it.
             MonitorFailed: conmon itself failed.
         """
-        self._prime()
-        session = await asyncio.to_thread(self._spawn, launch)
+        if launch.exec_spec is not None and launch.owner != (0, 0):
+            session = await self.prepare_exec(launch)
+            session.go()
+        else:
+            self._prime()
+            session = await asyncio.to_thread(self._spawn, launch)
         try:
             return await session.finish(launch.folder)
         finally:
@@ -110,6 +117,8 @@ class Monitor:
         session = await asyncio.to_thread(self._spawn, launch, True)
         try:
             await session.wait_attachable()
+            if launch.owner != (0, 0):
+                _give_pipes(launch)
         except BaseException:
             session.close()
             raise
@@ -201,8 +210,7 @@ class Session:
         sync = jsontext.decode(said.splitlines()[0], type=_Sync)
         if sync.data < 0:
             raise start_failure(sync.message, self._runtime, self._command)
-        monitor = int((folder / "conmon.pid").read_text())
-        return Started(sync.data, monitor)
+        return Started(sync.data, _monitor_pid(folder))
 
     def close(self) -> None:
         """Close the pipes."""
@@ -268,6 +276,22 @@ def start_failure(message: str, runtime: str, command: str = "") -> StartFailed:
         words = low if "permission denied" in low else f"{low}: permission denied"
         return StartFailed(f"{words}: unknown", 126, runtime)
     return StartFailed(f"{text}: unknown", 128, runtime)
+
+
+def _give_pipes(launch: Launch) -> None:
+    """Let a session's remapped user open its ``/dev/stdout`` anew.
+
+    crun does so for a container's first process, for no other one.
+    """
+    descriptors = Path(f"/proc/{_monitor_pid(launch.folder)}/fd")
+    for each in descriptors.iterdir():
+        with suppress(FileNotFoundError):  # it goes on closing what it has no use for
+            if os.readlink(each).startswith("pipe:"):
+                os.chown(each, *launch.owner)
+
+
+def _monitor_pid(folder: Path) -> int:
+    return int((folder / "conmon.pid").read_text())
 
 
 def connect(folder: Path) -> socket.socket:

@@ -28,8 +28,12 @@ class Networking:
     def __init__(self, networks: NetworkManager) -> None:
         self.networks = networks
 
-    def connect(self, container: Container) -> Path | None:
+    def connect(self, container: Container, new: Path | None = None) -> Path | None:
         """Make the sandbox of a run with its endpoints and published ports.
+
+        Args:
+            container: whose.
+            new: a new network namespace to take; None makes one.
 
         Returns:
             Where the namespace is bound; None for the host's and for another container's.
@@ -41,7 +45,7 @@ class Networking:
         mode = container.definition.host.network_mode
         if mode == "host" or mode.startswith(JOIN):
             return None
-        path = self.networks.create_sandbox(container.id)
+        path = self.networks.create_sandbox(container.id, new)
         requests = [
             endpoint_request(container, name, settings)
             for name, settings in container.definition.endpoints.items()
@@ -83,7 +87,11 @@ class Networking:
             (folder / "hostname").write_text(hostname + "\n")
             self.write_names(container, hostname, linked)
         made = {f"/etc/{name}": folder / name for name in ("hosts", "hostname", "resolv.conf")}
-        return {target: source for target, source in made.items() if source.exists()}
+        found = {target: source for target, source in made.items() if source.exists()}
+        if joined is None:
+            for source in found.values():
+                os.chown(source, *container.owner)
+        return found
 
     def write_names(self, container: Container, hostname: str, linked: Linked) -> None:
         """Write ``hosts`` and ``resolv.conf`` for the networks it is on now.

@@ -12,7 +12,7 @@ import logging
 import shutil
 from typing import TYPE_CHECKING
 
-from lazarette.runtime.containers import cgroups, gate, pidfd
+from lazarette.runtime.containers import cgroups, gate, pidfd, users
 from lazarette.runtime.containers.cgroups import Group
 from lazarette.runtime.containers.container import Container
 from lazarette.runtime.containers.record import LAYER_PREFIX, Status
@@ -35,6 +35,7 @@ def load(manager: ContainerManager) -> list[str]:
     for definition, state in manager.store.load():
         container = manager.adopt(definition, state)
         container.root_mounted = True
+        container.idmap = users.noted(container)
         _find_run(container)
     return [one.id for one in manager.all() if one.state.running]
 
@@ -151,6 +152,9 @@ def sweep(manager: ContainerManager) -> None:
                 manager.layers.remove(key)
             except LazaretteError as bad:
                 log.warning("removing the leftover layer %s: %s", key, bad)
+    for root in manager.places.roots.iterdir():
+        if root.name not in known:
+            users.hide_root(root)
     for parent in (manager.places.run, manager.places.data):
         for folder in parent.iterdir():
             if folder.name not in known and folder.is_dir():

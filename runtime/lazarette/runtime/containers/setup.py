@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from lazarette.runtime.containers import links, spec
+from lazarette.runtime.containers import links, spec, users
 from lazarette.runtime.containers.cgroups import Group
 from lazarette.runtime.containers.container import Container
 from lazarette.runtime.containers.errors import WrongState
@@ -31,11 +31,13 @@ from lazarette.runtime.containers.spec import HostFacts, PlacedMount, Prepared
 from lazarette.storage import mounts as kernel_mounts
 from lazarette.storage.clock import Clock
 from lazarette.storage.errors import InvalidArgument, LazaretteError, NotFound
+from lazarette.storage.idmaps import as_root
 from lazarette.storage.layers.contract import LayerDriver
 from lazarette.storage.volumes.manager import VolumeManager
 
 Lookup = Callable[[str], Container]
 JOIN = "container:"
+_SHM, _SHOWN = "shm", "mount-"
 
 
 class Preparer:
@@ -88,8 +90,10 @@ class Preparer:
         definition = container.definition
         container.bundle.mkdir(parents=True, exist_ok=True, mode=0o700)
         container.data.mkdir(parents=True, exist_ok=True, mode=0o710)
+        users.begin(container, self._facts.idmap)
         rootfs = self.mount_root(container)
-        namespaces = self._namespaces(container)
+        with users.namespaces(container, self._others(container)) as owned:
+            namespaces = self._namespaces(container, owned)
         hostname = self.hostname(container)
         files = self._networking.files(
             container, hostname, self._joined(container), links.linked(container, self._lookup)
@@ -99,8 +103,9 @@ class Preparer:
         try:
             groups = tuple(definition.host.group_add or ())
             user = resolve_user(root, definition.config.user, groups)
-            self._make_working_dir(root, container)
-            self._make_targets(root, [*mounts], files)
+            with as_root(container.idmap):
+                self._make_working_dir(root, container)
+                self._make_targets(root, [*mounts], files)
         finally:
             os.close(root)
         return Prepared(
@@ -117,6 +122,7 @@ class Preparer:
                 *self._link_variables(container),
                 *spec.environment(definition, hostname, user.home),
             ],
+            idmap=container.idmap,
         )
 
     def write_names(self, container: Container) -> None:
@@ -127,13 +133,14 @@ class Preparer:
 
     def mount_root(self, container: Container) -> Path:
         """Mount the container's root for its run."""
-        rootfs = self._layers.mount(container.definition.layer)
+        rootfs = self._layers.mount(container.definition.layer, container.idmap)
         if container.root_mounted:
             self._layers.unmount(container.definition.layer)
         container.root_mounted = True
-        return rootfs
+        return users.show_root(rootfs, container.shown_root, container.idmap)
 
     def _unmount_root(self, container: Container) -> None:
+        users.hide_root(container.shown_root)
         if container.root_mounted:
             self._layers.unmount(container.definition.layer)
             container.root_mounted = False
@@ -152,9 +159,18 @@ class Preparer:
             return []
         return links.environment(container, self._lookup, self._networking.address)
 
-    def _namespaces(self, container: Container) -> dict[str, str]:
+    def _others(self, container: Container) -> list[Container]:
+        """The running containers whose namespaces a container joins."""
+        host = container.definition.host
+        modes = (host.network_mode, host.pid_mode, host.ipc_mode)
+        found = [self._lookup(m.removeprefix(JOIN)) for m in modes if m.startswith(JOIN)]
+        return [one for one in found if one.state.running]
+
+    def _namespaces(self, container: Container, owned: users.Namespaces | None) -> dict[str, str]:
         host = container.definition.host
         made: dict[str, str] = {"mount": ""}
+        if owned is not None:
+            made["user"] = str(owned.user)
         for kind, mode in (("pid", host.pid_mode), ("ipc", host.ipc_mode)):
             if mode.startswith(JOIN):
                 made[kind] = self._namespace_of(mode.removeprefix(JOIN), kind)
@@ -167,7 +183,7 @@ class Preparer:
         if host.network_mode.startswith(JOIN):
             made["network"] = self._namespace_of(host.network_mode.removeprefix(JOIN), "net")
         elif host.network_mode != "host":
-            path = self._networking.connect(container)
+            path = self._networking.connect(container, owned.network if owned else None)
             made["network"] = "" if path is None else str(path)
         return made
 
@@ -201,14 +217,16 @@ class Preparer:
                 raise InvalidArgument(
                     f"cannot join IPC of {other.name}: its IPC mode is not shareable"
                 )
-            return other.bundle / "shm"
+            return other.bundle / _SHM
         if mode != "shareable":
             return None
-        folder = container.bundle / "shm"
+        folder = container.bundle / _SHM
         folder.mkdir(exist_ok=True)
         if not os.path.ismount(folder):
             size = container.definition.host.shm_size or spec.DEFAULT_SHM_SIZE
-            kernel_mounts.mount("tmpfs", folder, {"mode": "1777", "size": str(size)})
+            uid, gid = container.owner
+            options = {"mode": "1777", "size": str(size), "uid": str(uid), "gid": str(gid)}
+            kernel_mounts.mount("tmpfs", folder, options)
         return folder
 
     @staticmethod
@@ -232,7 +250,7 @@ class Preparer:
             image = self._images.get(point.source)
             if image.layer is None:
                 raise InvalidArgument(f"mount {point.source}: the image is empty")
-            source = self._layers.mount(image.layer)
+            source = self._layers.mount(image.layer, container.idmap)
             return PlacedMount(point, self._below(source, point, container))
         source = Path(point.source)
         if not os.path.lexists(source):
@@ -245,12 +263,16 @@ class Preparer:
         return PlacedMount(point, source)
 
     def _below(self, folder: Path, point: MountPoint, container: Container) -> Path:
-        """The subpath of a volume, held by a bind mount so that nothing can swap it."""
-        if not point.subpath:
+        """What a mount shows of a volume or image, with owners as the container has them.
+
+        A subpath is held by a bind mount so that nothing can swap it.
+        """
+        mapped = container.idmap if self._maps_owners(point) else None
+        if not point.subpath and mapped is None:
             return folder
         root = os.open(folder, os.O_PATH | os.O_DIRECTORY)
         try:
-            inside = open_in_root(root, point.subpath, os.O_PATH)
+            inside = open_in_root(root, point.subpath or "/", os.O_PATH)
         except OSError as bad:
             raise InvalidArgument(
                 f'cannot access path "{point.subpath}" of {point.name or point.source}: '
@@ -260,16 +282,25 @@ class Preparer:
             os.close(root)
         try:
             key = point.destination.strip("/").replace("/", "-")
-            target = container.bundle / f"subpath-{key}"
+            target = container.bundle / f"{_SHOWN}{key}"
             if stat.S_ISDIR(os.fstat(inside).st_mode):
                 target.mkdir(exist_ok=True)
             else:
                 target.touch()
             if not os.path.ismount(target):
-                kernel_mounts.bind(inside, target)
+                kernel_mounts.bind(
+                    inside, target, user_namespace=None if mapped is None else mapped.namespace
+                )
             return target
         finally:
             os.close(inside)
+
+    def _maps_owners(self, point: MountPoint) -> bool:
+        """Whether the owners of a mount are mapped here: an image's are already."""
+        if point.type != "volume":
+            return False
+        driver = self._volumes.driver(self._volumes.get(point.name).driver)
+        return not driver.capabilities.of_host
 
     @staticmethod
     def _make_targets(root: int, mounts: list[PlacedMount], files: dict[str, Path]) -> None:
@@ -298,6 +329,7 @@ class Preparer:
             lambda: self._unmount_root(container),
             lambda: shutil.rmtree(container.bundle, ignore_errors=True),
             lambda: shutil.rmtree(self._runtime.state_folder(container.id), ignore_errors=True),
+            lambda: users.end(container),
         ]
         faults: list[OSError | LazaretteError] = []
         for step in steps:
@@ -316,14 +348,12 @@ class Preparer:
         elif point.type == "image":
             layer = self._images.get(point.source).layer
             if layer is not None:
-                self._layers.unmount(layer)
+                self._layers.unmount(layer, container.idmap)
 
     @staticmethod
     def _unmount_bundle(container: Container) -> None:
         if not container.bundle.is_dir():
             return
         for entry in container.bundle.iterdir():
-            if (entry.name == "shm" or entry.name.startswith("subpath-")) and os.path.ismount(
-                entry
-            ):
+            if entry.name in (_SHM, users.NAMESPACE) or entry.name.startswith(_SHOWN):
                 kernel_mounts.unmount(entry, detach=True)

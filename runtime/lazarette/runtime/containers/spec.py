@@ -8,6 +8,7 @@ files) is made before and handed over as :class:`Prepared`; this module only wri
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from lazarette.runtime.containers.model import HostConfig, words
 from lazarette.runtime.containers.record import Definition, MountPoint
 from lazarette.runtime.containers.rootfs import User
 from lazarette.storage.errors import InvalidArgument
+from lazarette.storage.idmaps import IdMap, IdRange
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 DEFAULT_SHM_SIZE = 64 << 20
@@ -46,6 +48,7 @@ class HostFacts:
         apparmor: whether AppArmor confines processes here.
         seccomp: whether the kernel filters system calls.
         init: program for ``--init``, None when there is none.
+        idmap: whom users of containers are, None: they are the host's.
     """
 
     hierarchies: Hierarchies
@@ -53,6 +56,7 @@ class HostFacts:
     apparmor: bool
     seccomp: bool
     init: Path | None
+    idmap: IdMap | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class Prepared:
         hostname, domainname: what the UTS namespace is set to.
         shm: host folder for ``/dev/shm``, None for a fresh tmpfs.
         env: environment of the process.
+        idmap: of the user namespace.
     """
 
     rootfs: Path
@@ -90,6 +95,7 @@ class Prepared:
     domainname: str = ""
     shm: Path | None = None
     env: list[str] = field(default_factory=list)
+    idmap: IdMap | None = None
 
 
 @dataclass(frozen=True)
@@ -369,6 +375,9 @@ def _linux(
         "devices": [device.node() for device in devices],
         "rootfsPropagation": _propagation(made.mounts),
     }
+    if made.idmap is not None:
+        linux["uidMappings"] = _mapping(made.idmap.uids)
+        linux["gidMappings"] = _mapping(made.idmap.gids)
     if not isinstance(host.sysctls, msgspec.UnsetType) and host.sysctls:
         linux["sysctl"] = host.sysctls
     if not host.privileged and not options.systempaths_unconfined:
@@ -385,6 +394,12 @@ def _linux(
     return linux
 
 
+def _mapping(ranges: Sequence[IdRange]) -> list[dict[str, object]]:
+    return [
+        {"containerID": each.inside, "hostID": each.outside, "size": each.length} for each in ranges
+    ]
+
+
 def _propagation(mounts: list[PlacedMount]) -> str:
     kinds = {placed.point.propagation for placed in mounts if placed.point.type == "bind"}
     if kinds & {"shared", "rshared"}:
@@ -392,8 +407,10 @@ def _propagation(mounts: list[PlacedMount]) -> str:
     return "rslave" if kinds & {"slave", "rslave"} else "rprivate"
 
 
-def find_facts(hierarchies: Hierarchies, init: Path | None) -> HostFacts:
-    """Ask the host once."""
+def find_facts(
+    hierarchies: Hierarchies, init: Path | None, idmap: IdMap | None = None
+) -> HostFacts:
+    """Ask the host once; the map is the daemon's setting."""
     apparmor = Path("/sys/module/apparmor/parameters/enabled")
     try:
         confined = apparmor.read_text().startswith("Y")
@@ -405,6 +422,7 @@ def find_facts(hierarchies: Hierarchies, init: Path | None) -> HostFacts:
         confined,
         os.path.exists("/proc/sys/kernel/seccomp"),
         init,
+        idmap,
     )
 
 

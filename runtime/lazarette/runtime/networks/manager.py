@@ -306,14 +306,18 @@ class NetworkManager:
         """Endpoints other hosts have in a network, as last heard; none but in overlays."""
         return [] if self._cluster is None else self._cluster.elsewhere(network.id)
 
-    def create_sandbox(self, container: str) -> Path:
+    def create_sandbox(self, container: str, new: Path | None = None) -> Path:
         """Make a container's network namespace, with ``lo`` up; one it has is kept.
+
+        Args:
+            container: its id.
+            new: a new namespace to take for it; None makes one that is the host's.
 
         Returns:
             The file it is bound to.
         """
         path = self._folder / container
-        namespaces.create(path, furnish)
+        namespaces.create(path, furnish, new)
         with self.lock:
             self._sandboxes.setdefault(container, Sandbox(container, path))
         return path

@@ -107,10 +107,15 @@ def in_new_thread(work: Callable[[], T]) -> T:
     return result[0]
 
 
-def create(path: Path, prepare: Callable[[], None]) -> None:
+def create(path: Path, prepare: Callable[[], None], new: Path | None = None) -> None:
     """Make a namespace, prepare it from inside and bind it to ``path``.
 
     One that is there already is kept as it is.
+
+    Args:
+        path: where it is bound.
+        prepare: called inside.
+        new: a new namespace to take, one that a user namespace owns; None makes one.
 
     Raises:
         MissingFeature: the kernel has none.
@@ -120,7 +125,11 @@ def create(path: Path, prepare: Callable[[], None]) -> None:
         return
 
     def work() -> None:
-        unshare()
+        if new is None:
+            unshare()
+        else:
+            with NetNamespace.at(new) as owned:
+                owned.enter()
         prepare()
         os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o444))
         _call("mount", b"/proc/thread-self/ns/net", os.fsencode(path), b"none", MS_BIND, None)

@@ -21,6 +21,7 @@ from typing import IO, BinaryIO, Protocol, cast
 
 from lazarette.storage import beneath, copying
 from lazarette.storage.errors import InvalidArgument, NoSpace
+from lazarette.storage.idmaps import IdMap
 from lazarette.storage.layers.contract import Applied
 from lazarette.storage.layers.tar import XATTR, parse_time, raw
 
@@ -114,6 +115,7 @@ class LayerReader:
         below: gives a descriptor of the merged tree of the layers below, where ``root``
             holds only this layer's own files: missing parents take their metadata, links
             and hard-link sources from it.  Called once, and only if it is needed.
+        idmap: the folder is seen with the host's owners; the tar has the container's.
     """
 
     def __init__(
@@ -121,7 +123,9 @@ class LayerReader:
         root: int,
         whiteouts: Whiteouts | None,
         below: Callable[[], int | None] = lambda: None,
+        idmap: IdMap | None = None,
     ) -> None:
+        self._idmap = idmap
         self._root = root
         self._whiteouts = whiteouts
         self._below = functools.cache(below)
@@ -433,11 +437,15 @@ class LayerReader:
             for key, value in member.pax_headers.items()
             if key.startswith(XATTR) and copying.xattr_travels(key.removeprefix(XATTR))
         }
+        uid, gid = member.uid, member.gid
+        if self._idmap is not None:
+            uid, gid = self._idmap.to_host(uid, gid)
+            xattrs = {key: self._idmap.xattr_to_host(key, xattrs[key]) for key in xattrs}
         copying.set_metadata(
             folder,
             name,
-            uid=member.uid,
-            gid=member.gid,
+            uid=uid,
+            gid=gid,
             mode=(stat.S_IFLNK if member.issym() else 0) | (member.mode & 0o7777),
             mtime_ns=_mtime(member),
             xattrs=xattrs,

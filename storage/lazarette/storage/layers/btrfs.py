@@ -43,6 +43,7 @@ class BtrfsLayerDriver(FullLayerDriver):
             name="btrfs",
             copy_on_write=True,
             directory_rename=True,
+            maps_owners=True,
             needs=("btrfs", "loop devices (on a host with another filesystem)"),
         )
 

@@ -20,6 +20,8 @@ Semantics
     L3.  A committed layer never changes again.
     L4.  ``mount`` gives the merged tree; a mounted active layer is writable, a mounted
          committed layer is read-only.  Mounting twice counts; the last ``unmount`` unmounts.
+         With an id map owners are those of the host, and what is written lands on disk with
+         those of the container; an active layer is mounted in one of both ways at a time.
     L5.  ``remove`` of a layer that is mounted or has children is refused with ``InUse``.
     L6.  ``remove`` never crosses a mount point and never follows a symlink.
     L7.  Hard links, owners, modes, ns times, xattrs (``security.capability`` included),
@@ -52,6 +54,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 
 from lazarette.storage.changes import Change
+from lazarette.storage.idmaps import IdMap
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +65,14 @@ class LayerCapabilities:
         name: the driver's name in configuration and ``info``.
         copy_on_write: a new layer costs no copy of its parent.
         directory_rename: renaming a directory of a lower layer works (else EXDEV).
+        maps_owners: ``mount`` takes an id map.
         needs: kernel features it needs, for the report when one is missing.
     """
 
     name: str
     copy_on_write: bool
     directory_rename: bool
+    maps_owners: bool
     needs: tuple[str, ...] = ()
 
 
@@ -129,12 +134,21 @@ class LayerDriver(Protocol):
         """
         ...
 
-    def mount(self, key: str) -> Path:
-        """Mount the merged tree and say where."""
+    def mount(self, key: str, idmap: IdMap | None = None) -> Path:
+        """Mount the merged tree and say where.
+
+        Args:
+            key: which layer.
+            idmap: shows owners as the host's users that a container's are.
+
+        Raises:
+            InUse: it is active and mounted with other owners.
+            MissingFeature: this driver, its filesystem or the kernel cannot map owners.
+        """
         ...
 
-    def unmount(self, key: str) -> None:
-        """Give back one mount."""
+    def unmount(self, key: str, idmap: IdMap | None = None) -> None:
+        """Give back one mount that was made with the same map."""
         ...
 
     def diff(self, key: str) -> AbstractContextManager[BinaryIO]:

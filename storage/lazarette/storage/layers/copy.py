@@ -32,7 +32,9 @@ class CopyLayerDriver(FullLayerDriver):
     @property
     def capabilities(self) -> LayerCapabilities:
         """See :class:`LayerCapabilities`."""
-        return LayerCapabilities(name="copy", copy_on_write=False, directory_rename=True)
+        return LayerCapabilities(
+            name="copy", copy_on_write=False, directory_rename=True, maps_owners=True
+        )
 
     def close(self) -> None:
         """See :meth:`LayerDriver.close`: there is nothing to let go."""

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from lazarette.storage import beneath, mounts, syscalls
 from lazarette.storage.changes import Change, ChangeKind
+from lazarette.storage.idmaps import IdMap
 from lazarette.storage.layers.apply import WHITEOUT, DirectWhiteouts, LayerReader
 from lazarette.storage.layers.contract import Applied, LayerCapabilities, LayerUsage
 from lazarette.storage.layers.shelf import LayerRecord, Shelf
@@ -103,17 +104,22 @@ class FullLayerDriver(ABC):
             syscalls.syncfs(root)
         self._shelf.commit_as(key, new_key, size, diff_id)
 
-    def mount(self, key: str) -> Path:
+    def mount(self, key: str, idmap: IdMap | None = None) -> Path:
         """See :meth:`LayerDriver.mount`."""
-        return self._shelf.mount(key, lambda target: self._attach(key, target))
+        return self._shelf.mount(key, lambda target: self._attach(key, target, idmap), idmap)
 
-    def _attach(self, key: str, target: Path) -> None:
-        committed = self._shelf.record(key).committed
-        mounts.bind(self._tree(key), target, recursive=False, read_only=committed)
+    def _attach(self, key: str, target: Path, idmap: IdMap | None) -> None:
+        mounts.bind(
+            self._tree(key),
+            target,
+            recursive=False,
+            read_only=self._shelf.record(key).committed,
+            user_namespace=None if idmap is None else idmap.namespace,
+        )
 
-    def unmount(self, key: str) -> None:
+    def unmount(self, key: str, idmap: IdMap | None = None) -> None:
         """See :meth:`LayerDriver.unmount`."""
-        self._shelf.unmount(key)
+        self._shelf.unmount(key, idmap)
 
     def changes(self, key: str) -> Iterator[Change]:
         """See :meth:`LayerDriver.changes`."""

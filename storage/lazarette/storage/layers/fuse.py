@@ -17,6 +17,8 @@ from lazarette.fuse.client import UnionMount
 from lazarette.fuse.spec import UnionSpec
 from lazarette.storage import beneath
 from lazarette.storage.clock import Clock
+from lazarette.storage.errors import MissingFeature
+from lazarette.storage.idmaps import IdMap
 from lazarette.storage.layers.contract import LayerCapabilities
 from lazarette.storage.layers.stacked import StackedLayerDriver
 from lazarette.storage.mounts import MountFailed
@@ -39,7 +41,11 @@ class FuseLayerDriver(StackedLayerDriver):
     def capabilities(self) -> LayerCapabilities:
         """See :class:`LayerCapabilities`."""
         return LayerCapabilities(
-            name="fuse", copy_on_write=True, directory_rename=False, needs=("fuse",)
+            name="fuse",
+            copy_on_write=True,
+            directory_rename=False,
+            maps_owners=False,
+            needs=("fuse",),
         )
 
     def recover(self) -> None:
@@ -85,8 +91,18 @@ class FuseLayerDriver(StackedLayerDriver):
         """See :meth:`LayerDriver.close`: there is nothing to let go."""
 
     def _stack(
-        self, lower: list[Path], upper: Path | None, work: Path | None, target: Path
+        self,
+        lower: list[Path],
+        upper: Path | None,
+        work: Path | None,
+        target: Path,
+        idmap: IdMap | None,
     ) -> None:
+        if idmap is not None:
+            raise MissingFeature(
+                "the layer driver fuse cannot map owners",
+                hint="start the container with --userns=host, or use another layer driver",
+            )
         union = self._union(lower, upper, work, target)
         assert union is not None
         try:
@@ -101,7 +117,7 @@ class FuseLayerDriver(StackedLayerDriver):
         union = self._union(lower, None, None, target)
         assert union is not None
         try:
-            self._stack(lower, None, None, target)
+            self._stack(lower, None, None, target, None)
             with beneath.opened(target) as folder:
                 yield folder
         finally:

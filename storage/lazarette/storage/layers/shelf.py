@@ -6,6 +6,7 @@ Layout below a driver's folder::
     layers/KEY/…            what the driver keeps of it
     staging/…  trash/…      half made and half removed; emptied by ``recover``
     mounts/KEY              where it is mounted
+    mounts/KEY@MAP          the same with its owners mapped
 
 A layer appears and disappears by one rename of its folder.
 """
@@ -31,6 +32,7 @@ from lazarette.storage.errors import (
     NameTaken,
     NotFound,
 )
+from lazarette.storage.idmaps import IdMap
 
 _KEY = re.compile(r"[a-z0-9][a-z0-9_.-]{0,127}")
 
@@ -233,36 +235,52 @@ class Shelf:
     # ---- mounts
 
     def mounted(self, key: str) -> bool:
-        """Whether a layer is mounted."""
-        return self._counts.get(key, 0) > 0
+        """Whether a layer is mounted, with its owners mapped or not."""
+        return bool(self._ways(key))
+
+    def _ways(self, key: str) -> list[str]:
+        """The names it is mounted under."""
+        return [name for name in self._counts if name.partition("@")[0] == key]
 
     def target(self, key: str) -> Path:
         """Where a layer is mounted when it is."""
         return self._mounts / key
 
-    def mount(self, key: str, attach: Callable[[Path], None]) -> Path:
-        """Count a mount; the first one attaches."""
+    def mount(self, key: str, attach: Callable[[Path], None], idmap: IdMap | None = None) -> Path:
+        """Count a mount; the first one attaches.
+
+        Raises:
+            InUse: it is active, and mounted with other owners.
+        """
         with self.lock:
-            self.record(key)
-            target = self._mounts / key
-            count = self._counts.get(key, 0)
+            name = key if idmap is None else f"{key}@{idmap.label}"
+            if not self.record(key).committed and set(self._ways(key)) - {name}:
+                raise InUse(f"mounting the layer {key}: it is mounted with other owners")
+            target = self._mounts / name
+            count = self._counts.get(name, 0)
             if count == 0:
                 target.mkdir(exist_ok=True)
                 if not mounts.is_mount_point(target):
                     attach(target)
-            self._counts[key] = count + 1
+            self._counts[name] = count + 1
             return target
 
-    def unmount(self, key: str) -> None:
-        """Give back a mount; the last one detaches."""
+    def unmount(self, key: str, idmap: IdMap | None = None) -> None:
+        """Give back a mount; the last one detaches.
+
+        An active layer is mounted in one way at a time and needs no map to be found.
+        """
         with self.lock:
-            count = self._counts.get(key, 0)
+            name = key if idmap is None else f"{key}@{idmap.label}"
+            if key in self._records and not self._records[key].committed:
+                name = next(iter(self._ways(key)), name)
+            count = self._counts.get(name, 0)
             if count > 1:
-                self._counts[key] = count - 1
+                self._counts[name] = count - 1
                 return
-            target = self._mounts / key
+            target = self._mounts / name
             if target.exists():
                 mounts.detach_beneath(target)
                 mounts.unmount(target, detach=True)
                 os.rmdir(target)
-            self._counts.pop(key, None)
+            self._counts.pop(name, None)

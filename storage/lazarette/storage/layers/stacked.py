@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from lazarette.storage import beneath, copying, mounts, space, syscalls
 from lazarette.storage.changes import Change
+from lazarette.storage.idmaps import IdMap
 from lazarette.storage.layers.apply import DirectWhiteouts, LayerReader
 from lazarette.storage.layers.contract import Applied, LayerCapabilities, LayerUsage
 from lazarette.storage.layers.shelf import LayerRecord, Shelf
@@ -35,7 +36,12 @@ class StackedLayerDriver(ABC):
 
     @abstractmethod
     def _stack(
-        self, lower: list[Path], upper: Path | None, work: Path | None, target: Path
+        self,
+        lower: list[Path],
+        upper: Path | None,
+        work: Path | None,
+        target: Path,
+        idmap: IdMap | None,
     ) -> None:
         """Mount a union, the first of ``lower`` topmost; without upper it is read-only."""
 
@@ -111,24 +117,30 @@ class StackedLayerDriver(ABC):
 
     # ---- mounting
 
-    def mount(self, key: str) -> Path:
+    def mount(self, key: str, idmap: IdMap | None = None) -> Path:
         """See :meth:`LayerDriver.mount`."""
-        return self._shelf.mount(key, lambda target: self._attach(key, target))
+        return self._shelf.mount(key, lambda target: self._attach(key, target, idmap), idmap)
 
-    def unmount(self, key: str) -> None:
+    def unmount(self, key: str, idmap: IdMap | None = None) -> None:
         """See :meth:`LayerDriver.unmount`."""
-        self._shelf.unmount(key)
+        self._shelf.unmount(key, idmap)
 
-    def _attach(self, key: str, target: Path) -> None:
+    def _attach(self, key: str, target: Path, idmap: IdMap | None) -> None:
         record = self._shelf.record(key)
         own = self._shelf.folder(key)
         chain = [self._shelf.folder(layer) / "diff" for layer in self._shelf.chain(key)]
         if record.parent is None:
-            mounts.bind(chain[0], target, recursive=False, read_only=record.committed)
+            mounts.bind(
+                chain[0],
+                target,
+                recursive=False,
+                read_only=record.committed,
+                user_namespace=None if idmap is None else idmap.namespace,
+            )
         elif record.committed:
-            self._stack(chain, None, None, target)
+            self._stack(chain, None, None, target, idmap)
         else:
-            self._stack(chain[1:], own / "diff", own / "work", target)
+            self._stack(chain[1:], own / "diff", own / "work", target, idmap)
 
     @contextmanager
     def _merged(self, key: str | None) -> Iterator[int | None]:

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO
 
 from lazarette.storage import copying
+from lazarette.storage.idmaps import IdMap
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -51,9 +52,11 @@ class TreeWriter:
 
     Args:
         out: where to.
+        idmap: the tree is seen with the host's owners; the archive gets the container's.
     """
 
-    def __init__(self, out: BinaryIO) -> None:
+    def __init__(self, out: BinaryIO, idmap: IdMap | None = None) -> None:
+        self._idmap = idmap
         # not tarfile's own stream mode: its object writes from __del__ when a reader left
         self._tar = tarfile.TarFile(
             fileobj=_Counted(out),
@@ -90,6 +93,8 @@ class TreeWriter:
         info.type = kind
         info.mode = stat.S_IMODE(status.st_mode)
         info.uid, info.gid = status.st_uid, status.st_gid
+        if self._idmap is not None:
+            info.uid, info.gid = self._idmap.from_host(info.uid, info.gid)
         seconds, fraction = divmod(status.st_mtime_ns, 1_000_000_000)
         info.mtime = seconds
         if fraction or seconds < 0:
@@ -105,7 +110,8 @@ class TreeWriter:
                 self._tar.addfile(info)
                 return
         for key, value in copying.read_xattrs(parent, name).items():
-            records[XATTR + key] = text(value)
+            told = value if self._idmap is None else self._idmap.xattr_from_host(key, value)
+            records[XATTR + key] = text(told)
         if kind != tarfile.REGTYPE:
             self._tar.addfile(info)
             return

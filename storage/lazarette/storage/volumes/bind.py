@@ -54,6 +54,7 @@ class BindVolumeDriver(TreeVolumeDriver):
             rollback=False,
             changes=ChangeSource.FILES,
             clone=False,
+            of_host=True,
             options=_OPTIONS,
         )
 

@@ -90,6 +90,8 @@ class VolumeCapabilities:
         clone: a clone can be of the same driver; otherwise the manager copies into another.
         changes: what differences are found by.
         inodes_kept: an inode has the same number in every snapshot (see rule C6).
+        of_host: its volumes are folders of the host, and their owners the host's users also
+            where those of containers are others.
         options: valid option names for ``create``.
         needs: kernel features it needs.
     """
@@ -103,6 +105,7 @@ class VolumeCapabilities:
     changes: ChangeSource
     inodes_kept: bool = False
     clone: bool = True
+    of_host: bool = False
     options: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
 
