@@ -21,7 +21,11 @@ TIMED = (Path(__file__).parent / "system", Path(__file__).parent / "faults")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole daemons under a deadline are run once more on failure, and listed as ``RERUN``."""
+    """Whole daemons under a deadline are run once more on failure, and listed as ``RERUN``.
+
+    What is slow comes first: begun last, it would keep one worker busy long after the others.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for item in items:
         if any(folder in item.path.parents for folder in TIMED):
             item.add_marker(pytest.mark.flaky(reruns=1))

@@ -42,6 +42,7 @@ def backed_up(daemon: Daemon, tmp_path: Path) -> Daemon:
     return daemon
 
 
+@pytest.mark.slow
 def test_volume_is_used_filled_and_becomes_ordinary(backed_up: Daemon) -> None:
     daemon = backed_up
     daemon.laz("restore", "v1@latest", "--as", "v2", "--instant", "--rate", _RATE)

@@ -101,6 +101,7 @@ def history(daemon: Daemon, volume: str) -> list[dict]:
     return cast(list[dict], daemon.json("backup", "history", volume))
 
 
+@pytest.mark.slow
 def test_volumes_of_one_container_or_project_are_saved_at_one_instant(protected: Daemon) -> None:
     daemon = protected
     label = ("--label", "lazarette.backup=every 2s")

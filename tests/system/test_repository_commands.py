@@ -124,6 +124,7 @@ def test_migrating_is_done_once(cli: Cli, repository: str) -> None:
     assert cli.json("repo", "migrate", repository) == {"version": 2, "changed": False}
 
 
+@pytest.mark.slow
 def test_what_an_attacker_deletes_comes_back_from_a_locked_bucket(
     s3_server: S3Server,  # noqa: F811
     cli: Cli,
@@ -166,6 +167,7 @@ def test_what_an_attacker_deletes_comes_back_from_a_locked_bucket(
         client.delete_bucket(Bucket=bucket)
 
 
+@pytest.mark.slow
 def test_a_bucket_without_versions_has_no_past(
     s3_server: S3Server,  # noqa: F811
     s3_bucket: str,  # noqa: F811

@@ -39,6 +39,7 @@ def in_use(daemon: Daemon, tmp_path: Path) -> Daemon:
     return daemon
 
 
+@pytest.mark.slow
 def test_users_are_stopped_and_started_and_it_can_be_undone(in_use: Daemon) -> None:
     daemon = in_use
     refused = daemon.laz("restore", "v1@latest", check=False)

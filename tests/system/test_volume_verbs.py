@@ -89,6 +89,7 @@ def driver_of(daemon: Daemon, name: str) -> str:
     return Path(seen["Mountpoint"]).relative_to(daemon.root / "data/volumes").parts[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("id", KINDS)
 def test_every_verb_by_hand(daemon: Daemon, id: str) -> None:
     kind, name = KINDS[id], f"v-{id}-{secrets.token_hex(2)}"

@@ -160,6 +160,7 @@ def publish(daemon: Daemon, source: Registry, folder: Path) -> str:
     return name
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_killed_at_random_moments(daemon: Daemon, source: Registry, tmp_path: Path) -> None:
     daemon.docker("load", "-q", "-i", str(busybox_archive()))

@@ -77,6 +77,7 @@ def test_container_that_ended_meanwhile_has_its_exit_code(daemon: Daemon) -> Non
     assert daemon.laz("logs", "cc").stdout == b"done\n"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_backups_killed_at_random(counting: Daemon, tmp_path: Path) -> None:
     """Job or daemon killed at any moment: the repository is whole, nothing is left frozen."""

@@ -98,6 +98,7 @@ def _write(folder: Path, files: dict[str, str]) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_node_application(daemon: Daemon, tmp_path: Path) -> None:
     context = _write(tmp_path, NODE)
