@@ -3,7 +3,7 @@
 import msgspec
 
 from lazarette.backup.jobs.model import Failure
-from lazarette.runtime.cli.client import failure
+from lazarette.runtime.cli.failures import failure
 from lazarette.storage.errors import InternalError, NoSpace, NotFound, VolumeNotFound
 
 

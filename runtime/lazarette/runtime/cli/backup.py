@@ -8,12 +8,10 @@ from datetime import UTC, datetime
 from typing import cast
 
 import click
-from docker.utils import parse_bytes
 
 from lazarette.backup.jobs.model import LOG_PREFIX, BackupJob, RestoreJob
 from lazarette.runtime.cli import output
-from lazarette.runtime.cli.client import Json
-from lazarette.runtime.cli.context import Session, json_option, pass_session
+from lazarette.runtime.cli.context import Json, Session, json_option, parse_bytes, pass_session
 from lazarette.runtime.cli.secrets import secret_options, store_access
 from lazarette.storage.errors import EXIT_FAULT, EXIT_OK, EXIT_WARNINGS, InvalidArgument
 
@@ -234,15 +232,13 @@ def path(
     as_json: bool,
 ) -> int:
     """Back up a folder; needs no daemon."""
-    import socket
-
     from lazarette.runtime.cli import local
 
     root = os.path.abspath(folder)
     job = BackupJob(
         root=root,
         volume=name or root,
-        host=socket.gethostname(),
+        host=os.uname().nodename,
         base="latest",
         labels={k: v for k, _, v in (item.partition("=") for item in tags)},
     )

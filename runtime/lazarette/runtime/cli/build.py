@@ -12,12 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 import click
 import msgspec
-import requests
-from docker import auth as docker_auth
 
 from lazarette.fuse import jsontext
 from lazarette.runtime.builds.context import Located, locate, pack, sent_along
@@ -26,10 +24,15 @@ from lazarette.runtime.builds.mounts import parse_size
 from lazarette.runtime.builds.named import IMAGE
 from lazarette.runtime.builds.output import unpack_tree
 from lazarette.runtime.cli import output
-from lazarette.runtime.cli.client import Daemon, failure, unreachable
 from lazarette.runtime.cli.context import Session, json_option, pass_session
+from lazarette.runtime.cli.failures import failure, unreachable
 from lazarette.storage.errors import InvalidArgument
 from lazarette.storage.layers.tar import streamed
+
+if TYPE_CHECKING:
+    import requests
+
+    from lazarette.runtime.cli.client import Daemon
 
 _PIECE = 1 << 18
 _REMOTE = re.compile(r"https?://|git://|git@|ssh://|github\.com/")
@@ -281,6 +284,9 @@ def _post(
     silent: bool,
 ) -> str:
     """Build; the image's id."""
+    import requests
+    from docker import auth as docker_auth
+
     headers = {"Content-Type": "application/x-tar"}
     config = docker_auth.load_config()
     if config.get_all_credentials():

@@ -15,39 +15,12 @@ import docker.errors
 import msgspec
 import requests
 
-from lazarette.backup.jobs.model import Failure
 from lazarette.fuse import jsontext
-from lazarette.runtime.config import DEFAULT_HOST
-from lazarette.storage.errors import InternalError, LazaretteError, Unavailable, registry
+from lazarette.runtime.cli.context import Json
+from lazarette.runtime.cli.failures import failure, unreachable
+from lazarette.storage.errors import Unavailable
 
-Json = Mapping[str, object]
-
-_BY_STATUS = {400: 101, 401: 102, 403: 103, 404: 104, 409: 105, 501: 107, 503: 108, 507: 109}
 _TIMEOUT_S = 600
-
-
-class _Answer(msgspec.Struct):
-    message: str = ""
-    hint: str = ""
-    code: int = 0
-    exit: int = 0
-
-
-def default_host() -> str:
-    """``LAZ_HOST``, else ``DOCKER_HOST``, else the daemon's own default socket."""
-    return os.environ.get("LAZ_HOST") or os.environ.get("DOCKER_HOST") or DEFAULT_HOST
-
-
-def failure(body: bytes, status: int) -> LazaretteError:
-    """The error behind an answer of the daemon, of the class it was raised as there."""
-    try:
-        told = jsontext.decode(body, type=_Answer)
-    except msgspec.DecodeError:
-        told = _Answer(message=body.decode(errors="replace").strip() or f"HTTP status {status}")
-    kind = registry().get(_BY_STATUS.get(status, InternalError.number), InternalError)
-    return Failure(
-        told.code or kind.number, told.message, told.hint, told.exit or kind.exit_code
-    ).error()
 
 
 class Daemon(docker.APIClient):
@@ -120,14 +93,6 @@ class Daemon(docker.APIClient):
             with answer:
                 raise failure(answer.content, answer.status_code)
         return answer
-
-
-def unreachable(host: str) -> Unavailable:
-    """The error for a daemon that does not answer."""
-    return Unavailable(
-        f"cannot connect to the daemon at {host}",
-        hint="start lazd, or name its socket with -H or LAZ_HOST",
-    )
 
 
 def _tls(host: str) -> docker.tls.TLSConfig | bool:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import click
 
 from lazarette.runtime.cli import output, terminal
-from lazarette.runtime.cli.client import Daemon, Json
-from lazarette.runtime.cli.context import Session, json_option, pass_session
+from lazarette.runtime.cli.context import Json, Session, json_option, pass_session
 from lazarette.runtime.cli.creation import create_options, make
 from lazarette.storage.errors import InvalidArgument, NotFound
+
+if TYPE_CHECKING:
+    from lazarette.runtime.cli.client import Daemon
 
 
 @click.command(

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import click
 
-from lazarette.runtime.cli.client import Daemon
+from lazarette.runtime.config import DEFAULT_HOST
+
+if TYPE_CHECKING:
+    from lazarette.runtime.cli.client import Daemon
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Json = Mapping[str, object]
+
+
+def default_host() -> str:
+    """``LAZ_HOST``, else ``DOCKER_HOST``, else the daemon's own default socket."""
+    return os.environ.get("LAZ_HOST") or os.environ.get("DOCKER_HOST") or DEFAULT_HOST
+
+
+def parse_bytes(size: str) -> int:
+    """Bytes of a size as docker writes them, e.g. ``64m``.
+
+    Raises:
+        DockerException: it is none.
+    """
+    from docker.utils import parse_bytes as parse  # on use: docker-py is most of a short command
+
+    return int(parse(size))
 
 
 class Session:
@@ -31,6 +52,8 @@ class Session:
         Raises:
             Unavailable: nobody listens at the address.
         """
+        from lazarette.runtime.cli.client import Daemon  # on use: not all commands need it
+
         return Daemon(self.host)
 
 

@@ -7,8 +7,11 @@ import os
 import sys
 import tarfile
 import tempfile
+from typing import TYPE_CHECKING
 
-from lazarette.runtime.cli.client import Daemon
+if TYPE_CHECKING:
+    from lazarette.runtime.cli.client import Daemon
+
 
 _SPOOL = 8 << 20
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import click
-from docker.types import LogConfig
-from docker.utils import parse_bytes, parse_env_file
 
-from lazarette.runtime.cli.client import Daemon
+from lazarette.runtime.cli.context import parse_bytes
 from lazarette.storage.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from lazarette.runtime.cli.client import Daemon
 
 _CREATE_OPTIONS = (
     click.option("--name", help="The container's name."),
@@ -64,6 +65,8 @@ def _pairs(items: Sequence[str]) -> dict[str, str]:
 
 def _environment(given: dict[str, object]) -> list[str]:
     import os
+
+    from docker.utils import parse_env_file
 
     found: list[str] = []
     for path in cast(tuple[str, ...], given["env_file"]):
@@ -146,7 +149,7 @@ def _host_config(given: dict[str, object]) -> dict[str, object]:
         "Privileged": given["privileged"],
         "ReadonlyRootfs": given["read_only"],
         "Sysctls": _pairs(cast(tuple[str, ...], given["sysctls"])),
-        "LogConfig": {"Type": LogConfig.types.JSON, "Config": {}},
+        "LogConfig": {"Type": "json-file", "Config": {}},
     }
     if given["pids_limit"] is not None:
         made["PidsLimit"] = given["pids_limit"]

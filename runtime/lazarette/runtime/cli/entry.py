@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import signal
 
+from lazarette.storage.garbage import collect_seldom
+
 
 def main() -> None:
     """``laz``."""
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    collect_seldom()
     from lazarette.runtime.cli.main import main as run
 
     signal.signal(signal.SIGINT, before)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import click
 import msgspec
 
 from lazarette.fuse import jsontext
 from lazarette.runtime.cli import output
-from lazarette.runtime.cli.client import Daemon, Json
-from lazarette.runtime.cli.context import Session, json_option, pass_session
+from lazarette.runtime.cli.context import Json, Session, json_option, pass_session
+from lazarette.runtime.cli.failures import failure
 from lazarette.runtime.images.credentials import HUB_KEY, Credentials, DockerConfig
 from lazarette.storage.errors import InternalError
+
+if TYPE_CHECKING:
+    from lazarette.runtime.cli.client import Daemon
 
 
 class TransferFailed(InternalError):
@@ -180,8 +183,6 @@ def import_(
         ) as answer,
     ):
         if answer.status_code >= 400:
-            from lazarette.runtime.cli.client import failure
-
             raise failure(answer.content, answer.status_code)
         lines = (jsontext.decode(line) for line in answer.iter_lines() if line)
         _show_stream(lines, False, as_json)

@@ -8,12 +8,10 @@ import sys
 from collections.abc import Sequence
 
 import click
-import docker.errors
-import requests
 
-from lazarette.runtime.cli import client, output
-from lazarette.runtime.cli.context import Session
-from lazarette.storage.errors import EXIT_FAULT, EXIT_USAGE, LazaretteError
+from lazarette.runtime.cli import output
+from lazarette.runtime.cli.context import Session, default_host
+from lazarette.storage.errors import EXIT_USAGE, LazaretteError
 
 _MODULES = {
     "containers": (
@@ -59,7 +57,7 @@ class LazyGroup(click.Group):
 @click.pass_context
 def laz(context: click.Context, host: str | None) -> None:
     """Container volumes that protect themselves."""
-    context.obj = Session(host or client.default_host())
+    context.obj = Session(host or default_host())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -83,24 +81,13 @@ def run(argv: Sequence[str]) -> int:
     except LazaretteError as error:
         output.write_error(error.message, error.hint)
         return error.exit_code
-    except docker.errors.APIError as error:
-        return _api_error(error)
-    except requests.exceptions.ConnectionError:
-        error_ = client.unreachable(client.default_host())
-        output.write_error(error_.message, error_.hint)
-        return error_.exit_code
-    except (docker.errors.DockerException, OSError) as error:
-        output.write_error(str(error), "")
-        return EXIT_FAULT
+    except Exception as error:
+        # On use: a command that went well, or without a daemon, does not need docker-py here.
+        from lazarette.runtime.cli.failures import told
+
+        known = told(error)
+        if known is None:
+            raise
+        output.write_error(known.message, known.hint)
+        return known.exit_code
     return code if isinstance(code, int) else 0
-
-
-def _api_error(error: docker.errors.APIError) -> int:
-    """An error of the Engine's own routes, told as our own are."""
-    answer = error.response
-    if answer is None:
-        output.write_error(str(error.explanation or error), "")
-        return EXIT_FAULT
-    told = client.failure(answer.content, answer.status_code)
-    output.write_error(told.message or str(error.explanation), told.hint)
-    return told.exit_code

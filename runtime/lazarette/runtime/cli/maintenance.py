@@ -1,4 +1,7 @@
-"""Commands that look after a repository; none needs a daemon."""
+"""Commands that look after a repository; none needs a daemon.
+
+Parts of the engine that need NumPy, which takes long to load, are imported by their commands.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import msgspec
 from lazarette.backup import copying
 from lazarette.backup.jobs.access import credentials, secret
 from lazarette.backup.jobs.model import StoreAccess
-from lazarette.backup.repository import keys, repair, retention, scrub, statistics
+from lazarette.backup.repository import keys, scrub
 from lazarette.backup.stores.open import lockable, open_store
 from lazarette.runtime.cli import local, output
 from lazarette.runtime.cli.backup import when
@@ -28,6 +31,8 @@ _DAY_NS = 86_400 * NANOSECONDS
 @click.argument("url")
 def stats(url: str, key_file: str | None, kit: str | None, as_json: bool) -> None:
     """Show sizes: raw and stored, of the whole, of each volume and snapshot."""
+    from lazarette.backup.repository import statistics
+
     with local.opened(store_access(url, key_file, kit)) as opened:
         found = statistics.run(opened)
     if as_json:
@@ -85,6 +90,8 @@ def repair_(
     url: str, drop_snapshots: bool, key_file: str | None, kit: str | None, as_json: bool
 ) -> int:
     """Isolate damage and save what is whole; the next backup stores lost chunks again."""
+    from lazarette.backup.repository import repair
+
     with local.opened(store_access(url, key_file, kit)) as opened:
         done = repair.run(opened, drop_snapshots)
     if as_json:
@@ -285,7 +292,8 @@ def lock(url: str, days: int, key_file: str | None, kit: str | None, as_json: bo
     pruned before its lock ran out is hidden, and still there in the bucket as of an earlier
     time: open it with &as-of=2026-01-31T12:00:00Z in the URL.
     """
-    # On use: boto3 takes a quarter of a second to import.
+    # On use: botocore takes a quarter of a second to import.
+    from lazarette.backup.repository import retention
     from lazarette.backup.stores.s3lock import has_object_lock
 
     access = store_access(url, key_file, kit)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import cast
 
 import click
-from docker.types import IPAMConfig, IPAMPool
 
 from lazarette.runtime.cli import output
-from lazarette.runtime.cli.client import Json
-from lazarette.runtime.cli.context import Session, json_option, pass_session
+from lazarette.runtime.cli.context import Json, Session, json_option, pass_session
 
 
 @click.group("network")
@@ -45,6 +43,8 @@ def create(
     as_json: bool,
 ) -> None:
     """Make a network."""
+    from docker.types import IPAMConfig, IPAMPool
+
     pools = [IPAMPool(subnet=subnet, gateway=gateway, iprange=ip_range) for subnet in subnets]
     made = session.daemon.create_network(
         name,

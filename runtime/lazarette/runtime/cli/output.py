@@ -5,18 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _NS = 1_000_000_000
@@ -100,28 +95,44 @@ class Bar:
     """
 
     def __init__(self, title: str, quiet: bool = False) -> None:
-        console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=quiet or not console.is_terminal,
-        )
-        self._task = self._progress.add_task(title, total=None)
+        self._progress = None if quiet or not sys.stderr.isatty() else _progress()
+        self._title = title
 
     def __enter__(self) -> Bar:
-        self._progress.start()
+        if self._progress is not None:
+            self._progress.add_task(self._title, total=None)
+            self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._progress is not None:
+            self._progress.stop()
 
     def show(self, record: Mapping[str, object]) -> None:
         """Move to what a progress record says (``done`` and ``total`` bytes)."""
         done, total = record.get("done"), record.get("total")
-        if isinstance(done, int) and isinstance(total, int):
-            self._progress.update(self._task, completed=done, total=max(total, done) or None)
+        if self._progress is not None and isinstance(done, int) and isinstance(total, int):
+            (task,) = self._progress.task_ids
+            self._progress.update(task, completed=done, total=max(total, done) or None)
+
+
+def _progress() -> Progress:
+    from rich.console import Console  # on use: most commands draw no bar
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )

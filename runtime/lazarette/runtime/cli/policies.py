@@ -8,8 +8,7 @@ import click
 
 from lazarette.backup.policy.durations import format_duration
 from lazarette.runtime.cli import output
-from lazarette.runtime.cli.client import Json
-from lazarette.runtime.cli.context import Session, json_option, pass_session
+from lazarette.runtime.cli.context import Json, Session, json_option, pass_session
 from lazarette.storage.clock import rfc3339
 from lazarette.storage.errors import InvalidArgument
 

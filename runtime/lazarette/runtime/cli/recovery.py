@@ -9,8 +9,7 @@ import msgspec
 
 from lazarette.runtime.cli import output
 from lazarette.runtime.cli.backup import follow
-from lazarette.runtime.cli.client import Json
-from lazarette.runtime.cli.context import Session, json_option, pass_session
+from lazarette.runtime.cli.context import Json, Session, json_option, pass_session
 from lazarette.runtime.cli.secrets import secret_options, store_access
 from lazarette.storage.errors import EXIT_OK, EXIT_WARNINGS
 

@@ -10,8 +10,7 @@ from lazarette.backup.policy.durations import parse_duration
 from lazarette.runtime.cli import output
 from lazarette.runtime.cli.backup import follow as follow_work
 from lazarette.runtime.cli.backup import when
-from lazarette.runtime.cli.client import Json
-from lazarette.runtime.cli.context import Session, json_option, pass_session
+from lazarette.runtime.cli.context import Json, Session, json_option, pass_session
 from lazarette.storage.errors import EXIT_OK, EXIT_WARNINGS
 
 

@@ -8,8 +8,7 @@ import click
 import msgspec
 
 from lazarette.runtime.cli import output
-from lazarette.runtime.cli.client import Json
-from lazarette.runtime.cli.context import Session, json_option, pass_session
+from lazarette.runtime.cli.context import Json, Session, json_option, pass_session
 from lazarette.runtime.cli.dialing import dial_stdio
 
 

@@ -13,9 +13,11 @@ import termios
 import tty as ttys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from lazarette.runtime.cli.client import Daemon
+if TYPE_CHECKING:
+    from lazarette.runtime.cli.client import Daemon
+
 
 _CHUNK = 65536
 _HEADER = 8

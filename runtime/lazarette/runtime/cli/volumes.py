@@ -8,11 +8,10 @@ from urllib.parse import quote
 
 import click
 import msgspec
-from docker.utils import parse_bytes
 
 from lazarette.runtime.cli import output
-from lazarette.runtime.cli.client import Json
-from lazarette.runtime.cli.context import Session, json_option, pass_session
+from lazarette.runtime.cli.context import Json, Session, json_option, parse_bytes, pass_session
+from lazarette.runtime.cli.failures import failure
 
 _CHUNK = 1 << 20
 
@@ -307,8 +306,6 @@ def export(session: Session, name: str, path: str) -> None:
     address = f"{daemon.base_url}/lazarette/v1{_path(volume, 'export')}"
     with daemon.get(address, params={"snapshot": point} if point else None, stream=True) as got:
         if got.status_code >= 400:
-            from lazarette.runtime.cli.client import failure
-
             raise failure(got.content, got.status_code)
         with click.open_file(path, "wb") as out:
             for chunk in got.iter_content(_CHUNK):
@@ -330,8 +327,6 @@ def import_(session: Session, name: str, path: str) -> None:
             headers={"Content-Type": "application/x-tar"},
         )
     if got.status_code >= 400:
-        from lazarette.runtime.cli.client import failure
-
         raise failure(got.content, got.status_code)
 
 
