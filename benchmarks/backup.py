@@ -47,8 +47,10 @@ class Measured:
 
 
 def _env() -> dict[str, str]:
+    # An installed program has its modules compiled.
+    inherited = {key: text for key, text in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     return {
-        **os.environ,
+        **inherited,
         "RESTIC_PASSWORD": "x",
         "RESTIC_CACHE_DIR": str(ROOT / "restic-cache"),
         "LAZ_BENCH_CACHE": str(ROOT / "our-cache"),

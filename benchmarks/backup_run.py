@@ -10,11 +10,15 @@ import os
 import sys
 from pathlib import Path
 
-from lazarette.backup.repository import keys
-from lazarette.backup.repository.repository import Repository
-from lazarette.backup.stores.open import open_store
-from lazarette.storage.changes import ByteRange, Change, ChangeKind
-from lazarette.storage.clock import SystemClock
+from lazarette.storage.garbage import collect_seldom
+
+collect_seldom()
+
+from lazarette.backup.repository import keys  # noqa: E402
+from lazarette.backup.repository.repository import Repository  # noqa: E402
+from lazarette.backup.stores.open import open_store  # noqa: E402
+from lazarette.storage.changes import ByteRange, Change, ChangeKind  # noqa: E402
+from lazarette.storage.clock import SystemClock  # noqa: E402
 
 KEY = keys.KeyFile(bytes(range(32)))
 

@@ -13,9 +13,10 @@ import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+
+import msgspec
 
 from lazarette.backup import native, scan
 from lazarette.backup.archive_changes import ChangedWalk, plan
@@ -51,8 +52,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(msgspec.Struct, frozen=True):
     """What to back up.
 
     Attributes:
@@ -77,8 +77,7 @@ class Source:
     meta: bytes = b""
 
 
-@dataclass(frozen=True)
-class ArchiveOptions:
+class ArchiveOptions(msgspec.Struct, frozen=True):
     """How to back up.
 
     Attributes:
@@ -92,7 +91,7 @@ class ArchiveOptions:
     """
 
     host: str = ""
-    tags: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = {}
     threads: int = 0
     allow_empty: bool = False
     shrink_warning: float = 0.5
@@ -107,8 +106,7 @@ class Outcome(Enum):
     WARNINGS = "warnings"
 
 
-@dataclass(frozen=True)
-class ArchiveReport:
+class ArchiveReport(msgspec.Struct, frozen=True):
     """What a backup did.
 
     Attributes:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+
+import msgspec
 
 from lazarette.backup import native, scan
 from lazarette.backup.archive_frame import Frame
@@ -23,12 +24,11 @@ from lazarette.backup.tree import PathNotFound, TreeReader
 from lazarette.storage.changes import ByteRange, Change, ChangeKind, ChangesUnknown
 
 
-@dataclass
-class Node:
+class Node(msgspec.Struct):
     """A name in the tree of changes."""
 
     change: Change | None = None
-    children: dict[bytes, Node] = field(default_factory=dict)
+    children: dict[bytes, Node] = {}
 
 
 def plan(changes: Iterator[Change], root: int, base: TreeReader, inodes_kept: bool) -> Node:
@@ -62,7 +62,7 @@ def plan(changes: Iterator[Change], root: int, base: TreeReader, inodes_kept: bo
     for inode, nodes in names.items():
         for node in nodes:
             if node.change is not None:
-                node.change = replace(node.change, ranges=linked[inode])
+                node.change = msgspec.structs.replace(node.change, ranges=linked[inode])
     return top
 
 
@@ -128,12 +128,11 @@ def _insert(top: Node, change: Change) -> Node:
     return node
 
 
-@dataclass
 class ChangedFrame(Frame):
     """A directory taken from the earlier snapshot with some names done anew."""
 
-    node: Node = field(default_factory=Node)
-    known: dict[bytes, Entry] = field(default_factory=dict)
+    node: Node = msgspec.field(default_factory=Node)
+    known: dict[bytes, Entry] = msgspec.field(default_factory=dict)
 
 
 class ChangedWalk(Walk):

@@ -11,8 +11,10 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
+
+import msgspec
 
 from lazarette.backup import native, scan
 from lazarette.backup.chunker import MAX_SIZE, Chunker
@@ -32,8 +34,7 @@ _BUFFER = 4 << 20
 _READ = 1 << 20
 
 
-@dataclass
-class SmallFile:
+class SmallFile(msgspec.Struct):
     """A file to be read whole into one chunk."""
 
     directory: int
@@ -43,11 +44,10 @@ class SmallFile:
     unstable: bool = False
 
 
-@dataclass
-class Batch:
+class Batch(msgspec.Struct):
     """Small files read together."""
 
-    files: list[SmallFile] = field(default_factory=list)
+    files: list[SmallFile] = []
     bytes: int = 0
     error: BaseException | None = None
 
@@ -143,8 +143,7 @@ def fill_entry(entry: Entry, status: os.stat_result, descriptor: int, size: int)
     scan.put_extras(entry, scan.xattrs(descriptor), scan.flags(descriptor))
 
 
-@dataclass
-class Segment:
+class Segment(msgspec.Struct):
     """A run of a large file's data to be cut into chunks.
 
     Attributes:
@@ -163,7 +162,7 @@ class Segment:
     length: int
     block: int
     owner: object
-    bases: Mapping[int, bytes] = field(default_factory=dict)
+    bases: Mapping[int, bytes] = {}
     paged: bool = False
     parts: bytes = b""
     read: int = 0
@@ -295,11 +294,15 @@ class Worker:
         self.lane: Lane = ingest.lane()
         self.bytes_read = 0
         self.pace: Callable[[int], None] = lambda count: None
-        self.view = memoryview(bytearray(max(_BUFFER, 2 * MAX_SIZE)))
         self._tasks = tasks
         self._done = done
         self._thread = threading.Thread(target=self._loop, name="archive", daemon=True)
         self._thread.start()
+
+    @cached_property
+    def view(self) -> memoryview:
+        """What large files are read into; made on use, since making it writes zeros all over it."""
+        return memoryview(bytearray(max(_BUFFER, 2 * MAX_SIZE)))
 
     def store(self, data: memoryview, lengths: list[int]) -> bytes:
         """Store consecutive chunks of ``data``; returns their ``PART`` rows."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+
+import msgspec
 
 from lazarette.backup import native, scan
 from lazarette.backup.archive_content import (
@@ -40,8 +41,7 @@ _SPAN_PARTS = 4 * PARTS_A_PAGE
 _BLOCKS_A_TASK = 64
 
 
-@dataclass
-class FileJob:
+class FileJob(msgspec.Struct):
     """A file being read in segments.
 
     Attributes:
@@ -62,8 +62,8 @@ class FileJob:
     status: os.stat_result | None = None
     block: int = 0
     paged: bool = False
-    pieces: list[bytes | Segment | Pages] = field(default_factory=list)
-    bases: dict[int, bytes] = field(default_factory=dict)
+    pieces: list[bytes | Segment | Pages] = []
+    bases: dict[int, bytes] = {}
     waiting: int = 0
     attempts: int = 0
     fault: OSError | None = None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import msgspec
 
 from lazarette.backup.native import Inode
 from lazarette.backup.repository.entries import Entry
 
 
-@dataclass
-class Frame:
+class Frame(msgspec.Struct):
     """A directory under way.
 
     Attributes:
@@ -28,8 +27,8 @@ class Frame:
     entry: Entry
     parent: Frame | None
     base: dict[bytes, Entry]
-    children: list[Entry] = field(default_factory=list)
-    pending: list[Inode] = field(default_factory=list)
+    children: list[Entry] = []
+    pending: list[Inode] = []
     outstanding: int = 0
     listed: bool = False
 

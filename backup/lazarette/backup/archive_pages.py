@@ -8,7 +8,8 @@ read whole.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+
+import msgspec
 
 from lazarette.backup.archive_content import Worker, fill_buffer
 from lazarette.backup.pagemaps import PageMap, delta
@@ -17,8 +18,7 @@ from lazarette.backup.repository.format import ID_SIZE, PAGE
 from lazarette.storage.changes import ByteRange
 
 
-@dataclass(frozen=True, slots=True)
-class Touched:
+class Touched(msgspec.Struct, frozen=True):
     """A whole block of which some pages may differ.
 
     Attributes:
@@ -54,8 +54,7 @@ class _Stale(Exception):
     """A page is not what the record of changes says it still is."""
 
 
-@dataclass
-class Pages:
+class Pages(msgspec.Struct):
     """A run of a large file: parts kept as they were and blocks touched, in order.
 
     Attributes:
@@ -69,7 +68,7 @@ class Pages:
     file: int
     owner: object
     length: int = 0
-    items: list[bytes | Touched] = field(default_factory=list)
+    items: list[bytes | Touched] = []
     blocks: int = 0
     parts: bytes = b""
     read: int = 0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
+import msgspec
 import xxhash
 
 from lazarette.backup.archive_content import SMALL, Batch, Segment, SmallFile, Task, Workers
@@ -31,8 +31,7 @@ _SECOND = 1_000_000_000
 _RENUMBERED = 1 << 63
 
 
-@dataclass(frozen=True, slots=True)
-class Notice:
+class Notice(msgspec.Struct, frozen=True):
     """One thing that was not saved as it should.
 
     Attributes:
@@ -44,8 +43,7 @@ class Notice:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(msgspec.Struct, frozen=True):
     """How far a backup is.
 
     Attributes:
@@ -61,14 +59,13 @@ class Progress:
     path: bytes
 
 
-@dataclass
-class _Links:
+class _Links(msgspec.Struct):
     """Names of one inode: the first is read, the others get what it got."""
 
     leader: Entry
     done: bool = False
     lost: bool = False
-    followers: list[tuple[Entry, bytes, Frame]] = field(default_factory=list)
+    followers: list[tuple[Entry, bytes, Frame]] = []
 
 
 class Run:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 
 from lazarette.backup import scan
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def clear(descriptor: int, offset: int, length: int) -> None:
@@ -24,8 +21,10 @@ def clear(descriptor: int, offset: int, length: int) -> None:
 
 def punch(descriptor: int, offset: int, length: int) -> bool:
     """Deallocate a run of a file; False when the filesystem does not do that."""
+    import ctypes  # on use: few restores punch holes
+
     keep_size_punch = 0x01 | 0x02
-    done = _libc.fallocate(
+    done = ctypes.CDLL(None).fallocate(
         descriptor, keep_size_punch, ctypes.c_longlong(offset), ctypes.c_longlong(length)
     )
     return int(done) == 0

@@ -13,29 +13,29 @@ know it and so cannot make two pages that pass for one another.
 
 from __future__ import annotations
 
-import sqlite3
 import struct
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import msgspec
 import xxhash
 from blake3 import blake3
 
 from lazarette.backup.repository import patches
 from lazarette.backup.repository.format import PAGE
 
+if TYPE_CHECKING:
+    from lazarette.backup.pagemapfile import PageMapFile
+
 _HASH = 16
-_LARGEST = 2 << 30
-"""Size of the database, bytes, beyond which it is made anew."""
 _PLACE = struct.Struct("<16sB")
 MOST_NEW = 0.5
 """Share of new pages beyond which a block is stored whole."""
 
 
-@dataclass(frozen=True, slots=True)
-class PageMap:
+class PageMap(msgspec.Struct, frozen=True):
     """Pages of one block.
 
     Attributes:
@@ -69,10 +69,10 @@ class PageMap:
 
 
 class PageMaps:
-    """The maps of a repository's blocks, in a small database; safe in several threads.
+    """The maps of a repository's blocks on this host; safe in several threads.
 
     Args:
-        file: where they are kept; made anew if it is damaged.
+        file: where they are kept, see :class:`lazarette.backup.pagemapfile.PageMapFile`.
         chunk_id_key: of the repository.
     """
 
@@ -81,28 +81,8 @@ class PageMaps:
         self._seed = int.from_bytes(seed, "little")
         self._lock = threading.Lock()
         self._fresh: dict[bytes, bytes] = {}
-        if file.exists() and file.stat().st_size > _LARGEST:
-            file.unlink()
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        try:
-            self._db = self._open(file)
-        except sqlite3.DatabaseError:
-            file.unlink(missing_ok=True)
-            self._db = self._open(file)
-
-    @staticmethod
-    def _open(file: Path) -> sqlite3.Connection:
-        db = sqlite3.connect(file, check_same_thread=False, isolation_level=None, timeout=1.0)
-        try:
-            db.execute("PRAGMA journal_mode=WAL")
-            db.execute("PRAGMA synchronous=OFF")
-            db.execute(
-                "CREATE TABLE IF NOT EXISTS maps (chunk BLOB PRIMARY KEY, map BLOB) WITHOUT ROWID"
-            )
-        except sqlite3.DatabaseError:
-            db.close()
-            raise
-        return db
+        self._path = file
+        self._file: PageMapFile | None = None
 
     def hashes(self, block: memoryview) -> bytes:
         """Hashes of a block's pages."""
@@ -111,19 +91,8 @@ class PageMaps:
 
     def find(self, chunk: bytes, pages: int) -> PageMap | None:
         """The map of a block stored before."""
-        data = self._fresh.get(chunk)
-        if data is None:
-            with self._lock:
-                try:
-                    row = self._db.execute(
-                        "SELECT map FROM maps WHERE chunk = ?", (chunk,)
-                    ).fetchone()
-                except sqlite3.DatabaseError:
-                    return None
-            if row is None:
-                return None
-            data = row[0]
-        return PageMap.unpack(chunk, data, pages)
+        data = self._fresh.get(chunk) or self._opened().find(chunk)
+        return None if data is None else PageMap.unpack(chunk, data, pages)
 
     def note(self, chunk: bytes, pages: PageMap) -> None:
         """Remember the map of a block, once :meth:`flush` is called."""
@@ -132,25 +101,25 @@ class PageMaps:
     def flush(self, replaced: Sequence[bytes] = ()) -> None:
         """Write what was noted, and drop maps of blocks that are no file's any more."""
         fresh, self._fresh = self._fresh, {}
-        rows = sorted(fresh.items())  # in the order of the table, which is several times faster
+        if fresh or replaced:
+            self._opened().write(fresh, replaced)
+
+    def _opened(self) -> PageMapFile:
+        """The file: a run that reads no database does not open it."""
+        from lazarette.backup.pagemapfile import PageMapFile
+
         with self._lock:
-            try:
-                self._db.execute("BEGIN")
-                self._db.executemany("DELETE FROM maps WHERE chunk = ?", [(c,) for c in replaced])
-                self._db.executemany("INSERT OR REPLACE INTO maps VALUES (?, ?)", rows)
-                self._db.execute("COMMIT")
-            except sqlite3.DatabaseError:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+            if self._file is None:
+                self._file = PageMapFile(self._path)
+            return self._file
 
     def close(self) -> None:
-        """Close the database."""
-        with self._lock:
-            self._db.close()
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True):
     """A block as a patch.
 
     Attributes:

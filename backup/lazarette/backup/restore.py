@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+
+import msgspec
 
 from lazarette.backup import native
 from lazarette.backup.archive import Outcome
@@ -62,8 +63,7 @@ class Mode(Enum):
     DELTA = "delta"
 
 
-@dataclass(frozen=True)
-class RestoreOptions:
+class RestoreOptions(msgspec.Struct, frozen=True):
     """How to restore.
 
     Attributes:
@@ -82,15 +82,14 @@ class RestoreOptions:
     include: tuple[bytes, ...] = ()
     strip: bytes = b""
     mode: Mode = Mode.FRESH
-    owners: OwnerMap = field(default_factory=OwnerMap)
+    owners: OwnerMap = msgspec.field(default_factory=OwnerMap)
     keep_damaged: bool = False
     root_metadata: bool = True
     threads: int = 0
     known: SnapshotRecord | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RestoreProgress:
+class RestoreProgress(msgspec.Struct, frozen=True):
     """How far a restore is."""
 
     files: int
@@ -99,16 +98,14 @@ class RestoreProgress:
     path: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Damaged:
+class Damaged(msgspec.Struct, frozen=True):
     """A file or directory the repository could not give back whole."""
 
     path: bytes
     text: str
 
 
-@dataclass(frozen=True)
-class RestoreReport:
+class RestoreReport(msgspec.Struct, frozen=True):
     """What a restore did.
 
     Attributes:

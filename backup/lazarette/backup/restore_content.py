@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+
+import msgspec
 
 from lazarette.backup import native
 from lazarette.backup.repository.chunks import ChunkReader
@@ -19,11 +21,14 @@ from lazarette.backup.tree import Part
 CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 UPDATE = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _PAGE = 4096
+_STEP = 64 << 10
+"""What is written at once where a part of it differs, bytes."""
 _ZEROS = bytes(1 << 20)
+_ROW = 64
+"""Most parts of a file asked for at once: more than a block has."""
 
 
-@dataclass
-class Target:
+class Target(msgspec.Struct):
     """A file to be written.
 
     Attributes:
@@ -46,17 +51,16 @@ class Target:
     delta: bool = False
     descriptor: int = -1
     waiting: int = 0
-    damage: list[str] = field(default_factory=list)
+    damage: list[str] = []
     fault: OSError | None = None
     written: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.Lock = msgspec.field(default_factory=threading.Lock)
 
 
-@dataclass
-class SmallFiles:
+class SmallFiles(msgspec.Struct):
     """Files written whole by one worker, metadata and all."""
 
-    files: list[tuple[Target, list[Part]]] = field(default_factory=list)
+    files: list[tuple[Target, list[Part]]] = []
     bytes: int = 0
     error: BaseException | None = None
 
@@ -126,8 +130,7 @@ def _row(
     return (target.directory, entry.name, data, entry.mode, uid, gid, *when)
 
 
-@dataclass
-class PartRun:
+class PartRun(msgspec.Struct):
     """Parts of a large file for one worker."""
 
     target: Target
@@ -138,23 +141,25 @@ class PartRun:
         """Write them, those that lie together at once."""
         written = 0
         gathered: list[memoryview] = []
-        start = size = 0
-        for part in self.parts:
-            if part.chunk is None:
-                continue
+        start = size = at = 0
+        while at < len(self.parts):
+            part = self.parts[at]
             try:
-                data = memoryview(writer.chunk(part))
+                count, read = writer.row(self.parts, at)
             except RepositoryDamaged as bad:
                 with self.target.lock:
                     self.target.damage.append(f"{part.length} bytes at {part.offset}: {bad}")
+                at += 1
                 continue
+            data = memoryview(read)
             if gathered and (part.offset != start + size or size >= 1 << 20):
                 written += self._put(start, gathered)
                 gathered = []
             if not gathered:
                 start, size = part.offset, 0
             gathered.append(data)
-            size += part.length
+            size += len(data)
+            at += count
         if gathered:
             written += self._put(start, gathered)
         with self.target.lock:
@@ -184,9 +189,13 @@ def _put_vector(descriptor: int, offset: int, pieces: list[memoryview]) -> int:
 def _put_delta(descriptor: int, offset: int, pieces: list[memoryview]) -> int:
     written = 0
     for piece in pieces:
-        if os.pread(descriptor, len(piece), offset) != piece:
-            write_all(descriptor, piece, offset)
-            written += len(piece)
+        there = os.pread(descriptor, len(piece), offset)
+        starts = range(0, len(piece), _STEP) if there != piece else ()
+        for at in starts:
+            part = piece[at : at + _STEP]
+            if there[at : at + _STEP] != part:
+                write_all(descriptor, part, offset + at)
+                written += len(part)
         offset += len(piece)
     return written
 
@@ -265,6 +274,27 @@ class Writer:
         if len(data) != part.length:
             raise RepositoryDamaged(f"chunk {part.chunk.hex()} has another length than recorded")
         return data
+
+    def row(self, parts: Sequence[Part], first: int) -> tuple[int, Buffer]:
+        """Bytes of several parts that lie together in the file and in one block.
+
+        Returns:
+            How many from the first one on, at least one, and their bytes, joined.
+
+        Raises:
+            RepositoryDamaged: those of the first are lost or wrong.
+        """
+        end = parts[first].offset
+        chunks: list[bytes] = []
+        for part in itertools.islice(parts, first, None):
+            if part.chunk is None or part.offset != end or len(chunks) == _ROW:
+                break
+            chunks.append(part.chunk)
+            end += part.length
+        count, data = self._reader.get_row(chunks)
+        if len(data) == sum(part.length for part in parts[first : first + count]):
+            return count, data
+        return 1, self.chunk(parts[first])
 
     def submit(self, job: Job) -> None:
         """Queue a job."""

@@ -10,7 +10,8 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+
+import msgspec
 
 from lazarette.backup import scan
 from lazarette.backup.repository.entries import Entry, Kind
@@ -20,8 +21,7 @@ _ALWAYS_HELD = range(-(1 << 31) * _SECOND, (1 << 31) * _SECOND)
 _KEPT_BY_KERNEL = {b"security.selinux", b"security.ima", b"security.evm"}
 
 
-@dataclass(frozen=True)
-class OwnerMap:
+class OwnerMap(msgspec.Struct, frozen=True):
     """Other owners for restored inodes.
 
     Attributes:
@@ -30,8 +30,8 @@ class OwnerMap:
         keep: False leaves every inode to whoever restores it.
     """
 
-    uids: Mapping[int, int] = field(default_factory=dict)
-    gids: Mapping[int, int] = field(default_factory=dict)
+    uids: Mapping[int, int] = {}
+    gids: Mapping[int, int] = {}
     keep: bool = True
 
     def of(self, entry: Entry) -> tuple[int, int]:

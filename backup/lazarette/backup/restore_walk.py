@@ -10,7 +10,8 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+
+import msgspec
 
 from lazarette.backup import beneath, holes, native
 from lazarette.backup.archive_content import SMALL
@@ -39,8 +40,7 @@ OPEN_DIRECTORIES = 400
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
-@dataclass
-class Place:
+class Place(msgspec.Struct):
     """A directory being restored.
 
     Attributes:
@@ -64,7 +64,7 @@ class Place:
     outstanding: int = 0
     dress: bool = True
     fresh: bool = False
-    known: Mapping[bytes, Entry] = field(default_factory=dict)
+    known: Mapping[bytes, Entry] = {}
 
 
 class RestoreWalk:

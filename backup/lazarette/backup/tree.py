@@ -5,7 +5,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from lazarette.backup.repository.chunks import ChunkReader
 from lazarette.backup.repository.entries import (
@@ -31,8 +32,7 @@ class PathNotFound(NotFound):
     number = 223
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(msgspec.Struct, frozen=True):
     """A run of a file's content: a chunk, or a hole when ``chunk`` is None."""
 
     offset: int

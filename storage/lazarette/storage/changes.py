@@ -23,8 +23,9 @@ C6. With hard links, the content of a changed inode is reported under at least o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
+
+import msgspec
 
 from lazarette.storage.errors import LazaretteError
 
@@ -38,8 +39,7 @@ class ChangeKind(Enum):
     MODIFIED = "modified"
 
 
-@dataclass(frozen=True, slots=True)
-class ByteRange:
+class ByteRange(msgspec.Struct, frozen=True):
     """``length`` bytes from ``offset``."""
 
     offset: int
@@ -51,8 +51,7 @@ class ByteRange:
         return self.offset + self.length
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(msgspec.Struct, frozen=True):
     """One entry that differs; see C1-C6 in the module's text."""
 
     kind: ChangeKind

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-import secrets
+from typing import TYPE_CHECKING
 
-from lazarette.storage.mounts import AnyPath
+if TYPE_CHECKING:
+    from lazarette.storage.mounts import AnyPath
 
 
 def write_atomic(path: AnyPath, data: bytes, mode: int = 0o600) -> None:
     """Replace a file's content: temporary file, fsync, rename, fsync of the folder."""
     encoded = os.fsencode(path)
     folder = os.path.dirname(encoded) or b"."
-    temporary = os.path.join(folder, b".tmp-" + secrets.token_hex(8).encode())
+    temporary = os.path.join(folder, b".tmp-" + os.urandom(8).hex().encode())
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         with open(descriptor, "wb") as target:

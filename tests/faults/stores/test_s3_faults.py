@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import msgspec
 import pytest
 from tests.support.proxy import FaultProxy, Rule
 from tests.support.s3 import S3Server, s3_bucket, s3_server  # noqa: F401
@@ -199,7 +200,7 @@ def test_two_requests_at_a_time(s3_server: S3Server, s3_bucket: str) -> None:  #
     with FaultProxy(s3_server.endpoint, max_parallel=2) as proxy:
         bare = S3Store(S3Place(s3_bucket, "", proxy.endpoint), s3_server.credentials)
         limited = LimitedStore(bare, SystemClock(), parallel=16)
-        store = RetryStore(limited, SystemClock(), replace(QUICK, attempts=20))
+        store = RetryStore(limited, SystemClock(), msgspec.structs.replace(QUICK, attempts=20))
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda number: store.put(f"{number}", os.urandom(50_000)), range(60)))
         assert len(list(store.list())) == 60

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 from tests.support.repositories import backup
 
 from lazarette.backup.repository import keys
@@ -27,7 +27,7 @@ class Counted(StoreWrapper):
 
     @property
     def capabilities(self) -> StoreCapabilities:
-        return replace(self.inner.capabilities, distant=True)
+        return msgspec.structs.replace(self.inner.capabilities, distant=True)
 
     def _note(self, what: str, name: str) -> None:
         self.asked.append((what, name, threading.current_thread() is self._thread))

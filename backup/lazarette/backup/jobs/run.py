@@ -1,8 +1,11 @@
-"""The job process: ``python -m lazarette.backup.jobs.run FOLDER``, its request on stdin."""
+"""What the job process does.
+
+It imports what its own kind of work needs, when it knows which: of a short job the imports are
+the longest part.
+"""
 
 from __future__ import annotations
 
-import gc
 import signal
 import sys
 import threading
@@ -12,7 +15,6 @@ from pathlib import Path
 
 import msgspec
 
-from lazarette.backup import archive, copying, restore
 from lazarette.backup.jobs.access import open_repository
 from lazarette.backup.jobs.changelog import read_changes
 from lazarette.backup.jobs.model import (
@@ -29,10 +31,6 @@ from lazarette.backup.jobs.model import (
     RestoreJob,
     Result,
 )
-from lazarette.backup.policy.schedule import zone_of
-from lazarette.backup.policy.windows import parse_rate
-from lazarette.backup.recovery import wal
-from lazarette.backup.repository import prune
 from lazarette.backup.repository.repository import Repository
 from lazarette.backup.repository.snapshots import SnapshotRecord
 from lazarette.backup.stores.limit import Rate, unlimited
@@ -81,6 +79,9 @@ def rate_of(text: str, zone: str, clock: Clock) -> Rate:
     """
     if not text:
         return unlimited
+    from lazarette.backup.policy.schedule import zone_of
+    from lazarette.backup.policy.windows import parse_rate
+
     limit, place = parse_rate(text), zone_of(zone)
     return lambda: limit.at(clock.now_ns(), place)
 
@@ -100,6 +101,8 @@ def _perform(repository: Repository, request: Request, show: Show, stop: Stop) -
 
 
 def _back_up(repository: Repository, job: BackupJob, read: Rate, show: Show, stop: Stop) -> Result:
+    from lazarette.backup import archive
+
     base = _base(repository, job)
     changes: Iterator[Change] | None = None
     if job.changes and base is not None:
@@ -149,6 +152,8 @@ def _base(repository: Repository, job: BackupJob) -> SnapshotRecord | None:
 
 
 def _restore(repository: Repository, job: RestoreJob, show: Show, stop: Stop) -> Result:
+    from lazarette.backup import restore
+
     record = repository.snapshot(job.snapshot)
     known: SnapshotRecord | None = None
     if job.known:
@@ -170,6 +175,8 @@ def _restore(repository: Repository, job: RestoreJob, show: Show, stop: Stop) ->
     )
     notes = []
     if job.replay is not None:
+        from lazarette.backup.recovery import wal
+
         wal.lay_out(repository, job.replay, Path(job.target), stop)
         notes = [job.replay.warning] if job.replay.warning else []
     lost = [DAMAGED + _line(one.path, one.text) for one in report.damaged]
@@ -204,6 +211,8 @@ def _check(repository: Repository, job: CheckJob) -> Result:
 
 
 def _copy(repository: Repository, job: CopyJob, request: Request, stop: Stop) -> Result:
+    from lazarette.backup import copying
+
     cache = Path(request.cache) if request.cache else None
     rate = rate_of(request.upload, request.zone, repository.clock)
     target = open_repository(job.target, repository.clock, cache, rate)
@@ -220,6 +229,8 @@ def _forget(repository: Repository, job: ForgetJob, stop: Stop) -> Result:
     repository.forget(job.snapshots)
     if not job.prune:
         return Result("ok")
+    from lazarette.backup.repository import prune
+
     freed = prune.run(repository, cancelled=stop)
     return Result("ok", files=freed.packs_deleted, bytes_new=freed.bytes_freed)
 
@@ -230,7 +241,6 @@ def main() -> None:
     request = jsontext.decode(sys.stdin.buffer.read(), type=Request)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    gc.freeze()
 
     def show(progress: Progress) -> None:
         beside = folder / f".{PROGRESS_FILE}"
@@ -239,7 +249,3 @@ def main() -> None:
 
     result = execute(request, show, stop.is_set)
     write_atomic(folder / RESULT_FILE, msgspec.json.encode(result))
-
-
-if __name__ == "__main__":
-    main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Callable
 from enum import Enum
 
@@ -153,7 +152,7 @@ class StoreTime:
         return self.bounds()[0] - renewed_ns > self._term_ns or holder.is_dead_here()
 
     def _probe(self) -> None:
-        name = _CLOCK + secrets.token_hex(8)
+        name = _CLOCK + os.urandom(8).hex()
         begun = self._clock.monotonic_ns()
         self._store.put(name, b"")
         try:
@@ -231,7 +230,7 @@ class TableEntries:
         kept = [entry for entry in self._alive(table) if entry.holder.token != holder.token]
         if stays:
             kept.append(_Entry(holder, self._time.bounds()[1]))
-        changed = _Table(1, secrets.token_hex(8), tuple(kept))
+        changed = _Table(1, os.urandom(8).hex(), tuple(kept))
         data = msgspec.json.encode(changed)
         try:
             if tag:

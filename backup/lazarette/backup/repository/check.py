@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+
+import msgspec
 
 from lazarette.backup import native
 from lazarette.backup.repository import indexes, snapshots
@@ -46,8 +46,7 @@ from lazarette.storage.errors import Cancelled, DamagedData
 _SHOWN_FILES = 1000
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(msgspec.Struct, frozen=True):
     """Something that is not as it should be.
 
     Attributes:
@@ -61,16 +60,14 @@ class Problem:
     chunks: frozenset[bytes] = frozenset()
 
 
-@dataclass(frozen=True)
-class Affected:
+class Affected(msgspec.Struct, frozen=True):
     """A file or directory a snapshot cannot give back whole."""
 
     snapshot: str
     path: bytes
 
 
-@dataclass
-class CheckReport:
+class CheckReport(msgspec.Struct):
     """What a check found.
 
     Attributes:
@@ -84,10 +81,10 @@ class CheckReport:
         bytes_read: their bytes.
     """
 
-    problems: list[Problem] = field(default_factory=list)
-    affected: list[Affected] = field(default_factory=list)
-    affected_snapshots: list[str] = field(default_factory=list)
-    unused_packs: list[bytes] = field(default_factory=list)
+    problems: list[Problem] = []
+    affected: list[Affected] = []
+    affected_snapshots: list[str] = []
+    unused_packs: list[bytes] = []
     snapshots: int = 0
     packs: int = 0
     packs_read: int = 0
@@ -104,8 +101,7 @@ class CheckReport:
         return {chunk for problem in self.problems for chunk in problem.chunks}
 
 
-@dataclass
-class _Loaded:
+class _Loaded(msgspec.Struct):
     index: Index
     records: dict[bytes, PackRecord]
 
@@ -193,6 +189,9 @@ def _read_packs(
     report: CheckReport,
     cancelled: Callable[[], bool],
 ) -> None:
+    # On use: it brings logging, and a repository is opened for other work more often.
+    from concurrent.futures import ThreadPoolExecutor
+
     reader = ChunkReader(store, crypt, loaded.index)
 
     def one(pack: bytes) -> tuple[int, list[Problem]]:
@@ -263,12 +262,13 @@ def check_pack(
 def _wrong_chunks(
     crypt: Crypt, reader: ChunkReader, block: memoryview, ids: bytes, lengths: list[int]
 ) -> list[bytes]:
+    chunks = [ids[at : at + ID_SIZE] for at in range(0, len(ids), ID_SIZE)]
     if all(length & PAGED_BIT and not length & (PATCH_BIT | PAGE - 1) for length in lengths):
-        return _wrong_paged(crypt, block, ids, lengths)
+        found = crypt.paged_ids(block, [length & LENGTH_MASK for length in lengths])
+        return [chunk for chunk, one in zip(chunks, found, strict=True) if one != chunk]
     wrong = []
     at = 0
-    for number, length in enumerate(lengths):
-        chunk = ids[number * ID_SIZE : (number + 1) * ID_SIZE]
+    for chunk, length in zip(chunks, lengths, strict=True):
         size = length & LENGTH_MASK
         payload = block[at : at + size]
         at += size
@@ -278,20 +278,6 @@ def _wrong_chunks(
                 wrong.append(chunk)
         except DamagedData:
             wrong.append(chunk)
-    return wrong
-
-
-def _wrong_paged(crypt: Crypt, block: memoryview, ids: bytes, lengths: list[int]) -> list[bytes]:
-    """:func:`_wrong_chunks` for whole pages, all hashed at once."""
-    wrong = []
-    hashes = crypt.page_hashes(block)
-    at = 0
-    for number, length in enumerate(lengths):
-        end = at + (length & LENGTH_MASK) // PAGE * ID_SIZE
-        chunk = ids[number * ID_SIZE : (number + 1) * ID_SIZE]
-        if crypt.paged_id(hashes[at:end]) != chunk:
-            wrong.append(chunk)
-        at = end
     return wrong
 
 

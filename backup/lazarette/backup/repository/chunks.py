@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -57,6 +57,7 @@ class ChunkReader:
         refresh: Callable[[], None] | None = None,
     ) -> None:
         self._reads = PackReads(store)
+        self._distant = store.capabilities.distant
         self._crypt = crypt
         self._index = index
         self._limit = cache_bytes
@@ -81,10 +82,43 @@ class ChunkReader:
         if location.patch:
             data = self.assemble(data)
         if self._crypt.id_of(data, location.paged) != chunk:
-            raise RepositoryDamaged(
-                f"chunk {chunk.hex()} in pack {location.pack.hex()} is not what its id says"
-            )
+            raise _wrong(chunk, location)
         return data
+
+    def get_row(self, chunks: Sequence[bytes]) -> tuple[int, Buffer]:
+        """As many of several chunks as lie in a row in one block, checked against their ids.
+
+        One call for the pages of a whole block: beside the hashing, calls for each chunk would
+        cost as much again.  A block of a near store that is read whole is not held: the next one
+        is written into the same memory while that is still in the processor's cache.
+
+        Returns:
+            How many, at least one, and their bytes, joined.
+
+        Raises:
+            ChunkMissing, RepositoryDamaged, StoreUnavailable: see :meth:`get`; of the first one.
+        """
+        first = self.locate(chunks[0])
+        end = first.start + first.length
+        lengths = [first.length]
+        if first.in_pages:
+            for chunk in chunks[1:]:
+                following = self._index.find(chunk)
+                if following is None or not following.follows(first, end):
+                    break
+                lengths.append(following.length)
+                end += following.length
+        if len(lengths) == 1:
+            return 1, self.get(chunks[0])
+        whole = first.start == 0 and end == first.plain
+        block = self.block(first, keep=self._distant or not whole)
+        data = memoryview(block)[first.start : end]
+        found = self._crypt.paged_ids(data, lengths)
+        if found == list(chunks[: len(found)]):
+            return len(found), data
+        if found[0] != chunks[0]:
+            raise _wrong(chunks[0], first)
+        return 1, data[: lengths[0]]
 
     def payload(self, chunk: bytes) -> tuple[Buffer, tuple[bytes, ...]]:
         """What is stored of a chunk, and the chunks a patch needs.
@@ -128,8 +162,8 @@ class ChunkReader:
         payload = self._payload(location)
         return patches.decode(payload).new_pages if location.patch else payload
 
-    def block(self, location: Location) -> bytes:
-        """The plain bytes of a whole block."""
+    def block(self, location: Location, keep: bool = True) -> bytes:
+        """The plain bytes of a whole block; held for later readers if they are to be kept."""
         key = (location.pack, location.offset)
         with self._lock:
             found = self._blocks.get(key)
@@ -137,7 +171,8 @@ class ChunkReader:
                 self._blocks.move_to_end(key)
                 return found
         plain = self._opened(location)
-        self.keep(location, plain)
+        if keep:
+            self.keep(location, plain)
         return plain
 
     def _opened(self, location: Location) -> bytes:
@@ -200,3 +235,9 @@ class ChunkReader:
                 while len(self._ciphers) > _CIPHERS:
                     self._ciphers.popitem(last=False)
         return cipher
+
+
+def _wrong(chunk: bytes, location: Location) -> RepositoryDamaged:
+    return RepositoryDamaged(
+        f"chunk {chunk.hex()} in pack {location.pack.hex()} is not what its id says"
+    )

@@ -13,11 +13,12 @@ import itertools
 import threading
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from operator import or_
 from typing import TYPE_CHECKING
 
-from lazarette.backup.repository.format import ID_SIZE
+import msgspec
+
+from lazarette.backup.repository.format import ID_SIZE, PAGE
 from lazarette.backup.repository.packs import LENGTH_MASK, PAGED_BIT, PATCH_BIT, PackRecord
 
 if TYPE_CHECKING:
@@ -29,8 +30,7 @@ FRESH_LIMIT = 100_000
 """Chunks kept in the dictionary before they become a segment."""
 
 
-@dataclass(frozen=True, slots=True)
-class Location:
+class Location(msgspec.Struct, frozen=True):
     """Where a chunk is.
 
     Attributes:
@@ -52,6 +52,20 @@ class Location:
     length: int
     patch: bool
     paged: bool = False
+
+    @property
+    def in_pages(self) -> bool:
+        """Whether it is stored whole, in whole pages, and named by their hashes."""
+        return self.paged and not self.patch and self.length % PAGE == 0
+
+    def follows(self, other: Location, end: int) -> bool:
+        """Whether it is in pages and begins at ``end`` of another's block."""
+        return (
+            self.start == end
+            and self.offset == other.offset
+            and self.pack == other.pack
+            and self.in_pages
+        )
 
 
 class Index:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
 
 from lazarette.backup.repository.format import Crypt, pack_name
 from lazarette.backup.repository.guard import UNGUARDED, Guard, LeaseLost
@@ -26,6 +26,9 @@ from lazarette.backup.stores.contract import BlobStore, Buffer
 from lazarette.storage.clock import Clock
 from lazarette.storage.errors import LazaretteError
 
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
 PACK_SIZE = 16 << 20
 TREE_PACK_SIZE = 4 << 20
 TREE_BLOCK_SIZE = 128 << 10
@@ -35,8 +38,7 @@ INDEX_EVERY = 8
 """Packs after which an index object is written during a run."""
 
 
-@dataclass
-class IngestStats:
+class IngestStats(msgspec.Struct):
     """What a run added.
 
     Attributes:
@@ -183,7 +185,8 @@ class Ingest:
         self._unlisted = 0
         self._interim: list[str] = []
         self._slots = threading.BoundedSemaphore(uploads)
-        self._pool = ThreadPoolExecutor(uploads, thread_name_prefix="upload")
+        self._uploads = uploads
+        self._pool: ThreadPoolExecutor | None = None
         self._pending: list[Future[None]] = []
         self._bytes_sent = 0
         self.used_packs: set[bytes] = set()
@@ -242,13 +245,22 @@ class Ingest:
         self._slots.acquire()
         try:
             self._raise_failed()
-            future = self._pool.submit(self._put, data, record)
+            future = self._sender().submit(self._put, data, record)
         except BaseException:
             self._slots.release()
             raise
         with self._lock:
             self._pending = [one for one in self._pending if not one.done() or one.exception()]
             self._pending.append(future)
+
+    def _sender(self) -> ThreadPoolExecutor:
+        """The threads that send: a run that finds nothing new starts none."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._uploads, thread_name_prefix="upload")
+            return self._pool
 
     def _raise_failed(self) -> None:
         with self._lock:
@@ -291,7 +303,8 @@ class Ingest:
         """
         for lane in self._lanes:
             lane.finish()
-        self._pool.shutdown(wait=True)
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
         self._raise_failed()
         if self._records:
             _, size = self._list(self._records)
@@ -317,7 +330,8 @@ class Ingest:
 
     def abort(self) -> None:
         """Stop; what is written already is found and used by the next run, if that works."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
         if self._unlisted:
             with suppress(LazaretteError):
                 self._list(self._records[-self._unlisted :])

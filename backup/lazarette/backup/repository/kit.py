@@ -24,15 +24,18 @@ from __future__ import annotations
 
 import io
 import os
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, urlencode, urlsplit
 
-import segno
 from blake3 import blake3
 
+from lazarette.backup.hidden import Hidden
 from lazarette.backup.repository.keys import KitSecret
 from lazarette.storage.clock import Clock, SystemClock, rfc3339
 from lazarette.storage.errors import Unauthenticated
+
+if TYPE_CHECKING:
+    import segno
 
 SECRET_BYTES = 20
 _TITLE = "LAZARETTE RECOVERY KIT"
@@ -50,8 +53,7 @@ class WrongRecoveryKit(Unauthenticated):
     exit_code = 41
 
 
-@dataclass(frozen=True, slots=True)
-class RecoveryKit:
+class RecoveryKit(Hidden, frozen=True):
     """What the paper says.
 
     Attributes:
@@ -63,7 +65,7 @@ class RecoveryKit:
 
     url: str
     repository_id: bytes
-    secret: bytes = field(repr=False)
+    secret: bytes
     made: str = ""
 
     @property
@@ -111,6 +113,8 @@ class RecoveryKit:
         return out.getvalue()
 
     def _qr(self) -> segno.QRCode:
+        import segno  # on use: it brings XML and HTTP
+
         return segno.make_qr(self.uri(), error="m")
 
 

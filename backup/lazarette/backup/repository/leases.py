@@ -42,7 +42,6 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from types import TracebackType
@@ -100,8 +99,7 @@ class PlaceOfEntries(Enum):
     LISTED = "listed"
 
 
-@dataclass(frozen=True, slots=True)
-class LeaseTerms:
+class LeaseTerms(msgspec.Struct, frozen=True):
     """Times, in seconds; the same for all users of a repository.
 
     Attributes:

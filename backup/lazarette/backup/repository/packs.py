@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import msgspec
 import zstandard
@@ -149,13 +148,12 @@ PAGED_BIT = 1 << 30
 LENGTH_MASK = PAGED_BIT - 1
 
 
-@dataclass
-class _OpenBlock:
+class _OpenBlock(msgspec.Struct):
     """Chunks not yet compressed."""
 
-    parts: list[Buffer] = field(default_factory=list)
-    ids: list[bytes] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
+    parts: list[Buffer] = []
+    ids: list[bytes] = []
+    lengths: list[int] = []
     size: int = 0
 
 
@@ -330,8 +328,7 @@ def pack_cipher(crypt: Crypt, head: PackRecord) -> AESGCM:
     return subkey(crypt.key(head.key, metadata=head.kind == TREE), b"pack", head.pack)
 
 
-@dataclass(frozen=True, slots=True)
-class PackFoot:
+class PackFoot(msgspec.Struct, frozen=True):
     """Where the parts of a pack are."""
 
     table_at: int

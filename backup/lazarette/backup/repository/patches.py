@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from lazarette.backup.repository.format import ID_SIZE, RepositoryDamaged
 from lazarette.backup.stores.contract import Buffer
@@ -30,8 +31,7 @@ _REFERENCE = struct.Struct("<HH")
 HERE = 0xFFFF
 
 
-@dataclass(frozen=True, slots=True)
-class Patch:
+class Patch(msgspec.Struct, frozen=True):
     """A parsed payload.
 
     Attributes:

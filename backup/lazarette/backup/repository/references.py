@@ -7,7 +7,8 @@ is not opened again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+
+import msgspec
 
 from lazarette.backup.repository.chunks import ChunkReader
 from lazarette.backup.repository.entries import HOLE, LIST, PART, Entry, Kind, decode_page
@@ -16,8 +17,7 @@ from lazarette.backup.repository.format import ID_SIZE, RepositoryDamaged
 _MAX_DEPTH = 4
 
 
-@dataclass
-class References:
+class References(msgspec.Struct):
     """Goes through trees.
 
     Args:
@@ -29,8 +29,8 @@ class References:
 
     reader: ChunkReader
     damaged: Callable[[bytes, bytes, RepositoryDamaged], None] | None = None
-    seen: set[bytes] = field(default_factory=set)
-    added: list[bytes] = field(default_factory=list)
+    seen: set[bytes] = msgspec.field(default_factory=set)
+    added: list[bytes] = []
 
     def of(self, root: Entry) -> Iterator[tuple[bytes, bytes]]:
         """Directory path and ids (joined) of everything under a root that was not seen yet.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
@@ -11,6 +10,7 @@ from blake3 import blake3
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
+from lazarette.backup.hidden import Hidden
 from lazarette.storage.errors import Conflict, DamagedData, InvalidArgument, NotFound
 
 KEY_BYTES = 32
@@ -24,19 +24,17 @@ class DamagedKey(DamagedData):
     number = 215
 
 
-@dataclass(frozen=True, slots=True)
-class Passphrase:
+class Passphrase(Hidden, frozen=True):
     """A secret a person remembers."""
 
-    text: str = field(repr=False)
+    text: str
     kind: Literal["passphrase"] = "passphrase"
 
 
-@dataclass(frozen=True, slots=True)
-class KeyFile:
+class KeyFile(Hidden, frozen=True):
     """A secret in a file: 32 random bytes."""
 
-    secret: bytes = field(repr=False)
+    secret: bytes
     kind: Literal["file"] = "file"
 
     @classmethod
@@ -81,11 +79,10 @@ class KeyFile:
             os.fsync(out.fileno())
 
 
-@dataclass(frozen=True, slots=True)
-class KitSecret:
+class KitSecret(Hidden, frozen=True):
     """The secret of a recovery kit: 20 random bytes (see :mod:`.kit`)."""
 
-    secret: bytes = field(repr=False)
+    secret: bytes
     kind: Literal["kit"] = "kit"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from lazarette.backup.stores.contract import BlobStore
@@ -22,6 +21,8 @@ def ahead(store: BlobStore, call: Callable[[], _Got]) -> Callable[[], _Got]:
     """
     if not store.capabilities.distant:
         return call
+    from concurrent.futures import ThreadPoolExecutor
+
     pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
     running = pool.submit(call)
     pool.shutdown(wait=False)

@@ -16,7 +16,6 @@ used longest ago go first.
 from __future__ import annotations
 
 import os
-import secrets
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,7 +120,7 @@ class CachedStore(StoreWrapper):
         """Best effort: a full or read-only disk only costs speed."""
         if not name.startswith(self._prefixes) or len(data) > self._max_bytes // 4:
             return
-        temporary = os.path.join(self._folder, "." + secrets.token_hex(8))
+        temporary = os.path.join(self._folder, "." + os.urandom(8).hex())
         try:
             with open(temporary, "wb") as file:
                 file.write(xxhash.xxh3_128_digest(data) + data)

@@ -37,8 +37,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from lazarette.storage.errors import (
     Conflict,
@@ -53,8 +54,7 @@ from lazarette.storage.errors import (
 Buffer = bytes | bytearray | memoryview
 
 
-@dataclass(frozen=True, slots=True)
-class StoreCapabilities:
+class StoreCapabilities(msgspec.Struct, frozen=True):
     """What a store can do; probed, not assumed.
 
     Attributes:
@@ -71,8 +71,7 @@ class StoreCapabilities:
     distant: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class BlobInfo:
+class BlobInfo(msgspec.Struct, frozen=True):
     """An object's name, size in bytes, tag, and time of its last write (wall clock)."""
 
     name: str

@@ -16,7 +16,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import secrets
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -168,7 +167,7 @@ class LocalStore:
 
     def _write(self, data: Buffer) -> tuple[str, str]:
         """A synced temporary file with ``data``: its name beneath the root, and its tag."""
-        temporary = f"{_TEMPORARY}/{secrets.token_hex(12)}"
+        temporary = f"{_TEMPORARY}/{os.urandom(12).hex()}"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             file = os.open(temporary, flags, 0o600, dir_fd=self._root)
@@ -182,7 +181,7 @@ class LocalStore:
                 rest = rest[os.write(file, rest) :]
             written = os.fstat(file)
             changed = written.st_mtime_ns - written.st_mtime_ns % _JITTER
-            changed += secrets.randbelow(_JITTER)
+            changed += int.from_bytes(os.urandom(8)) % _JITTER
             os.utime(file, ns=(written.st_atime_ns, changed))
             os.fsync(file)
             if not self._swept:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TypeVar
+
+import msgspec
 
 from lazarette.backup.stores.contract import (
     AlreadyThere,
@@ -33,8 +34,7 @@ from lazarette.storage.clock import NANOSECONDS, Clock
 _Got = TypeVar("_Got")
 
 
-@dataclass(frozen=True, slots=True)
-class RetryPolicy:
+class RetryPolicy(msgspec.Struct, frozen=True):
     """How long to keep trying; all times in seconds.
 
     Attributes:

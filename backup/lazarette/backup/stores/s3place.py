@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+
+import msgspec
+
+from lazarette.backup.hidden import Hidden
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Credentials:
+class Credentials(Hidden, frozen=True):
     """An access key; its printed form shows no secret."""
 
     access_key: str
     secret_key: str
     session_token: str | None = None
 
-    def __repr__(self) -> str:
-        return f"Credentials({self.access_key!r}, …)"
 
-
-@dataclass(frozen=True, slots=True)
-class S3Place:
+class S3Place(msgspec.Struct, frozen=True):
     """Which bucket of which server.
 
     Attributes:

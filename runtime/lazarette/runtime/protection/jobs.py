@@ -34,7 +34,7 @@ from lazarette.storage.process import spawn
 
 _POLL_S = 0.05
 _PROCESS_FILE = "process"
-_MODULE = "lazarette.backup.jobs.run"
+_MODULE = "lazarette.backup.jobs"
 
 
 class _Process(msgspec.Struct):

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
+
+import msgspec
 
 from lazarette.backup.repository.format import pack_name
 from lazarette.backup.repository.packreads import MOST, PackReads
@@ -23,7 +24,7 @@ class Far(StoreWrapper):
 
     @property
     def capabilities(self) -> StoreCapabilities:
-        return replace(self.inner.capabilities, distant=True)
+        return msgspec.structs.replace(self.inner.capabilities, distant=True)
 
     def get(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         assert length is not None

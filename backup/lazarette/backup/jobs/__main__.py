@@ -1,0 +1,11 @@
+"""The job process: ``python -m lazarette.backup.jobs FOLDER``, its request on stdin."""
+
+from __future__ import annotations
+
+from lazarette.storage.garbage import collect_seldom
+
+collect_seldom()
+
+from lazarette.backup.jobs.run import main  # noqa: E402
+
+main()
