@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lazarette.runtime.containers import cgroups, gate, pidfd, users
 from lazarette.runtime.containers.cgroups import Group
 from lazarette.runtime.containers.container import Container
 from lazarette.runtime.containers.record import LAYER_PREFIX, Status
+from lazarette.storage import beneath
 from lazarette.storage.errors import LazaretteError
 
 if TYPE_CHECKING:
@@ -158,7 +160,7 @@ def sweep(manager: ContainerManager) -> None:
     for parent in (manager.places.run, manager.places.data):
         for folder in parent.iterdir():
             if folder.name not in known and folder.is_dir():
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(folder)
     hierarchies = manager.facts.hierarchies
     for name in cgroups.groups_below(hierarchies, manager.cgroup_parent) - known:
         group = Group(hierarchies, f"{manager.cgroup_parent}/{name}")
@@ -170,3 +172,11 @@ def sweep(manager: ContainerManager) -> None:
     for folder in manager.runtime.root.iterdir():
         if folder.name not in known and folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a leftover folder; a volume that is mounted in it is only detached."""
+    try:
+        beneath.remove_path(folder)
+    except (OSError, LazaretteError) as bad:
+        log.warning("removing the leftover folder %s: %s", folder, bad)

@@ -10,6 +10,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from lazarette.runtime.containers.rootfs import (
 )
 from lazarette.runtime.containers.services import ImageSource
 from lazarette.runtime.containers.spec import HostFacts, PlacedMount, Prepared
+from lazarette.storage import beneath
 from lazarette.storage import mounts as kernel_mounts
 from lazarette.storage.clock import Clock
 from lazarette.storage.errors import InvalidArgument, LazaretteError, NotFound
@@ -267,7 +269,8 @@ class Preparer:
 
         A subpath is held by a bind mount so that nothing can swap it.
         """
-        mapped = container.idmap if self._maps_owners(point) else None
+        idmap = container.idmap
+        mapped = idmap if idmap is not None and self._maps_owners(point) else None
         if not point.subpath and mapped is None:
             return folder
         root = os.open(folder, os.O_PATH | os.O_DIRECTORY)
@@ -327,7 +330,7 @@ class Preparer:
             lambda: self._unmount_bundle(container),
             *(partial(self._displace, container, point) for point in container.definition.mounts),
             lambda: self._unmount_root(container),
-            lambda: shutil.rmtree(container.bundle, ignore_errors=True),
+            lambda: _discard(container.bundle),
             lambda: shutil.rmtree(self._runtime.state_folder(container.id), ignore_errors=True),
             lambda: users.end(container),
         ]
@@ -357,3 +360,13 @@ class Preparer:
         for entry in container.bundle.iterdir():
             if entry.name in (_SHM, users.NAMESPACE) or entry.name.startswith(_SHOWN):
                 kernel_mounts.unmount(entry, detach=True)
+
+
+def _discard(folder: Path) -> None:
+    """Delete a bundle, never what is mounted in it: volumes may be.
+
+    Raises:
+        InUse: something is.
+    """
+    with suppress(OSError), beneath.opened(folder.parent) as parent:
+        beneath.remove_tree(parent, os.fsencode(folder.name))

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from tests.support.daemon import Daemon
 
+from lazarette.storage import mounts
+
 from .conftest import Host
 
 ODD = """FROM busybox
@@ -200,3 +202,17 @@ def test_bind_propagation_and_modes(host: Host, tmp_path: Path) -> None:
     assert mounts["/f"]["RW"] is False
     assert mounts["/m"]["Propagation"] == "rprivate"
     assert stat.S_ISDIR((tmp_path / "made").stat().st_mode)
+
+
+def test_what_is_mounted_in_a_leftover_bundle_stays(daemon: Daemon, tmp_path: Path) -> None:
+    """The bundle of a container that is in no book goes, the volume shown in it does not."""
+    bundle = daemon.root / "exec" / "containers" / secrets.token_hex(32)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "kept").touch()
+    daemon.kill()
+    (bundle / "mount-data").mkdir(parents=True)
+    mounts.bind(data, bundle / "mount-data")
+    daemon.start()
+    assert not bundle.exists()
+    assert (data / "kept").exists()
