@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 from tests.support.daemon import LAZ, LAZD, Daemon
@@ -41,20 +43,39 @@ def laz(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Comple
     )
 
 
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    if os.geteuid() != 0:
+        pytest.skip("the daemon needs root")
+    one = Daemon(tmp_path_factory.mktemp("bad-input") / "d")
+    one.start()
+    one.laz("load", "-q", "-i", str(busybox_archive()))
+    yield one
+    one.end()
+
+
+@pytest.fixture
+def shared(lasting: Daemon) -> Iterator[Daemon]:
+    """A daemon with an image and nothing else, which the next test finds the same."""
+    yield lasting
+    for container in cast(list[dict[str, str]], lasting.json("ps", "-a")):
+        lasting.laz("rm", "-f", container["Id"])
+
+
 def test_no_daemon(tmp_path: Path) -> None:
     fails(laz("-H", f"unix://{tmp_path}/none.sock", "ps"), Unavailable.exit_code, "daemon")
 
 
-def test_second_daemon_on_the_same_root(daemon: Daemon) -> None:
+def test_second_daemon_on_the_same_root(shared: Daemon) -> None:
     done = subprocess.run(
         [
             str(LAZD),
             "--data-root",
-            str(daemon.root / "data"),
+            str(shared.root / "data"),
             "--exec-root",
-            str(daemon.root / "other"),
+            str(shared.root / "other"),
             "-H",
-            f"unix://{daemon.root}/other.sock",
+            f"unix://{shared.root}/other.sock",
         ],
         capture_output=True,
         check=False,
@@ -64,7 +85,7 @@ def test_second_daemon_on_the_same_root(daemon: Daemon) -> None:
     assert b"Traceback" not in done.stderr
 
 
-def test_unknown_things(daemon: Daemon) -> None:
+def test_unknown_things(shared: Daemon) -> None:
     for arguments, words in (
         (("volume", "rm", "nothing"), "no such volume"),
         (("volume", "snapshot", "nothing"), "no such volume"),
@@ -76,40 +97,38 @@ def test_unknown_things(daemon: Daemon) -> None:
         (("volume", "create", "-o", "colour=red", "v1"), "colour"),
         (("volume", "create", "../escape"), "includes invalid characters"),
     ):
-        done = daemon.laz(*arguments, check=False)
+        done = shared.laz(*arguments, check=False)
         assert done.returncode not in (0, 1), (arguments, done.stderr)
         assert words in done.stderr.decode(), (arguments, done.stderr)
         assert b"Traceback" not in done.stderr
-    assert daemon.json("volume", "ls") == []
+    assert shared.json("volume", "ls") == []
 
 
-def test_image_missing_leaves_nothing(daemon: Daemon) -> None:
-    done = daemon.laz(
+def test_image_missing_leaves_nothing(shared: Daemon) -> None:
+    done = shared.laz(
         "run", "--name", "cc", "-v", "fresh:/data", "127.0.0.1:1/none:latest", "true", check=False
     )
     assert done.returncode not in (0, 1)
     assert b"Traceback" not in done.stderr
-    assert daemon.json("ps", "-a") == []
-    assert daemon.json("volume", "ls") == []
+    assert shared.json("ps", "-a") == []
+    assert shared.json("volume", "ls") == []
 
 
-def test_name_clash(daemon: Daemon) -> None:
-    daemon.laz("load", "-q", "-i", str(busybox_archive()))
-    daemon.laz("run", "-d", "--name", "cc", "busybox", "sleep", "100")
-    done = daemon.laz("run", "-d", "--name", "cc", "busybox", "sleep", "100", check=False)
+def test_name_clash(shared: Daemon) -> None:
+    shared.laz("run", "-d", "--name", "cc", "busybox", "sleep", "100")
+    done = shared.laz("run", "-d", "--name", "cc", "busybox", "sleep", "100", check=False)
     fails(done, NameTaken.exit_code, 'name "/cc" is already in use')
-    assert len(daemon.json("ps", "-a")) == 1  # type: ignore[arg-type]
+    assert len(shared.json("ps", "-a")) == 1  # type: ignore[arg-type]
 
 
-def test_port_taken_leaves_nothing(daemon: Daemon) -> None:
+def test_port_taken_leaves_nothing(shared: Daemon) -> None:
     import socket
 
-    daemon.laz("load", "-q", "-i", str(busybox_archive()))
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         port = holder.getsockname()[1]
-        done = daemon.laz(
+        done = shared.laz(
             "run",
             "-d",
             "--name",
@@ -124,7 +143,7 @@ def test_port_taken_leaves_nothing(daemon: Daemon) -> None:
         assert done.returncode not in (0, 1)
         assert b"Traceback" not in done.stderr
         assert str(port).encode() in done.stderr
-    daemon.laz("start", "cc")
+    shared.laz("start", "cc")
 
 
 @pytest.mark.parametrize("daemonless", [True, False])
@@ -184,17 +203,16 @@ def test_not_root(tmp_path: Path) -> None:
     assert not (tmp_path / "data").exists()
 
 
-def test_missing_kernel_feature(daemon: Daemon) -> None:
+def test_missing_kernel_feature(shared: Daemon) -> None:
     if Path("/sys/module/ipvlan").exists():
         pytest.skip("this kernel has ipvlan")
-    daemon.laz("load", "-q", "-i", str(busybox_archive()))
-    daemon.laz("network", "create", "-d", "ipvlan", "-o", "parent=lo", "net1")
-    done = daemon.laz(
+    shared.laz("network", "create", "-d", "ipvlan", "-o", "parent=lo", "net1")
+    done = shared.laz(
         "run", "-d", "--name", "cc", "--network", "net1", "busybox", "true", check=False
     )
     fails(done, MissingFeature.exit_code, "ipvlan")
-    daemon.laz("rm", "cc")
-    daemon.laz("network", "rm", "net1")
+    shared.laz("rm", "cc")
+    shared.laz("network", "rm", "net1")
 
 
 def test_full_repository_disk(tmp_path: Path) -> None:
