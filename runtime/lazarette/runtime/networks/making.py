@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 
+from lazarette.runtime.networks.alone import alone
 from lazarette.runtime.networks.catalogue import Catalogue
 from lazarette.runtime.networks.contract import NetworkDriver
 from lazarette.runtime.networks.joining import Tell
@@ -73,16 +75,17 @@ class Maker:
         """See :meth:`~lazarette.runtime.networks.manager.NetworkManager.create`."""
         if spec.name in PREDEFINED:
             raise Forbidden(f"operation is not permitted on predefined {spec.name} network")
-        network = self._catalogue.add(spec)
-        driver = self._driver(network)
-        try:
-            if driver is not None:
-                driver.make(network)
-                self._rebuild()
-        except BaseException:
-            self._retire(network)
-            self._unmake(network)
-            raise
+        with alone() if spec.driver == "bridge" else nullcontext():
+            network = self._catalogue.add(spec)
+            driver = self._driver(network)
+            try:
+                if driver is not None:
+                    driver.make(network)
+                    self._rebuild()
+            except BaseException:
+                self._retire(network)
+                self._unmake(network)
+                raise
         self._tell(network, "create")
         return network
 

@@ -18,6 +18,7 @@ import msgspec
 from lazarette.runtime.events import EventBus
 from lazarette.runtime.networks import foreign, namespaces
 from lazarette.runtime.networks import netlink as nl
+from lazarette.runtime.networks.alone import alone
 from lazarette.runtime.networks.background import Background
 from lazarette.runtime.networks.bridge import BridgeDriver
 from lazarette.runtime.networks.carrier import Carrier
@@ -147,8 +148,9 @@ class NetworkManager:
             active: ids of containers that run; sandboxes of all others are removed.
         """
         with self.lock:
-            self._catalogue.load(self._bridge)
-            self._maker.make_again()
+            with alone():
+                self._catalogue.load(self._bridge)
+                self._maker.make_again()
             self._sandboxes |= take_over(
                 self._folder, active, self._catalogue, self.live, self._naming, self._publisher
             )
