@@ -58,6 +58,7 @@ class Writer(threading.Thread):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(max(300, 90 * BACKUPS))
 def test_every_backup_of_a_busy_database_comes_back(daemon: Daemon) -> None:
     database = Postgres.run(daemon, initdb="--data-checksums")
     assert database.sql("SHOW data_checksums") == "on"
