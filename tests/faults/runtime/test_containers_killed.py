@@ -14,12 +14,14 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from tests.support.daemon import Daemon
 from tests.support.images import busybox_archive
 from tests.support.registry import Registry, registry
+from tests.support.remapped import claimed, remapping
 from tests.support.waiting import until
 
 ROUNDS = int(os.environ.get("LAZ_KILL_ROUNDS", "6"))
@@ -116,11 +118,13 @@ def left_behind(daemon: Daemon) -> list[str]:
     found = [str(p) for p in (root / "exec" / "containers").iterdir()]
     found += [str(p) for p in (root / "data" / "containers").iterdir()]
     found += [str(p) for p in (root / "exec" / "netns").iterdir()]
+    found += [str(p) for p in (root / "exec" / "roots").iterdir()]
     found += [str(p) for p in (root / "exec" / "oci").iterdir()]
     found += [str(p) for p in (root / "data" / "layers").rglob("container-*")]
     with open("/proc/self/mountinfo") as mounts:
         points = [line.split()[4] for line in mounts]
-    found += [p for p in points if p.startswith(f"{root}/") and "/container-" in p]
+    places = ("/container-", "/exec/containers/", "/exec/roots/")
+    found += [p for p in points if p.startswith(f"{root}/") and any(each in p for each in places)]
     instance = [p for p in Path("/sys/fs/cgroup").rglob("lazarette/*/*") if p.is_dir()]
     known = " ".join(monitors(daemon))
     found += [str(p) for p in instance if p.name in _made and p.name not in known]
@@ -146,6 +150,20 @@ def source(tmp_path: Path) -> Iterator[Registry]:
         yield one
 
 
+@pytest.fixture(params=["host", "remapped"])
+def users(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Daemon]:
+    """A daemon whose containers have the host's users, or others."""
+    if os.geteuid() != 0:
+        pytest.skip("the daemon needs root")
+    with ExitStack() as until:
+        one = Daemon(tmp_path / "d")
+        if request.param == "remapped":
+            one = remapping(tmp_path / "r", until.enter_context(claimed()))
+        one.start()
+        until.callback(one.end)
+        yield one
+
+
 def publish(daemon: Daemon, source: Registry, folder: Path) -> str:
     """An image of three layers in the registry, and not on the daemon; its name."""
     name = f"{source.host}/pulled"
@@ -162,7 +180,8 @@ def publish(daemon: Daemon, source: Registry, folder: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_killed_at_random_moments(daemon: Daemon, source: Registry, tmp_path: Path) -> None:
+def test_killed_at_random_moments(users: Daemon, source: Registry, tmp_path: Path) -> None:
+    daemon = users
     daemon.docker("load", "-q", "-i", str(busybox_archive()))
     pulled = publish(daemon, source, tmp_path / "context")
     seed = int(os.environ.get("LAZ_SEED", str(random.randrange(1 << 30))))

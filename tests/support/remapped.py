@@ -1,0 +1,85 @@
+"""Daemons whose containers have other users on the host, and ranges of ids for them."""
+
+from __future__ import annotations
+
+import fcntl
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.daemon import Daemon
+
+USERS = ("daemon", "bin", "sys", "games", "man", "lp", "mail", "news")
+"""Users that every host has."""
+FILES = (Path("/etc/subuid"), Path("/etc/subgid"))
+COUNT = 65_536
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """A user of the host, and what its subordinate ids begin with."""
+
+    user: str
+    uid: int
+    gid: int
+
+    @property
+    def lines(self) -> dict[Path, str]:
+        firsts = zip(FILES, (self.uid, self.gid), strict=True)
+        return {file: f"{self.user}:{first}:{COUNT}\n" for file, first in firsts}
+
+    def add(self) -> None:
+        for file, line in self.lines.items():
+            with open(file, "a") as lines:
+                lines.write(line)
+
+    def remove(self) -> None:
+        for file, line in self.lines.items():
+            kept = [each for each in file.read_text().splitlines(True) if each != line]
+            file.write_text("".join(kept))
+
+
+@contextmanager
+def locked(name: str, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock that all test runs on this machine share; False if it is not to be had."""
+    path = Path(tempfile.gettempdir()) / "lazarette-tests" / name
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+@contextmanager
+def claimed() -> Iterator[Ranges]:
+    """Ranges of ids for a user that no other run of tests on this machine gives any to."""
+    with ExitStack() as until:
+        number = next(
+            number
+            for number, user in enumerate(USERS)
+            if until.enter_context(locked(f"subuid-{user}", wait=user == USERS[-1]))
+        )
+        first = 1_900_000_000 + number * COUNT
+        made = Ranges(USERS[number], first, first + 100_000_000)
+        with locked("subuid"):
+            made.add()
+        try:
+            yield made
+        finally:
+            with locked("subuid"):
+                made.remove()
+
+
+def remapping(root: Path, ranges: Ranges, *arguments: str) -> Daemon:
+    """A daemon with remapped users, who can reach its exec root."""
+    root.mkdir()
+    for folder in (root, *root.parents):
+        mode = folder.stat().st_mode
+        if not mode & 0o001:
+            folder.chmod(mode | 0o011)
+    return Daemon(root / "d", arguments=("--userns-remap", ranges.user, *arguments))
