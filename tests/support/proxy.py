@@ -191,15 +191,18 @@ class FaultProxy:
         pair.client.sendall(answer)
         if bodyless:
             return True
-        if found is None:
-            return pair.pass_chunks()
-        length = int(found.group(1))
+        length = None if found is None else int(found.group(1))
         if rule is not None and kind in ("reset_response", "truncate"):
-            pair.from_server.pass_on(pair.client, min(rule.after, length))
+            # Where there is no length the first chunk is longer than any rule's cut.
+            pair.from_server.pass_on(
+                pair.client, rule.after if length is None else min(rule.after, length)
+            )
             if kind == "reset_response":
                 time.sleep(0.02)
                 _reset(pair.client)
             return False
+        if length is None:
+            return pair.pass_chunks()
         if rule is not None and kind == "flip":
             body = bytearray(pair.from_server.exactly(length))
             body[rule.after] ^= 1

@@ -4,6 +4,9 @@ The first worker that needs it starts it through a small supervisor (this file r
 program).  Every worker holds a shared lock on ``users`` while it lives; the supervisor
 waits for the exclusive lock, which it gets when the last worker is gone, killed ones
 included, and then ends the server and removes its data.
+
+``LAZ_TEST_S3_ENDPOINT`` names another server that runs already, such as Ceph's gateway; it is
+used with the keys of ``LAZ_TEST_S3_ACCESS_KEY`` and ``LAZ_TEST_S3_SECRET_KEY``.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from lazarette.backup.stores.s3place import Credentials
 
 ACCESS_KEY = os.environ.get("LAZ_TEST_S3_ACCESS_KEY", "testaccess")
 SECRET_KEY = os.environ.get("LAZ_TEST_S3_SECRET_KEY", "testsecretkey0123456789")
+ENDPOINT = os.environ.get("LAZ_TEST_S3_ENDPOINT")
 _START_TIMEOUT = 60.0
 
 
@@ -89,7 +93,10 @@ class S3Server:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """The run's server; started when first asked for."""
+    """The run's server; started when first asked for, unless one was named."""
+    if ENDPOINT:
+        yield S3Server(ENDPOINT, Credentials(ACCESS_KEY, SECRET_KEY))
+        return
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     folder = shared / "s3"
