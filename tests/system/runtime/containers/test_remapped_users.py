@@ -322,6 +322,8 @@ def test_a_commit_has_the_owners_of_the_container(host: Host) -> None:
 def test_the_hosts_users(host: Host) -> None:
     said = host.out("run", "--rm", "--userns=host", "busybox", "cat", "/proc/self/uid_map")
     assert said.split() == ["0", "0", "4294967295"]
+    said = host.daemon.laz("run", "--rm", "--userns=host", "--privileged", "busybox", "id", "-u")
+    assert said.stdout == b"0\n"
     allowed = ("--privileged", "--network=host", "--pid=host")
     said = host.out("run", "--rm", "--userns=host", *allowed, "busybox", "id", "-u")
     assert said == "0\n"
