@@ -403,32 +403,42 @@ def test_a_killed_daemon_leaves_them_running(
     assert first == (str(ranges.uid) if remapped_again else "0")
 
 
-def test_a_database_comes_back_without_remapping(one: Daemon, tmp_path: Path) -> None:
+def test_a_database_comes_back_with_and_without_remapping(one: Daemon, tmp_path: Path) -> None:
     """Its volume has the database's own ids on disk and in the repository."""
     url, kit = str(tmp_path / "repo"), tmp_path / "kit"
     database = Postgres.run(one, initdb="--no-sync")
     database.sql("CREATE TABLE kept (id bigint PRIMARY KEY)")
     database.sql("INSERT INTO kept SELECT generate_series(1, 1000)")
-    look = ("exec", "db", "stat", "-c", "%U:%G", "/var/lib/postgresql/data/PG_VERSION")
-    assert one.laz(*look).stdout == b"postgres:postgres\n"
     assert owner(volume_folder(one, "pgdata") / "PG_VERSION")[0] < 1000
     one.laz("repo", "init", "--kit-file", str(kit), url)
     run = cast(list[dict], one.json("backup", "run", "pgdata"))[0]
     assert run["outcome"] == "ok"
     one.docker("rm", "-f", "db")
+    one.docker("volume", "rm", "pgdata")
 
     plain = Daemon(tmp_path / "plain")
     plain.start()
     try:
-        report = cast(dict, plain.json("recover", url, "--kit", str(kit)))
-        assert report["outcome"] == "ok", report
-        recovered = Postgres(plain, "pgdata", "db", database.port)
-        recovered.wait()
-        assert recovered.sql("SELECT count(*) FROM kept") == "1000"
-        assert plain.laz(*look).stdout == b"postgres:postgres\n"
-        recovered.check()
+        recovered(plain, url, kit, database.port).check()
     finally:
         plain.end()
+    again = recovered(one, url, kit, database.port)
+    until(lambda: '"whole"' in one.laz("volume", "fill", "--json").stdout.decode(), "it fills")
+    again.sql("INSERT INTO kept VALUES (1001)")
+    again.check()
+    assert cast(list[dict], one.json("backup", "run", "pgdata"))[0]["outcome"] == "ok"
+
+
+def recovered(daemon: Daemon, url: str, kit: Path, port: int) -> Postgres:
+    """The database out of the repository: it has its rows, and its files their owner."""
+    report = cast(dict, daemon.json("recover", url, "--kit", str(kit)))
+    assert report["outcome"] == "ok", report
+    database = Postgres(daemon, "pgdata", "db", port)
+    database.wait()
+    assert database.sql("SELECT count(*) FROM kept") == "1000"
+    file = "/var/lib/postgresql/data/PG_VERSION"
+    assert daemon.laz("exec", "db", "stat", "-c", "%U:%G", file).stdout == b"postgres:postgres\n"
+    return database
 
 
 def test_a_driver_that_cannot_map_says_what_to_do(tmp_path: Path, ranges: Ranges) -> None:
