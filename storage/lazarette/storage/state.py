@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from lazarette.storage.errors import InternalError
+from lazarette.storage.errors import InternalError, NoSpace
 
 
 class State:
@@ -76,18 +76,25 @@ class State:
 
     @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
-        """A transaction: committed and synced at the end, rolled back on an error."""
+        """A transaction: committed and synced at the end, rolled back on an error.
+
+        Raises:
+            NoSpace: the disk is full.
+        """
         with self._lock:
             if self._db.in_transaction:
                 yield self._db
                 return
-            self._db.execute("BEGIN IMMEDIATE")
             try:
+                self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
+                self._db.execute("COMMIT")
+            except BaseException as failed:
+                if self._db.in_transaction:  # SQLite ends some by itself
+                    self._db.execute("ROLLBACK")
+                if isinstance(failed, sqlite3.Error) and _is_full(failed):
+                    raise NoSpace("the state database cannot grow: the disk is full") from failed
                 raise
-            self._db.execute("COMMIT")
 
     def rows(self, sql: str, values: Sequence[object] = ()) -> list[sqlite3.Row]:
         """All rows of a query."""
@@ -103,3 +110,8 @@ class State:
         """Close the file; the object is of no further use."""
         with self._lock:
             self._db.close()
+
+
+def _is_full(failed: sqlite3.Error) -> bool:
+    """Whether a write failed for want of room."""
+    return getattr(failed, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL

@@ -88,7 +88,7 @@ class Archives:
     def opened(self, container: Container) -> Iterator[int]:
         """A descriptor of the container's root, with what it has mounted."""
         if container.state.running:
-            root = os.open(f"/proc/{container.state.pid}/root", os.O_RDONLY | os.O_DIRECTORY)
+            root = container.open_root()
             try:
                 yield root
             finally:

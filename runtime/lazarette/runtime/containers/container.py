@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lazarette.runtime.config import Config
+from lazarette.runtime.containers.errors import WrongState
 from lazarette.runtime.containers.logs import ContainerLog, Rotation, parse_options
 from lazarette.runtime.containers.record import Definition, State, Status
 from lazarette.storage.errors import InvalidArgument
@@ -130,6 +132,18 @@ class Container:
         except InvalidArgument:
             rotation = Rotation()
         return ContainerLog(path, rotation)
+
+    def open_root(self) -> int:
+        """A descriptor of the root its first process sees; the caller closes it.
+
+        Raises:
+            WrongState: that process has ended, whether or not its end was noticed yet.
+        """
+        path, flags = f"/proc/{self.state.pid}/root", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        try:
+            return os.open(path, flags)
+        except (FileNotFoundError, ProcessLookupError) as gone:
+            raise WrongState(f"container {self.id} is not running") from gone
 
     @asynccontextmanager
     async def files_lock(self) -> AsyncIterator[None]:

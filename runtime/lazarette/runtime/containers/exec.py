@@ -230,7 +230,7 @@ class ExecSessions:
         session.folder.mkdir(parents=True, mode=0o700)
         container, request = session.container, session.request
         definition = container.definition
-        root = os.open(f"/proc/{container.state.pid}/root", os.O_PATH | os.O_DIRECTORY)
+        root = container.open_root()
         try:
             groups = tuple(definition.host.group_add or ()) if not request.user else ()
             user = resolve_user(root, request.user or definition.config.user, groups)

@@ -179,7 +179,7 @@ class HealthChecks:
 
     def _process(self, container: Container, command: list[str]) -> dict[str, object]:
         definition = container.definition
-        root = os.open(f"/proc/{container.state.pid}/root", os.O_PATH | os.O_DIRECTORY)
+        root = container.open_root()
         try:
             user = resolve_user(
                 root, definition.config.user, tuple(definition.host.group_add or ())

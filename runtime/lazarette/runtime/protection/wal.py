@@ -36,6 +36,7 @@ from lazarette.backup.policy.model import Policy
 from lazarette.backup.recovery import wal
 from lazarette.backup.recovery.wal import READY, NoCluster, Segment, Stored
 from lazarette.runtime.containers.container import Container
+from lazarette.runtime.containers.errors import WrongState
 from lazarette.runtime.containers.manager import ContainerManager
 from lazarette.runtime.protection import watching
 from lazarette.runtime.protection.fencing import Fencing
@@ -350,7 +351,11 @@ class WalService:
     async def _sql(self, users: Sequence[Container], statement: str) -> str:
         told = ""
         for one in users:
-            done = await self._access.execute(one.id, (*_PSQL, statement), _SQL_S)
+            try:
+                done = await self._access.execute(one.id, (*_PSQL, statement), _SQL_S)
+            except WrongState as ended:
+                told = ended.message
+                continue
             if done.code == 0:
                 return done.stdout.decode(errors="replace").strip()
             told = done.last_words()
