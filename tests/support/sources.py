@@ -25,7 +25,7 @@ class FolderSource:
     def block_size(self) -> int:
         return self._block_size
 
-    def _gate(self) -> None:
+    def gate(self) -> None:
         if (self._switches / "slow").exists():
             time.sleep(0.005)
         if (self._switches / "deadly").exists():
@@ -57,7 +57,7 @@ class FolderSource:
         return self._entry(self._folder, b"")
 
     def entries(self, folder: bytes) -> Iterable[SourceEntry]:
-        self._gate()
+        self.gate()
         path = os.path.join(self._folder, folder)
         return [self._entry(os.path.join(path, name), name) for name in sorted(os.listdir(path))]
 
@@ -72,7 +72,7 @@ class FolderSource:
         raise OSError(errno.ENOENT, "no such id")
 
     def read(self, file: bytes, offset: int, length: int) -> bytes:
-        self._gate()
+        self.gate()
         with open(self._path(file), "rb") as stream:
             stream.seek(offset)
             return stream.read(length)
@@ -88,7 +88,6 @@ class FolderSource:
 
 
 def folder_source(folder: str, switches: str) -> FolderSource:
-    """The source, unless ``stillborn`` exists: then whoever asks for it dies."""
-    if (Path(switches) / "stillborn").exists():
-        os.kill(os.getpid(), signal.SIGKILL)
-    return FolderSource(folder, switches)
+    source = FolderSource(folder, switches)
+    source.gate()
+    return source

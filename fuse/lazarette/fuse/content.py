@@ -27,6 +27,7 @@ _MARK = struct.Struct("=QQ?")
 _MOST_AT_ONCE = 4 << 20
 _FIRST_PAUSE = 0.02
 _LONGEST_PAUSE = 1.0
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def content_xattr(form: Format) -> bytes:
@@ -149,11 +150,50 @@ class Content:
                     self._changed.notify_all()
         self._finish_if_whole()
 
-    def _fetch(self, first: int, count: int) -> None:
+    def read(self, offset: int, length: int) -> bytes:
+        """Read, bringing the range here first.
+
+        A full disk is no reason to fail: what there is no room for is given without being kept.
+
+        Raises:
+            OSError: EIO when the source does not answer before the deadline.
+        """
+        try:
+            self.ensure(offset, length)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            return self._read_past(offset, length)
+        return os.pread(self._fd, length, offset)
+
+    def _read_past(self, offset: int, length: int) -> bytes:
+        """Read block by block; the source's bytes of those that are not here."""
+        pieces = []
+        end = min(offset + length, os.fstat(self._fd).st_size)
+        while offset < end:
+            block = offset // self._block
+            stop = min(end, (block + 1) * self._block)
+            pieces.append(self._part(block, offset, stop - offset))
+            offset = stop
+        return b"".join(pieces)
+
+    def _part(self, block: int, offset: int, length: int) -> bytes:
+        data = b""
+        if not self.has(offset, length):
+            start, data = self._of_source(block, 1)
+            data = data[offset - start : offset - start + length]
+        with self._changed:  # nobody writes or cuts meanwhile
+            here = self.has(offset, length)
+            local = os.pread(self._fd, length, offset)
+        # The source has nothing past the limit: there the local file is all there is.
+        return local if here else data + local[len(data) :]
+
+    def _of_source(self, first: int, count: int) -> tuple[int, bytes]:
+        """Where blocks begin, and the source's bytes of them; none when they are cut off."""
         start = first * self._block
         length = min(count * self._block, self._mark.limit - start)
         if length <= 0:
-            return  # cut off meanwhile
+            return start, b""
         registry = self._registry
         data = with_retry(
             registry.deadline,
@@ -161,6 +201,12 @@ class Content:
         )
         if len(data) != length:
             raise OSError(errno.EIO, "the source gave a wrong length")
+        return start, data
+
+    def _fetch(self, first: int, count: int) -> None:
+        start, data = self._of_source(first, count)
+        if not data:
+            return  # cut off meanwhile
         with self._changed:
             before = os.fstat(self._fd)
             _write_sparse(self._fd, data, start)

@@ -81,7 +81,9 @@ class DirtyPaths:
         if self.known:
             self._paths = dict(record.paths)
             self._noting = True
-        self._store(Record(self.generation, False, self.snapshot))
+        begun = Record(self.generation, False, self.snapshot)
+        if record != begun:  # a server that was killed is followed by another on a full disk too
+            self._store(begun)
 
     def _read(self) -> Record:
         record = Record()

@@ -8,7 +8,8 @@ and carries no trace.
 Semantics
     Z1. A read returns the source's bytes or what was written here later, or fails with EIO
         once the source has not answered for ``deadline`` seconds; never anything else.
-    Z2. What is here is served whether the source answers or not.
+    Z2. What is here is served whether the source answers or not, and whether it answered
+        when this server began; a full disk does not keep anyone from reading.
     Z3. SIGKILL at any instant loses nothing that write(2) returned for; a power cut loses
         nothing that fsync(2) returned for.
     Z4. Files that are whole are read and written through (see
@@ -24,9 +25,10 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 
 from lazarette.fuse import layers, protocol, replies, syscalls
 from lazarette.fuse.content import Content, Contents
@@ -34,6 +36,7 @@ from lazarette.fuse.expand import Expander
 from lazarette.fuse.files import Files, kill_set_id
 from lazarette.fuse.filesystem import Filesystem, Later, NeedsWorker, Reply
 from lazarette.fuse.journal import State
+from lazarette.fuse.latesource import LateSource
 from lazarette.fuse.native import Status
 from lazarette.fuse.nodes import Dir, File, Handle, Listing, Node
 from lazarette.fuse.protocol import SetattrValid
@@ -150,16 +153,7 @@ class LazyFiles(Files):
         content = self._incomplete(args.fh)
         if content is None or content.has(args.offset, args.size):
             return super().read(args)
-        fd = os.dup(self._descriptor(self._handle(args.fh)))
-
-        def work() -> bytes:
-            try:
-                content.ensure(args.offset, args.size)
-                return os.pread(fd, args.size, args.offset)
-            finally:
-                os.close(fd)
-
-        return Later(work)
+        return Later(lambda: content.read(args.offset, args.size))
 
     def write(self, args: WriteIn, data: memoryview) -> Reply:
         """Write, fetching first what is around it."""
@@ -273,14 +267,15 @@ class LazyFilesystem(UnionFilesystem):
     """See the module's text.
 
     Args:
-        source: of the tree.
+        opening: makes the source of the tree; called when something is first fetched.
         store: folder for the local tree and its maps; kept between mounts.
         deadline: seconds a call of the source is repeated before EIO.
     """
 
-    def __init__(self, source: Source, store: str, deadline: float = 30.0) -> None:
+    def __init__(self, opening: Callable[[], Source], store: str, deadline: float = 30.0) -> None:
         tree, work = os.path.join(store, _TREE), os.path.join(store, "work")
         fresh = not os.path.exists(os.path.join(store, "begun"))
+        source = LateSource(opening, Path(store, "source.json"))
         for path in (tree, work, os.path.join(store, "maps"), os.path.join(store, "sources")):
             os.makedirs(path, 0o700, exist_ok=True)
         super().__init__(UnionOptions(upper=tree, work=work))
@@ -299,7 +294,8 @@ class LazyFilesystem(UnionFilesystem):
             self.expander.prepare_root(upper.fd)
             with open(os.path.join(store, "begun"), "wb"):
                 pass
-        self.progress = Progress(source.totals().files, source.totals().bytes)
+        totals = source.totals()
+        self.progress = Progress(totals.files, totals.bytes)
         self.progress.complete = os.path.exists(self._complete_mark)
         self._filler: threading.Thread | None = None
         self._rate = 0.0

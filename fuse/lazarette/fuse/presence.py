@@ -9,12 +9,14 @@ One map file per incomplete file: a header, the *safe* bitmap and the *live* bit
 * The safe bitmap is written after the data was synced, and then synced itself.  It is what
   counts after a reboot.
 
-A bit is never taken back; a block without one is fetched again.
+A bit is never taken back; a block without one is fetched again.  A file of which nothing is
+here has no map yet: it can be looked at while the disk is full.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import struct
 
@@ -34,7 +36,8 @@ class PresenceMap:
 
     Args:
         folder: descriptor of the folder of maps.
-        name: of the map file in it; made if missing, emptied if it is of another content.
+        name: of the map file in it; made with the first block, emptied if it is of another
+            content.
         content: the source's id of the content.
         blocks: how many blocks the content has.
         block_size: bytes of one.
@@ -48,18 +51,22 @@ class PresenceMap:
         self._name = name
         self._blocks = blocks
         self._bytes = (blocks + 7) // 8
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._fd = os.open(name, flags, 0o600, dir_fd=folder)
+        self._content, self._block_size, self._boot = content, block_size, boot
+        self._live, self._safe = bytearray(self._bytes), bytearray(self._bytes)
         try:
-            self._live, self._safe = self._load(content, block_size, boot)
+            self._fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        except FileNotFoundError:
+            self._fd = -1
+            return
+        try:
+            self._load()
         except BaseException:
             os.close(self._fd)
             raise
 
-    def _load(self, content: bytes, block_size: int, boot: bytes) -> tuple[bytearray, bytearray]:
-        empty = bytearray(self._bytes)
-        padded = content.ljust(255, b"\0")
-        wanted = (_MAGIC, self._blocks, block_size, padded, len(content))
+    def _load(self) -> None:
+        padded = self._content.ljust(255, b"\0")
+        wanted = (_MAGIC, self._blocks, self._block_size, padded, len(self._content))
         head = os.pread(self._fd, _HEADER.size, 0)
         if len(head) == _HEADER.size:
             magic, blocks, size, written_in, owner, length = _HEADER.unpack(head)
@@ -67,23 +74,32 @@ class PresenceMap:
                 safe = bytearray(os.pread(self._fd, self._bytes, _SPACE))
                 live = bytearray(os.pread(self._fd, self._bytes, _SPACE + self._bytes))
                 if len(safe) == len(live) == self._bytes:
-                    if written_in == boot:
-                        return live, safe
-                    self._write(content, block_size, boot, bytes(safe), bytes(safe))
-                    return bytearray(safe), safe
+                    if written_in == self._boot:
+                        self._live, self._safe = live, safe
+                    else:
+                        self._live, self._safe = bytearray(safe), safe
+                        self._write()
+                    return
         os.ftruncate(self._fd, 0)
-        self._write(content, block_size, boot, bytes(empty), bytes(empty))
-        return bytearray(empty), empty
+        self._write()
 
-    def _write(
-        self, content: bytes, block_size: int, boot: bytes, live: bytes, safe: bytes
-    ) -> None:
+    def _make(self) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._fd = os.open(self._name, flags, 0o600, dir_fd=self._folder)
+        try:
+            self._write()
+        except OSError:
+            self.remove()
+            raise
+
+    def _write(self) -> None:
         """Write the whole map, the header last: it makes the rest count."""
-        os.pwrite(self._fd, safe, _SPACE)
-        os.pwrite(self._fd, live, _SPACE + self._bytes)
+        _write_all(self._fd, self._safe, _SPACE)
+        _write_all(self._fd, self._live, _SPACE + self._bytes)
+        content = self._content
         padded = content.ljust(255, b"\0")
-        head = _HEADER.pack(_MAGIC, self._blocks, block_size, boot, padded, len(content))
-        os.pwrite(self._fd, head, 0)
+        head = (_MAGIC, self._blocks, self._block_size, self._boot, padded, len(content))
+        _write_all(self._fd, _HEADER.pack(*head), 0)
 
     def __contains__(self, block: int) -> bool:
         return block >= self._blocks or bool(self._live[block >> 3] & 1 << (block & 7))
@@ -99,15 +115,23 @@ class PresenceMap:
         return self._live != self._safe
 
     def add(self, first: int, count: int) -> None:
-        """Blocks are here: their data has been written before."""
+        """Blocks are here: their data has been written before.
+
+        Raises:
+            OSError: that cannot be written down, as ENOSPC; they do not count as here then.
+        """
         last = min(first + count, self._blocks)
         new = [block for block in range(first, last) if block not in self]
         if not new:
             return
-        for block in new:
-            self._live[block >> 3] |= 1 << (block & 7)
+        if self._fd < 0:
+            self._make()
         start, end = new[0] >> 3, (new[-1] >> 3) + 1
-        os.pwrite(self._fd, self._live[start:end], _SPACE + self._bytes + start)
+        bits = self._live[start:end]
+        for block in new:
+            bits[(block >> 3) - start] |= 1 << (block & 7)
+        _write_all(self._fd, bits, _SPACE + self._bytes + start)
+        self._live[start:end] = bits
 
     def snapshot(self) -> bytes:
         """The live bits, to hand to :meth:`settle` once their data is synced."""
@@ -118,9 +142,10 @@ class PresenceMap:
         if self._fd < 0:
             return  # whole already, and the map gone
         merged = int.from_bytes(bits, "little") | int.from_bytes(self._safe, "little")
-        self._safe[:] = merged.to_bytes(self._bytes, "little")
-        os.pwrite(self._fd, self._safe, _SPACE)
+        safe = merged.to_bytes(self._bytes, "little")
+        _write_all(self._fd, safe, _SPACE)
         os.fdatasync(self._fd)
+        self._safe[:] = safe
 
     def close(self) -> None:
         """Close the map file."""
@@ -133,3 +158,8 @@ class PresenceMap:
         self.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._name, dir_fd=self._folder)
+
+
+def _write_all(fd: int, data: bytes | bytearray, offset: int) -> None:
+    if os.pwrite(fd, data, offset) != len(data):
+        raise OSError(errno.ENOSPC, "no room for a presence map")

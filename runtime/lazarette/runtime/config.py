@@ -32,6 +32,8 @@ class Config:
         labels: of the engine, shown in ``info``.
         parallel_backups: policies that run at once; the others wait for their turn.
         safety_days: how long snapshots stay that were taken before a volume was changed.
+        store_patience: seconds a read of an instant volume waits for a store that does not
+            answer, before it fails with EIO.
         policy_file: policies in TOML, read again when it changes; need not exist.
     """
 
@@ -51,6 +53,7 @@ class Config:
     policy_file: Path = DEFAULT_POLICY_FILE
     parallel_backups: int = 2
     safety_days: int = 7
+    store_patience: int = 120
 
     @property
     def state_file(self) -> Path:

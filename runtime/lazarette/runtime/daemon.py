@@ -45,7 +45,7 @@ _CONFIG_KEYS = (
     *("volume_driver", "layer_driver", "runtime", "userns_remap", "bridge", "advertise_address"),
 )
 _CONFIG_PATHS = ("policy_file",)
-_CONFIG_NUMBERS = ("parallel_backups", "safety_days")
+_CONFIG_NUMBERS = ("parallel_backups", "safety_days", "store_patience")
 _CONFIG_LISTS = ("etcd", "insecure_registries", "registry_mirrors", "labels")
 
 _CONFIG_ALL = _CONFIG_KEYS + _CONFIG_PATHS + _CONFIG_NUMBERS + _CONFIG_LISTS

@@ -145,7 +145,13 @@ class Engine:
         repositories = RepositoryBook(root / "repositories", root / "cache", self.clock)
         journal = Journal(self.state, self.clock)
         book = PolicyBook(self.state, self.volumes, self._users, config.policy_file)
-        self.fills = FillService(self.volumes, repositories, self.state, config.exec_root / "fills")
+        self.fills = FillService(
+            self.volumes,
+            repositories,
+            self.state,
+            config.exec_root / "fills",
+            config.store_patience,
+        )
         keep = ImageKeep(
             StoreArchives(self.images), repositories, jobs, config.exec_root / "images"
         )

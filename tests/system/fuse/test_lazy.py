@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.support.mounts import tmpfs
 from tests.support.unions import kill, kill_mount
 from tests.support.waiting import until
 
 from lazarette.fuse import mount
 from lazarette.fuse.client import LazyMount
 from lazarette.fuse.spec import LazySpec
+from lazarette.storage import process
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
@@ -177,12 +179,14 @@ def test_servers_that_die_before_they_serve_end_the_mount(lazy: Lazy) -> None:
     lazy.mount.start()
     require_standby(lazy)
     status = lazy.mount.status()
-    lazy.set("stillborn", True)
+    (lazy.store / "maps").rename(lazy.store / "away")
+    (lazy.store / "maps").touch()
     kill(status.pid)
     with pytest.raises(OSError) as caught:
         os.listdir(lazy.root)
     assert caught.value.errno in (errno.ENOTCONN, errno.ECONNABORTED)
-    lazy.set("stillborn", False)
+    (lazy.store / "maps").unlink()
+    (lazy.store / "away").rename(lazy.store / "maps")
     assert not lazy.mount.ensure()
     assert (lazy.root / "a").read_bytes() == contents["a"]
 
@@ -218,6 +222,64 @@ def change(fd: int, model: bytearray, rng: random.Random) -> None:
     model[offset : offset + done] = data[:done]
     check = rng.randrange(len(model))
     assert os.pread(fd, 1000, check) == model[check : check + 1000]
+
+
+def test_server_begins_while_its_source_is_away(lazy: Lazy) -> None:
+    contents = populate(lazy.source)
+    lazy.mount.start()
+    assert (lazy.root / "d/b").read_bytes() == contents["d/b"]
+    (lazy.root / "mine").write_bytes(b"kept")
+    lazy.set("broken", True)
+    kill_mount(lazy.mount)
+    lazy.mount.ensure()
+    lazy.mount.fill()
+    assert (lazy.root / "d/b").read_bytes() == contents["d/b"]
+    assert (lazy.root / "mine").read_bytes() == b"kept"
+    with pytest.raises(OSError) as caught:
+        (lazy.root / "a").read_bytes()
+    assert caught.value.errno == errno.EIO
+    until(lambda: lazy.mount.progress().error, "the fill does not say what it lacks")
+    lazy.set("broken", False)
+    assert (lazy.root / "a").read_bytes() == contents["a"]
+    until(lambda: lazy.mount.progress().complete, "the fill does not go on")
+    lazy.mount.stop()
+    for name, data in contents.items():
+        assert (lazy.tree / name).read_bytes() == data
+
+
+def test_full_disk_stops_writers_and_the_fill_but_no_reader(lazy: Lazy) -> None:
+    rng = random.Random(3)
+    model = {name: bytearray(rng.randbytes(2_000_000)) for name in ("f0", "f1", "f2", "f3")}
+    for name, data in model.items():
+        (lazy.source / name).write_bytes(data)
+    refused = 0
+    with tmpfs(lazy.store, 3 << 20):
+        lazy.mount.start()
+        lazy.mount.fill()
+        until(lambda: lazy.mount.progress().error, "the disk does not become full")
+        for _ in range(200):
+            name = rng.choice(list(model))
+            start = rng.randrange(len(model[name]))
+            with (lazy.root / name).open("r+b", buffering=0) as stream:
+                assert os.pread(stream.fileno(), 100_000, start) == model[name][start:][:100_000]
+                data = rng.randbytes(min(rng.choice((10, 5000, 150_000)), 2_000_000 - start))
+                try:
+                    done = os.pwrite(stream.fileno(), data, start)
+                except OSError as full:
+                    assert full.errno == errno.ENOSPC
+                    refused += 1
+                else:
+                    model[name][start : start + done] = data[:done]
+        assert refused > 0
+        kill_mount(lazy.mount)
+        lazy.mount.ensure()
+        for name, data in model.items():
+            assert (lazy.root / name).read_bytes() == data
+        process.run(["mount", "-o", "remount,size=20M", str(lazy.store)])
+        lazy.fill()
+        lazy.mount.stop()
+        for name, data in model.items():
+            assert (lazy.tree / name).read_bytes() == data
 
 
 def test_kills_during_fill_and_writes_lose_nothing(lazy: Lazy) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from tests.support.mounts import tmpfs
 
 from lazarette.fuse.presence import PresenceMap
 
@@ -60,6 +63,29 @@ def test_map_of_other_content_counts_for_nothing(folder: int) -> None:
     assert other.missing(20) == 20
     other.remove()
     assert os.listdir(folder) == []
+
+
+def test_a_block_counts_once_that_is_written_down(tmp_path: Path) -> None:
+    with tmpfs(tmp_path / "full", 1 << 20) as place:
+        folder = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            map_ = opened(folder)
+            assert os.listdir(folder) == []
+            with open(place / "ballast", "wb", buffering=0) as ballast, suppress(OSError):
+                while ballast.write(bytes(4096)):
+                    pass
+            with pytest.raises(OSError) as caught:
+                map_.add(3, 1)
+            assert caught.value.errno == errno.ENOSPC
+            assert 3 not in map_ and not map_.unsafe
+            (place / "ballast").unlink()
+            map_.add(3, 1)
+            map_.close()
+            again = opened(folder)
+            assert 3 in again and again.missing(20) == 19
+            again.close()
+        finally:
+            os.close(folder)
 
 
 def test_blocks_past_the_end_are_always_here(folder: int) -> None:

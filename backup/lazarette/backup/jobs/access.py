@@ -9,6 +9,7 @@ from lazarette.backup.repository import keys, kit
 from lazarette.backup.repository.repository import Repository
 from lazarette.backup.stores.limit import Rate, unlimited
 from lazarette.backup.stores.open import create_place, open_store
+from lazarette.backup.stores.retry import RetryPolicy
 from lazarette.backup.stores.s3place import Credentials
 from lazarette.storage.clock import Clock
 from lazarette.storage.errors import InvalidArgument
@@ -44,7 +45,11 @@ def secret(access: StoreAccess) -> keys.Secret:
 
 
 def open_repository(
-    access: StoreAccess, clock: Clock, cache: Path | None = None, upload: Rate = unlimited
+    access: StoreAccess,
+    clock: Clock,
+    cache: Path | None = None,
+    upload: Rate = unlimited,
+    retry: RetryPolicy | None = None,
 ) -> Repository:
     """Open an existing repository.
 
@@ -53,13 +58,14 @@ def open_repository(
         clock: time.
         cache: folder for local copies; None for none.
         upload: limit of what is sent, asked all the time.
+        retry: how long an S3 store keeps trying.
 
     Raises:
         WrongStore: no such bucket or folder.
         Unauthenticated: the store's credentials or the repository's secret are wrong.
         StoreUnavailable: the store does not answer.
     """
-    store = open_store(access.url, credentials(access), clock=clock, upload=upload)
+    store = open_store(access.url, credentials(access), clock=clock, retry=retry, upload=upload)
     return Repository.unlock(store, secret(access), clock, cache)
 
 

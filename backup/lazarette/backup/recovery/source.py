@@ -23,6 +23,7 @@ from lazarette.backup.repository.format import ID_SIZE
 from lazarette.backup.repository.repository import Repository
 from lazarette.backup.repository.snapshots import SnapshotRecord
 from lazarette.backup.stores.contract import Buffer
+from lazarette.backup.stores.retry import RetryPolicy
 from lazarette.backup.tree import Content
 from lazarette.fuse import jsontext
 from lazarette.fuse.source import SourceEntry, Totals
@@ -33,6 +34,8 @@ BLOCK = 128 << 10
 _ROOT = b"/"
 _PLACE = struct.Struct(f"<{ID_SIZE}sI")
 _INODE = struct.Struct("<cQQ")
+# The lazy tree tries again by itself, until its own deadline.
+_ONCE = RetryPolicy(attempts=1, silence=10.0)
 _PAGES = 512
 _CONTENTS = 256
 
@@ -57,7 +60,7 @@ def open_source(access: str, snapshot: str, cache: str, blocks: str = "0") -> Re
     """
     try:
         told = jsontext.decode(Path(access).read_bytes(), type=_AccessFile)
-        repository = open_repository(told.access, SystemClock(), Path(cache))
+        repository = open_repository(told.access, SystemClock(), Path(cache), retry=_ONCE)
         repository.ready()
         if int(blocks):
             repository.keep_blocks(int(blocks))

@@ -72,7 +72,12 @@ def open_store(
     # On use: botocore takes a third of a second to import.
     from lazarette.backup.stores.s3 import S3Store
 
-    now = S3Store(place, credentials or credentials_from(os.environ), conditional=conditional)
+    now = S3Store(
+        place,
+        credentials or credentials_from(os.environ),
+        conditional=conditional,
+        read_timeout=(retry or RetryPolicy()).silence,
+    )
     bare = _as_of(now, place.as_of_ns) if place.as_of_ns else now
     return RetryStore(LimitedStore(bare, time, upload=upload, download=download), time, retry)
 

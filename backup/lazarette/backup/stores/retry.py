@@ -42,12 +42,15 @@ class RetryPolicy(msgspec.Struct, frozen=True):
         first_pause: the longest pause before the second attempt; it doubles each time.
         longest_pause: where the doubling ends.
         deadline: no further attempt begins so long after the first.
+        silence: an attempt is lost when no byte has come for so long; servers out of space are
+            known to hang for ever.
     """
 
     attempts: int = 8
     first_pause: float = 0.25
     longest_pause: float = 30.0
     deadline: float = 300.0
+    silence: float = 60.0
 
 
 class RetryStore(StoreWrapper):

@@ -94,8 +94,7 @@ class S3Store:
         credentials: the key; None takes what boto3 finds (environment, ``~/.aws``).
         conditional: whether the server's conditional writes were seen to be exact.
         connect_timeout: seconds.
-        read_timeout: seconds without a byte after which a request counts as lost; servers
-            out of space are known to hang for ever.
+        read_timeout: seconds without a byte after which a request counts as lost.
     """
 
     def __init__(

@@ -106,6 +106,7 @@ class FillService:
         repositories: where from.
         state: the daemon's database.
         run_root: folder of mount points and control sockets.
+        patience: seconds a read of what is not here waits for the store before it fails.
 
     Attributes:
         replaced: called, in the loop, with a volume whose server died and was replaced: its
@@ -113,13 +114,19 @@ class FillService:
     """
 
     def __init__(
-        self, volumes: VolumeManager, repositories: RepositoryBook, state: State, run_root: Path
+        self,
+        volumes: VolumeManager,
+        repositories: RepositoryBook,
+        state: State,
+        run_root: Path,
+        patience: float,
     ) -> None:
         self.replaced: Callable[[str], Awaitable[None]] = _nothing
         self._volumes = volumes
         self._repositories = repositories
         self._state = state
         self._run_root = run_root
+        self._patience = patience
         self._watcher: asyncio.Task[None] | None = None
         self._died: list[str] = []
         self._postponing = 0
@@ -307,6 +314,7 @@ class FillService:
                     "cache": str(self._repositories.cache),
                     "blocks": str(CACHE_BYTES if fill.lazy else 0),
                 },
+                deadline=self._patience,
                 log=str(place / "log"),
             )
         )
