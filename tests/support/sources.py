@@ -14,7 +14,11 @@ from lazarette.fuse.source import SourceEntry, Totals
 
 
 class FolderSource:
-    """Ids are paths; calls fail while ``broken`` exists, and kill while ``deadly`` does."""
+    """Ids are paths.
+
+    Switches: calls fail while ``broken`` exists, and kill while ``deadly`` does; what is read is
+    added to ``log`` if there is one.
+    """
 
     def __init__(self, folder: str, switches: str, block_size: int = 65536) -> None:
         self._folder = os.fsencode(folder)
@@ -73,6 +77,9 @@ class FolderSource:
 
     def read(self, file: bytes, offset: int, length: int) -> bytes:
         self.gate()
+        if (self._switches / "log").exists():
+            with open(self._switches / "log", "ab") as log:
+                log.write(file + b"\n")
         with open(self._path(file), "rb") as stream:
             stream.seek(offset)
             return stream.read(length)

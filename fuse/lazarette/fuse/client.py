@@ -48,7 +48,7 @@ import time
 from dataclasses import dataclass
 
 from lazarette.fuse import control, jsontext, mount, spec
-from lazarette.fuse.lazy import Progress
+from lazarette.fuse.filler import Progress
 from lazarette.fuse.serve import Started, Status
 from lazarette.fuse.snapshots import Taken
 from lazarette.fuse.spec import LazySpec, Spec, UnionSpec

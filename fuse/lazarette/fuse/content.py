@@ -25,8 +25,13 @@ log = logging.getLogger(__name__)
 
 _MARK = struct.Struct("=QQ?")
 _MOST_AT_ONCE = 4 << 20
+SPAN = 16 << 20
+"""Bytes of a file that one filler brings: long enough for long requests to the store."""
 _FIRST_PAUSE = 0.02
 _LONGEST_PAUSE = 1.0
+_AROUND = 1 << 20
+# The kernel asks once more for pages that could not be read ahead.
+_TWICE = 1.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -63,7 +68,7 @@ class Mark:
 
 
 def with_retry(deadline: float, call: Callable[[], bytes]) -> bytes:
-    """Repeat a call of the source until it succeeds or ``deadline`` seconds have gone.
+    """Repeat a call of the source until it succeeds or ``deadline`` seconds have gone (0: once).
 
     Raises:
         OSError: EIO, after the deadline.
@@ -75,7 +80,8 @@ def with_retry(deadline: float, call: Callable[[], bytes]) -> bytes:
             return call()
         except OSError as error:
             if time.monotonic() + pause > end:
-                log.warning("giving up on the source: %s", error)
+                if deadline:
+                    log.warning("giving up on the source: %s", error)
                 raise OSError(errno.EIO, "the source does not answer") from error
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
@@ -104,6 +110,7 @@ class Content:
         )
         self._busy: set[int] = set()
         self._changed = threading.Condition()
+        self._lost = -1, 0.0
         self.users = 0
         self.finished = False
         if mark.cutting:
@@ -124,12 +131,17 @@ class Content:
         present = self._map
         return all(block in present for block in self._span(offset, length))
 
-    def ensure(self, offset: int, length: int) -> None:
+    def ensure(self, offset: int, length: int, deadline: float | None = None) -> None:
         """Bring a range here.
+
+        Args:
+            offset, length: of the range.
+            deadline: seconds, if other than usual; 0 asks the source once.
 
         Raises:
             OSError: EIO when the source does not answer before the deadline.
         """
+        patience = self._registry.deadline if deadline is None else deadline
         while True:
             with self._changed:
                 span = self._span(offset, length)  # a truncation may shorten it meanwhile
@@ -143,7 +155,7 @@ class Content:
                 self._busy.update(mine)
             try:
                 for first, count in _runs(mine, max(1, _MOST_AT_ONCE // self._block)):
-                    self._fetch(first, count)
+                    self._fetch(first, count, patience)
             finally:
                 with self._changed:
                     self._busy.difference_update(mine)
@@ -151,20 +163,37 @@ class Content:
         self._finish_if_whole()
 
     def read(self, offset: int, length: int) -> bytes:
-        """Read, bringing the range here first.
+        """Read, bringing here first the range and, if that goes well, what is around it.
 
-        A full disk is no reason to fail: what there is no room for is given without being kept.
+        A source gives that much for the price of a block.  A full disk is no reason to fail: what
+        there is no room for is given without being kept.
 
         Raises:
             OSError: EIO when the source does not answer before the deadline.
         """
+        lost, when = self._lost
+        if lost == offset and time.monotonic() < when + _TWICE:
+            raise OSError(errno.EIO, "the source does not answer")
         try:
-            self.ensure(offset, length)
+            self._bring(offset, length)
         except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            return self._read_past(offset, length)
+            if error.errno in _FULL:
+                return self._read_past(offset, length)
+            self._lost = offset, time.monotonic()
+            raise
         return os.pread(self._fd, length, offset)
+
+    def _bring(self, offset: int, length: int) -> None:
+        start = offset // _AROUND * _AROUND
+        end = -(-(offset + length) // _AROUND) * _AROUND
+        until = time.monotonic() + self._registry.deadline
+        try:
+            self.ensure(start, end - start, 0)
+        except OSError:
+            left = until - time.monotonic()
+            if left <= 0:
+                raise
+            self.ensure(offset, length, left)
 
     def _read_past(self, offset: int, length: int) -> bytes:
         """Read block by block; the source's bytes of those that are not here."""
@@ -180,7 +209,7 @@ class Content:
     def _part(self, block: int, offset: int, length: int) -> bytes:
         data = b""
         if not self.has(offset, length):
-            start, data = self._of_source(block, 1)
+            start, data = self._of_source(block, 1, self._registry.deadline)
             data = data[offset - start : offset - start + length]
         with self._changed:  # nobody writes or cuts meanwhile
             here = self.has(offset, length)
@@ -188,7 +217,7 @@ class Content:
         # The source has nothing past the limit: there the local file is all there is.
         return local if here else data + local[len(data) :]
 
-    def _of_source(self, first: int, count: int) -> tuple[int, bytes]:
+    def _of_source(self, first: int, count: int, deadline: float) -> tuple[int, bytes]:
         """Where blocks begin, and the source's bytes of them; none when they are cut off."""
         start = first * self._block
         length = min(count * self._block, self._mark.limit - start)
@@ -196,15 +225,15 @@ class Content:
             return start, b""
         registry = self._registry
         data = with_retry(
-            registry.deadline,
+            deadline,
             lambda: registry.source.read(self._mark.identity, start, length),
         )
         if len(data) != length:
             raise OSError(errno.EIO, "the source gave a wrong length")
         return start, data
 
-    def _fetch(self, first: int, count: int) -> None:
-        start, data = self._of_source(first, count)
+    def _fetch(self, first: int, count: int, deadline: float) -> None:
+        start, data = self._of_source(first, count, deadline)
         if not data:
             return  # cut off meanwhile
         with self._changed:
@@ -292,19 +321,38 @@ class Content:
             if not self.finished and self._map.unsafe:
                 self._map.settle(bits)
 
-    def fetch_all(self, pace: Callable[[int], None] | None = None) -> None:
-        """Bring everything here; ``pace`` is told the bytes of each step, and may wait."""
-        step = max(self._block, _MOST_AT_ONCE)
-        offset = 0
-        while offset < self._mark.limit:
-            if self.finished or self._registry.stopping.is_set():
+    def fetch_all(self) -> None:
+        """Bring everything here."""
+        for start in self.spans():
+            self.fill(start)
+
+    def spans(self) -> Iterator[int]:
+        """Where to :meth:`fill`, so that the file is whole when each of these has been."""
+        yield 0  # also where nothing is missing but that this is noted
+        start = SPAN
+        while start < self._mark.limit and not self.finished:
+            if not self.has(start, SPAN):
+                yield start
+            start += SPAN
+
+    def fill(
+        self,
+        start: int,
+        pace: Callable[[int], None] = lambda length: None,
+        deadline: float | None = None,
+    ) -> None:
+        """Bring the span that begins at an offset; ``pace`` is told the bytes of each step first.
+
+        Raises:
+            OSError: EIO when the source does not answer before the deadline.
+        """
+        for offset in range(start, start + SPAN, _MOST_AT_ONCE):
+            length = min(_MOST_AT_ONCE, self._mark.limit - offset)
+            if length <= 0 or self._registry.stopping.is_set():
                 return
-            length = min(step, self._mark.limit - offset)
-            if pace is not None and not self.has(offset, length):
+            if not self.has(offset, length):
                 pace(length)
-            self.ensure(offset, length)
-            offset += step
-        self._finish_if_whole()
+            self.ensure(offset, length, deadline)
 
     def _finish_if_whole(self) -> None:
         with self._changed:
@@ -372,6 +420,11 @@ class Contents:
                 self._open[key] = content
             content.users += 1
         return content
+
+    def hold(self, content: Content) -> None:
+        """Acquire once more what somebody has acquired."""
+        with self._lock:
+            content.users += 1
 
     def release(self, content: Content) -> None:
         """Give back what :meth:`acquire` gave."""

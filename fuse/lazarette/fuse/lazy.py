@@ -23,23 +23,26 @@ import contextlib
 import errno
 import logging
 import os
-import stat
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lazarette.fuse import layers, protocol, replies, syscalls
 from lazarette.fuse.content import Content, Contents
+from lazarette.fuse.copyup import CopyUp
+from lazarette.fuse.dirty import join, path_of
 from lazarette.fuse.expand import Expander
 from lazarette.fuse.files import Files, kill_set_id
 from lazarette.fuse.filesystem import Filesystem, Later, NeedsWorker, Reply
+from lazarette.fuse.filler import Filler, Progress
+from lazarette.fuse.firstreads import FirstReads
 from lazarette.fuse.journal import State
 from lazarette.fuse.latesource import LateSource
 from lazarette.fuse.native import Status
 from lazarette.fuse.nodes import Dir, File, Handle, Listing, Node
 from lazarette.fuse.protocol import SetattrValid
+from lazarette.fuse.readahead import ReadAhead
 from lazarette.fuse.requests import (
     CopyIn,
     FallocateIn,
@@ -55,8 +58,7 @@ from lazarette.fuse.union import UnionFilesystem, UnionOptions
 
 log = logging.getLogger(__name__)
 
-_FILLERS = 4
-_PAUSE = 2.0
+_BRINGERS = 2
 _TREE = "tree"
 
 
@@ -104,6 +106,13 @@ class LazyFiles(Files):
 
     contents: Contents
 
+    def __init__(self, filesystem: Filesystem, tree: Tree, copyup: CopyUp) -> None:
+        super().__init__(filesystem, tree, copyup)
+        self.first = FirstReads(None)
+        self._ahead: dict[int, ReadAhead] = {}
+        self._bringers = ThreadPoolExecutor(_BRINGERS, "fuse-ahead")
+        self._room = threading.Semaphore(2 * _BRINGERS)
+
     def _goes_through(self, node: File, flags: int, fd: int) -> bool:
         if not node.through and self._content(node) is not None:
             return False
@@ -134,6 +143,7 @@ class LazyFiles(Files):
     def release(self, number: int) -> File | None:
         """Close a handle; the content goes with the last."""
         node = super().release(number)
+        self._ahead.pop(number, None)
         if node is not None and not node.plain:
             self.let_go(node)
         return node
@@ -151,9 +161,41 @@ class LazyFiles(Files):
     def read(self, args: ReadIn) -> Reply:
         """Read, fetching first what is not here."""
         content = self._incomplete(args.fh)
-        if content is None or content.has(args.offset, args.size):
+        if content is None:
+            return super().read(args)
+        here = content.has(args.offset, args.size)
+        if not here and self.first.wants():
+            self._note(args)
+        self._look_ahead(content, args)
+        if here:
             return super().read(args)
         return Later(lambda: content.read(args.offset, args.size))
+
+    def _note(self, args: ReadIn) -> None:
+        for folder, name in self._handle(args.fh).node.names:
+            self.first.note(join(path_of(folder), name), args.offset, args.size)
+            return
+
+    def _look_ahead(self, content: Content, args: ReadIn) -> None:
+        """Have what comes after a read brought here, if its reader goes on."""
+        ahead = self._ahead.setdefault(args.fh, ReadAhead())
+        start, length = ahead.due(args.offset, args.size)
+        if not length or content.has(start, length) or not self._room.acquire(blocking=False):
+            return
+        self.contents.hold(content)
+        self._bringers.submit(self._bring, content, start, length)
+
+    def _bring(self, content: Content, start: int, length: int) -> None:
+        try:
+            with contextlib.suppress(OSError):  # whoever comes to it is told
+                content.ensure(start, length, 0)
+        finally:
+            self.contents.release(content)
+            self._room.release()
+
+    def stop(self) -> None:
+        """Bring nothing ahead any more."""
+        self._bringers.shutdown(cancel_futures=True)
 
     def write(self, args: WriteIn, data: memoryview) -> Reply:
         """Write, fetching first what is around it."""
@@ -243,26 +285,6 @@ class LazyFiles(Files):
         return super().copy(args)
 
 
-@dataclass(slots=True)
-class Progress:
-    """How far the filling is.
-
-    Attributes:
-        files, bytes: of the source.
-        fetched_files: made whole by this server so far.
-        filling: a fill is running.
-        complete: everything is here and on disk (Z5).
-        error: why the last fill ended early, or empty.
-    """
-
-    files: int
-    bytes: int
-    fetched_files: int = 0
-    filling: bool = False
-    complete: bool = False
-    error: str = ""
-
-
 class LazyFilesystem(UnionFilesystem):
     """See the module's text.
 
@@ -270,9 +292,16 @@ class LazyFilesystem(UnionFilesystem):
         opening: makes the source of the tree; called when something is first fetched.
         store: folder for the local tree and its maps; kept between mounts.
         deadline: seconds a call of the source is repeated before EIO.
+        reads: file that remembers what is read first; None: nothing does.
     """
 
-    def __init__(self, opening: Callable[[], Source], store: str, deadline: float = 30.0) -> None:
+    def __init__(
+        self,
+        opening: Callable[[], Source],
+        store: str,
+        deadline: float = 30.0,
+        reads: str | None = None,
+    ) -> None:
         tree, work = os.path.join(store, _TREE), os.path.join(store, "work")
         fresh = not os.path.exists(os.path.join(store, "begun"))
         source = LateSource(opening, Path(store, "source.json"))
@@ -288,17 +317,23 @@ class LazyFilesystem(UnionFilesystem):
         assert isinstance(self.tree, LazyTree) and isinstance(self.files, LazyFiles)
         self.tree.expander = self.expander
         self.files.contents = self.contents
+        self._first = self.files.first = FirstReads(None if reads is None else Path(reads))
         if fresh:
-            upper = self.stack.upper
-            assert upper is not None
-            self.expander.prepare_root(upper.fd)
+            self.expander.prepare_root(self._root)
             with open(os.path.join(store, "begun"), "wb"):
                 pass
         totals = source.totals()
         self.progress = Progress(totals.files, totals.bytes)
         self.progress.complete = os.path.exists(self._complete_mark)
-        self._filler: threading.Thread | None = None
-        self._rate = 0.0
+        self._filler = Filler(
+            self._root,
+            self.contents,
+            self.expander,
+            form,
+            self._first,
+            self.progress,
+            self._declare_complete,
+        )
 
     def _make_tree(self, index: int) -> Tree:
         tree = LazyTree(self.stack, self._format(), index)
@@ -309,14 +344,21 @@ class LazyFilesystem(UnionFilesystem):
         return LazyFiles(self, self.tree, self.copyup)
 
     @property
+    def _root(self) -> int:
+        """Descriptor of the local tree's root."""
+        assert self.stack.upper is not None
+        return self.stack.upper.fd
+
+    @property
     def _complete_mark(self) -> str:
         return os.path.join(self._store, "complete")
 
     def destroy(self) -> None:
         """Stop filling and close everything."""
-        self.contents.stopping.set()
-        if self._filler is not None:
-            self._filler.join()
+        self._filler.stop()
+        assert isinstance(self.files, LazyFiles)
+        self.files.stop()
+        self._first.save()
         for content in self.contents.in_use():
             content.users = 1
             self.contents.release(content)
@@ -332,20 +374,18 @@ class LazyFilesystem(UnionFilesystem):
         A fill that runs takes the new limit.  One that meets an error says so in
         :class:`Progress` and goes on after a pause.
         """
-        self._rate = bytes_per_second
+        self._filler.rate = bytes_per_second
         if self.progress.complete:
             return
         with self.lock:
             self.progress.filling, running = True, self.progress.filling
             self.journal.rewrite()
-        if running:
-            return
-        self._filler = threading.Thread(target=self._fill, name="fuse-fill", daemon=True)
-        self._filler.start()
+        if not running:
+            self._filler.start()
 
     def extra(self) -> dict[str, float]:
         """The limit of a fill that runs."""
-        return {"fill": self._rate} if self.progress.filling else {}
+        return {"fill": self._filler.rate} if self.progress.filling else {}
 
     def resume(self, state: State) -> int:
         """Go on where another server stopped, filling if it did."""
@@ -355,98 +395,10 @@ class LazyFilesystem(UnionFilesystem):
             self.fill(rate)
         return lost
 
-    def _pace(self, length: int) -> None:
-        """Wait as long as the limit asks for before so many bytes."""
-        if self._rate > 0:
-            self.contents.stopping.wait(_FILLERS * length / self._rate)
-
-    def _fill(self) -> None:
-        progress, stopping = self.progress, self.contents.stopping
-        try:
-            while not stopping.is_set():
-                try:
-                    missing = self._pass()
-                except OSError as error:
-                    progress.error = str(error)
-                    log.warning("filling pauses: %s", error)
-                    stopping.wait(_PAUSE)
-                    continue
-                progress.error = ""
-                if missing == 0 and not stopping.is_set():
-                    self._declare_complete()
-                    return
-        finally:
-            progress.filling = False
-
-    def _pass(self) -> int:
-        """Bring what is missing, everywhere; how many files and folders were."""
-        missing = 0
-        upper = self.stack.upper
-        assert upper is not None
-        with ThreadPoolExecutor(_FILLERS, "fuse-filler") as pool:
-            running: set[Future[None]] = set()
-            for content in self._incomplete_files(upper.fd):
-                missing += 1
-                running.add(pool.submit(self._fill_one, content))
-                if len(running) >= 2 * _FILLERS:
-                    done, running = wait(running, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        future.result()
-            for future in running:
-                future.result()
-        return missing
-
-    def _fill_one(self, content: Content) -> None:
-        try:
-            content.fetch_all(self._pace)
-        finally:
-            self.contents.release(content)
-
-    def _incomplete_files(self, root: int) -> Iterator[Content]:
-        """Incomplete files below a folder, acquired; folders are expanded on the way."""
-        pending = [os.open(b".", layers.DIRECTORY, dir_fd=root)]
-        try:
-            while pending and not self.contents.stopping.is_set():
-                fd = pending.pop()
-                try:
-                    self.expander.expand(fd)
-                    with os.scandir(layers.descriptor_path(fd)) as entries:
-                        found = [
-                            (each.name, each.is_dir(follow_symlinks=False)) for each in entries
-                        ]
-                    for name, is_dir in found:
-                        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                            if is_dir:
-                                pending.append(os.open(name, layers.DIRECTORY, dir_fd=fd))
-                                continue
-                            content = self._open_incomplete(fd, name)
-                            if content is not None:
-                                yield content
-                finally:
-                    os.close(fd)
-        finally:
-            for fd in pending:
-                os.close(fd)
-
-    def _open_incomplete(self, folder: int, name: bytes) -> Content | None:
-        st = os.stat(name, dir_fd=folder, follow_symlinks=False)
-        if not stat.S_ISREG(st.st_mode) or not st.st_size:
-            return None
-        path = layers.entry_path(folder, name)
-        if self.tree.form.read(path, self.contents.attribute) is None:
-            return None
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-        try:
-            return self.contents.acquire(fd)
-        finally:
-            os.close(fd)
-
     def _declare_complete(self) -> None:
         """Everything is here: make that durable, then say so."""
-        upper = self.stack.upper
-        assert upper is not None
         self.expander.drop_links()
-        fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=upper.fd)
+        fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._root)
         try:
             syscalls.syncfs(fd)
         finally:

@@ -99,7 +99,7 @@ def build(wanted: Spec) -> Filesystem:
         )
     if isinstance(wanted, LoopbackSpec):
         return LoopbackFilesystem(wanted.root, wanted.work)
-    return LazyFilesystem(lambda: _source(wanted), wanted.store, wanted.deadline)
+    return LazyFilesystem(lambda: _source(wanted), wanted.store, wanted.deadline, wanted.reads)
 
 
 def _source(wanted: LazySpec) -> Source:

@@ -56,12 +56,14 @@ class LazySpec(_Common, tag="lazy", tag_field="kind", kw_only=True, frozen=True)
             :class:`lazarette.fuse.lazy.Source`.
         arguments: for ``source``; never secrets, which it must fetch by itself.
         deadline: seconds a read is retried before it fails with EIO.
+        reads: file that remembers what is read first of this tree, for the next one like it.
     """
 
     store: str
     source: str
     arguments: dict[str, str] = {}
     deadline: float = 30.0
+    reads: str | None = None
 
 
 Spec = UnionSpec | LoopbackSpec | LazySpec

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class Lazy:
                 source="tests.support.sources:folder_source",
                 arguments={"folder": str(self.source), "switches": str(self.switches)},
                 deadline=0.3,
+                reads=str(base / "reads"),
                 log=str(base / "log"),
             )
         )
@@ -48,6 +50,12 @@ class Lazy:
     def set(self, switch: str, on: bool) -> None:
         path = self.switches / switch
         path.touch() if on else path.unlink()
+
+    def forget(self) -> None:
+        """Unmount, and begin again with nothing here."""
+        self.mount.stop()
+        shutil.rmtree(self.store)
+        self.store.mkdir()
 
     def fill(self) -> None:
         self.mount.fill()
@@ -222,6 +230,32 @@ def change(fd: int, model: bytearray, rng: random.Random) -> None:
     model[offset : offset + done] = data[:done]
     check = rng.randrange(len(model))
     assert os.pread(fd, 1000, check) == model[check : check + 1000]
+
+
+def test_another_limit_counts_at_once(lazy: Lazy) -> None:
+    populate(lazy.source)
+    lazy.mount.start()
+    lazy.mount.fill(bytes_per_second=1.0)
+    assert not lazy.mount.progress().complete
+    lazy.fill()
+
+
+def test_what_was_read_first_comes_first_the_next_time(lazy: Lazy) -> None:
+    names = [f"d{number}/f" for number in range(20)]
+    for name in names:
+        (lazy.source / name).parent.mkdir()
+        (lazy.source / name).write_bytes(name.encode() * 1000)
+    for chosen in (["d7/f", "d13/f"], ["d4/f"]):
+        lazy.mount.start()
+        for name in chosen:
+            assert (lazy.root / name).read_bytes() == name.encode() * 1000
+        lazy.forget()
+    lazy.set("log", True)
+    lazy.mount.start()
+    lazy.fill()
+    read = (lazy.switches / "log").read_text().split()
+    assert set(read[:3]) == {"d7/f", "d13/f", "d4/f"}
+    assert sorted(read) == sorted(names)
 
 
 def test_server_begins_while_its_source_is_away(lazy: Lazy) -> None:

@@ -18,6 +18,7 @@ server nor the fill; a killed server is replaced at the next look.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 import shutil
@@ -29,9 +30,10 @@ from pathlib import Path
 
 import msgspec
 
+from lazarette.backup.repository.snapshots import SnapshotRecord
 from lazarette.fuse import jsontext
 from lazarette.fuse.client import Mount
-from lazarette.fuse.lazy import Progress as FillProgress
+from lazarette.fuse.filler import Progress as FillProgress
 from lazarette.fuse.mount import is_mounted
 from lazarette.fuse.spec import LazySpec
 from lazarette.runtime.protection import watching
@@ -66,6 +68,7 @@ _MIGRATIONS = (
     ) STRICT
     """,
     "ALTER TABLE fills ADD COLUMN lazy INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE fills ADD COLUMN source TEXT NOT NULL DEFAULT ''",
 )
 CACHE_BYTES = 10 << 30
 
@@ -88,6 +91,7 @@ class Fill:
         rate: limit in bytes a second; 0 for none.
         whole: all data are here.
         lazy: data come only when they are read.
+        source: the volume whose state it is.
     """
 
     volume: str
@@ -96,6 +100,7 @@ class Fill:
     rate: int
     whole: bool
     lazy: bool = False
+    source: str = ""
 
 
 class FillService:
@@ -187,20 +192,26 @@ class FillService:
     # ---- life
 
     def begin(
-        self, volume: str, repository: str, snapshot: str, rate: int = 0, *, lazy: bool = False
+        self,
+        volume: str,
+        repository: str,
+        record: SnapshotRecord,
+        rate: int = 0,
+        *,
+        lazy: bool = False,
     ) -> None:
         """Make an empty volume show a snapshot at once, and begin to fill it unless ``lazy``.
 
         Raises:
             InternalError: the FUSE server does not start; the volume is as it was.
         """
-        fill = Fill(volume, repository, snapshot, rate, False, lazy)
+        fill = Fill(volume, repository, record.id, rate, False, lazy, record.volume)
         with self._serving:
             with self._state.write() as db:
                 db.execute(
-                    "INSERT INTO fills (volume, repository, snapshot, rate, lazy)"
-                    " VALUES (?, ?, ?, ?, ?)",
-                    (volume, repository, snapshot, rate, int(lazy)),
+                    "INSERT INTO fills (volume, repository, snapshot, rate, lazy, source)"
+                    " VALUES (?, ?, ?, ?, ?, ?)",
+                    (volume, repository, record.id, rate, int(lazy), record.volume),
                 )
             try:
                 self._serve(fill)
@@ -315,9 +326,15 @@ class FillService:
                     "blocks": str(CACHE_BYTES if fill.lazy else 0),
                 },
                 deadline=self._patience,
+                reads=self._reads(fill),
                 log=str(place / "log"),
             )
         )
+
+    def _reads(self, fill: Fill) -> str:
+        """The file that remembers what is read first of a volume's states."""
+        name = hashlib.sha256(f"{fill.repository}/{fill.source}".encode()).hexdigest()
+        return str(self._repositories.cache / "reads" / name)
 
     def _serve(self, fill: Fill) -> bool:
         """Have a server for it; whether there was one already."""

@@ -284,7 +284,7 @@ class RestoreService:
         try:
             self.make(target, record, labels)
             known = self._repositories.get(repository).name
-            self._fills.begin(target, known, record.id, rate, lazy=lazy)
+            self._fills.begin(target, known, record, rate, lazy=lazy)
             result = Result("ok")
         finally:
             self._settle(job_id, target, True, result)
