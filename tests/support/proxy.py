@@ -55,6 +55,9 @@ class FaultProxy:
         self._open: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
         self._stopped = threading.Event()
+        self._back = threading.Event()
+        self._back.set()
+        self._silent = False
         self.requests: list[str] = []
         self.refused = 0
 
@@ -68,6 +71,23 @@ class FaultProxy:
             self._rules.append(rule)
         return rule
 
+    def leave(self, *, silent: bool = False) -> None:
+        """Be away: connections are reset, or, if ``silent``, get no answer."""
+        self._silent = silent
+        self._back.clear()
+        if not silent:
+            self._break_all()
+
+    def come_back(self) -> None:
+        """Be there again; whoever waited must ask anew."""
+        self._back.set()
+
+    def _break_all(self) -> None:
+        with self._lock:
+            for each in self._open:
+                with suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+
     def __enter__(self) -> FaultProxy:
         self._spawn(self._accept)
         return self
@@ -79,12 +99,10 @@ class FaultProxy:
         trace: TracebackType | None,
     ) -> None:
         self._stopped.set()
+        self._back.set()
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        with self._lock:
-            for each in self._open:
-                with suppress(OSError):
-                    each.shutdown(socket.SHUT_RDWR)
+        self._break_all()
         for thread in list(self._threads):
             thread.join(10)
         if kind is None:
@@ -105,6 +123,9 @@ class FaultProxy:
             self._spawn(lambda client=client: self._connection(client))  # type: ignore[misc]
 
     def _connection(self, client: socket.socket) -> None:
+        if not (self._back.is_set() or self._silent):
+            _reset(client)
+            return
         try:
             server = socket.create_connection(self._upstream)
         except OSError:
@@ -127,6 +148,9 @@ class FaultProxy:
     def _request(self, pair: _Pair) -> bool:
         """Pass one request and its answer; False when the connection is over."""
         head = pair.from_client.head()
+        if not self._back.is_set():
+            self._back.wait()
+            return False
         rule = self._due(head)
         try:
             return self._pass(pair, head, rule)

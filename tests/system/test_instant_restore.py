@@ -8,6 +8,7 @@ import pytest
 from tests.support.daemon import Daemon
 from tests.support.images import busybox_archive
 from tests.support.postgres import Postgres
+from tests.support.processes import SERVERS, kill_programs
 from tests.support.s3 import S3Server
 from tests.support.waiting import until
 
@@ -85,7 +86,7 @@ def test_killed_server_is_replaced(backed_up: Daemon) -> None:
     merged = daemon.root / "exec" / "fills" / "v2" / "merged"
     assert (merged / "small").read_text() == "small\n"
     (merged / "mine").write_text("kept")
-    _kill_servers(daemon)
+    kill_programs(daemon.root, SERVERS)
 
     def back() -> bool:
         try:
@@ -97,24 +98,6 @@ def test_killed_server_is_replaced(backed_up: Daemon) -> None:
     assert (merged / "mine").read_text() == "kept"
     digest = hashlib.md5((merged / "big").read_bytes()).hexdigest()
     assert digest == (merged / "sum").read_text().split()[0]
-
-
-def _kill_servers(daemon: Daemon) -> None:
-    """SIGKILL the FUSE servers whose files lie below the daemon's folder."""
-    import os
-    import signal
-
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            if b"lazarette.fuse.serve" not in (entry / "cmdline").read_bytes():
-                continue
-            links = [os.readlink(one) for one in (entry / "fd").iterdir()]
-        except OSError:
-            continue
-        if any(str(daemon.root) in link for link in links):
-            os.kill(int(entry.name), signal.SIGKILL)
 
 
 @pytest.mark.slow

@@ -8,10 +8,8 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
@@ -19,6 +17,7 @@ import pytest
 from tests.support.daemon import Daemon
 from tests.support.images import busybox_archive
 from tests.support.postgres import SUMS, Postgres
+from tests.support.processes import JOBS, kill_programs
 from tests.support.s3 import S3Server
 from tests.support.waiting import until
 
@@ -79,13 +78,6 @@ class Host:
         words = (volume,) if volume else ()
         return cast(list[dict], self.daemon.json("backup", "history", "--limit", "10000", *words))
 
-    def kill_jobs(self) -> None:
-        mark = os.fsencode(self.daemon.root / "data" / "jobs")
-        for entry in Path("/proc").iterdir():
-            with suppress(OSError):
-                if entry.name.isdigit() and mark in (entry / "cmdline").read_bytes():
-                    os.kill(int(entry.name), signal.SIGKILL)
-
     def keep_busy(self) -> None:
         if self.load.poll() is not None:
             self.load = self.database.pgbench("-n", "-c", "2", "-T", "3000")
@@ -113,7 +105,7 @@ def test_everything_is_released_and_no_run_is_lost(host: Host) -> None:
         time.sleep(chosen.uniform(0.0, 3.0))
         kind = ("daemon", "left dead", "job")[turn % 3]
         if kind == "job":
-            host.kill_jobs()
+            kill_programs(daemon.root, JOBS)
         else:
             daemon.kill()
             if kind == "left dead":

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import os
 import random
-import re
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -21,6 +18,7 @@ from typing import cast
 import pytest
 from tests.support.daemon import LAZ, Daemon
 from tests.support.images import busybox_archive
+from tests.support.processes import JOBS, SERVERS, kill_programs
 from tests.support.waiting import until
 
 KILLS = int(os.environ.get("LAZ_RESTORE_KILLS", "3"))
@@ -57,26 +55,11 @@ class Host:
         if kind in ("daemon", "all"):
             self.daemon.kill()
         if kind in ("job", "all"):
-            self._kill(rb"lazarette\.backup\.jobs\.run\0" + os.fsencode(self.daemon.root))
+            kill_programs(self.daemon.root, JOBS)
         if kind in ("server", "all"):
-            self._kill(rb"lazarette\.fuse\.serve")
+            kill_programs(self.daemon.root, SERVERS)
         if kind in ("daemon", "all"):
             self.daemon.start()
-
-    def _kill(self, pattern: bytes) -> None:
-        for entry in Path("/proc").iterdir():
-            with suppress(OSError):
-                if not entry.name.isdigit():
-                    continue
-                said = (entry / "cmdline").read_bytes()
-                if re.search(pattern, said) and self._mine(entry, said):
-                    os.kill(int(entry.name), signal.SIGKILL)
-
-    def _mine(self, entry: Path, said: bytes) -> bool:
-        root = str(self.daemon.root)
-        return root.encode() in said or any(
-            root in os.readlink(one) for one in (entry / "fd").iterdir()
-        )
 
 
 @pytest.fixture

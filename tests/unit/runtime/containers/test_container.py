@@ -11,7 +11,6 @@ from lazarette.runtime.containers.errors import WrongState
 from lazarette.runtime.containers.model import ContainerConfig, HostConfig
 from lazarette.runtime.containers.record import Definition, State
 
-
 NOWHERE = Path("/nowhere")
 
 
