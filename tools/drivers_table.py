@@ -45,6 +45,7 @@ WORDS = """
   read that they do not share.
 - **remapped users**: containers whose users are others on the host (`lazd --userns-remap`).
   Every volume driver has them; in a `bind` volume owners stay the host's.
+- On the xfs under `overlay` and `fuse` a symbolic link's target is at most 1,023 bytes long.
 - A change record that is lost or doubtful leads to a full comparison, never to a block left out.
 
 ## Options

@@ -186,11 +186,11 @@ LAYERS: Mapping[str, Callable[[Path, Clock], LayerDriver]] = {
 }
 
 VOLUMES: Mapping[str, Callable[[Path, Clock], VolumeDriver]] = {
-    "overlay": OverlayVolumeDriver,
     "btrfs": BtrfsVolumeDriver,
+    "overlay": OverlayVolumeDriver,
     "fuse": FuseVolumeDriver,
-    "tmpfs": TmpfsVolumeDriver,
     "bind": BindVolumeDriver,
+    "tmpfs": TmpfsVolumeDriver,
 }
 
 
