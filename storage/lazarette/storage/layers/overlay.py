@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lazarette.storage import mounts, syscalls
 from lazarette.storage.clock import Clock
+from lazarette.storage.errors import MissingFeature
 from lazarette.storage.idmaps import IdMap
 from lazarette.storage.layers.contract import LayerCapabilities
 from lazarette.storage.layers.stacked import StackedLayerDriver
@@ -100,7 +101,16 @@ def _stacked(
         options += [("lowerdir+", named(path)) for path in lower]
         if upper is not None and work is not None:
             options += [("upperdir", named(upper)), ("workdir", named(work))]
-        return mounts.filesystem("overlay", options, attributes=attributes)
+        try:
+            return mounts.filesystem("overlay", options, attributes=attributes)
+        except mounts.MountFailed as refused:
+            if idmap is None:
+                raise
+            raise MissingFeature(
+                f"layers with mapped owners cannot be mounted: {refused.message}",
+                hint="it needs Linux 6.15: start the container with --userns=host, or use "
+                "another layer driver",
+            ) from refused
 
 
 def _short(until: ExitStack) -> Callable[[Path], bytes]:
