@@ -30,15 +30,12 @@ class Ranges:
         firsts = zip(FILES, (self.uid, self.gid), strict=True)
         return {file: f"{self.user}:{first}:{COUNT}\n" for file, first in firsts}
 
-    def add(self) -> None:
+    def write(self, there: bool) -> None:
+        """Put the lines into the files, once, or take them away."""
         for file, line in self.lines.items():
-            with open(file, "a") as lines:
-                lines.write(line)
-
-    def remove(self) -> None:
-        for file, line in self.lines.items():
-            kept = [each for each in file.read_text().splitlines(True) if each != line]
-            file.write_text("".join(kept))
+            before = file.read_text() if file.exists() else ""
+            kept = [each for each in before.splitlines(True) if each != line]
+            file.write_text("".join([*kept, *([line] if there else [])]))
 
 
 @contextmanager
@@ -67,19 +64,19 @@ def claimed() -> Iterator[Ranges]:
         first = 1_900_000_000 + number * COUNT
         made = Ranges(USERS[number], first, first + 100_000_000)
         with locked("subuid"):
-            made.add()
+            made.write(there=True)
         try:
             yield made
         finally:
             with locked("subuid"):
-                made.remove()
+                made.write(there=False)
 
 
-def remapping(root: Path, ranges: Ranges, *arguments: str) -> Daemon:
+def remapping(root: Path, ranges: Ranges) -> Daemon:
     """A daemon with remapped users, who can reach its exec root."""
     root.mkdir()
     for folder in (root, *root.parents):
         mode = folder.stat().st_mode
         if not mode & 0o001:
             folder.chmod(mode | 0o011)
-    return Daemon(root / "d", arguments=("--userns-remap", ranges.user, *arguments))
+    return Daemon(root / "d", arguments=("--userns-remap", ranges.user))

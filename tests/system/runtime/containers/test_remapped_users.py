@@ -443,8 +443,9 @@ def recovered(daemon: Daemon, url: str, kit: Path, port: int) -> Postgres:
 
 def test_a_driver_that_cannot_map_says_what_to_do(tmp_path: Path, ranges: Ranges) -> None:
     config = tmp_path / "config.toml"
-    config.write_text('layer_driver = "fuse"\n')
-    made = remapping(tmp_path / "r", ranges, "--config", str(config))
+    config.write_text(f'layer_driver = "fuse"\nuserns_remap = "{ranges.user}"\n')
+    made = remapping(tmp_path / "r", ranges)
+    made.arguments = ("--config", str(config))
     made.start()
     try:
         made.docker("load", "-q", "-i", str(busybox_archive()))
