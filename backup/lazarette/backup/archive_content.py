@@ -356,7 +356,7 @@ class Worker:
                     self.add_delta(chunk, found, paged)
                 else:
                     span.add(chunk, block, data, at)
-                    maps.note(chunk, PageMap.plain(chunk, hashes))
+                    maps.note_plain(chunk, hashes)
             elif new:
                 span.add(chunk, block, data, at)
             at += length

@@ -98,6 +98,10 @@ class PageMaps:
         """Remember the map of a block, once :meth:`flush` is called."""
         self._fresh[chunk] = pages.pack(chunk)
 
+    def note_plain(self, chunk: bytes, hashes: bytes) -> None:
+        """:meth:`note` for a block that is stored whole."""
+        self._fresh[chunk] = hashes
+
     def flush(self, replaced: Sequence[bytes] = ()) -> None:
         """Write what was noted, and drop maps of blocks that are no file's any more."""
         fresh, self._fresh = self._fresh, {}

@@ -59,6 +59,9 @@ PATCH_ROW = struct.Struct("<I16s")
 DATA = 0
 TREE = 1
 
+_PAGES = zstandard.ZstdCompressionParameters.from_level(1, min_match=5, write_content_size=True)
+"""For blocks of databases: what repeats from row to row is shorter than level 1 looks for."""
+
 
 class PackRecord(msgspec.Struct, array_like=True, frozen=True):
     """What an index says about one pack.
@@ -186,6 +189,7 @@ class PackBuilder:
         head = MAGIC + self.pack + bytes([len(self._key)]) + self._key
         self.size = len(head)
         self._compressor = zstandard.ZstdCompressor(level=level)
+        self._page_compressor = zstandard.ZstdCompressor(compression_params=_PAGES)
         self._stored: list[Buffer] = [head]
         self._rows: list[tuple[int, int, int, int]] = []
         self._ids: list[bytes] = []
@@ -230,7 +234,7 @@ class PackBuilder:
         if block.ids:
             self._block = _OpenBlock()
             plain = block.parts[0] if len(block.parts) == 1 else b"".join(block.parts)
-            self._append(block.ids, block.lengths, plain)
+            self._append(block.ids, block.lengths, plain, self._compressor)
 
     def add_block(
         self, ids: Sequence[bytes], lengths: Sequence[int], plain: Buffer, paged: bool = False
@@ -241,10 +245,17 @@ class PackBuilder:
         """
         if paged:
             lengths = [length | PAGED_BIT for length in lengths]
-        self._append(ids, lengths, plain)
+        compressor = self._page_compressor if paged else self._compressor
+        self._append(ids, lengths, plain, compressor)
 
-    def _append(self, ids: Sequence[bytes], lengths: Sequence[int], plain: Buffer) -> None:
-        packed: Buffer = self._compressor.compress(plain)
+    def _append(
+        self,
+        ids: Sequence[bytes],
+        lengths: Sequence[int],
+        plain: Buffer,
+        compressor: zstandard.ZstdCompressor,
+    ) -> None:
+        packed: Buffer = compressor.compress(plain)
         if len(packed) >= len(plain):
             packed = plain
         sealed = self._cipher.encrypt(block_nonce(self.size), packed, None)
