@@ -10,7 +10,7 @@ import itertools
 import os
 import queue
 import threading
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import cached_property
 from typing import Protocol
 
@@ -411,6 +411,21 @@ class Worker:
         if found is None or (paged and self.crypt.paged_id(found.hashes) != chunk):
             return None
         return found
+
+    def known_maps(self, blocks: Sequence[tuple[bytes, int]]) -> dict[bytes, PageMap]:
+        """The maps of paged blocks stored before that this host has, by chunk.
+
+        Args:
+            blocks: their chunks and numbers of pages.
+        """
+        if self.maps is None:
+            return {}
+        found = self.maps.find_all(blocks)
+        return {
+            chunk: known
+            for chunk, known in found.items()
+            if self.crypt.paged_id(known.hashes) == chunk
+        }
 
     def _loop(self) -> None:
         while (task := self._tasks.get()) is not None:

@@ -84,8 +84,12 @@ class Pages(msgspec.Struct):
     def run(self, worker: Worker) -> None:
         """Read and store what is touched."""
         try:
+            touched = [item for item in self.items if isinstance(item, Touched)]
+            known = worker.known_maps([(one.base, one.length // PAGE) for one in touched])
             self.parts = b"".join(
-                self._block(worker, item) if isinstance(item, Touched) else item
+                self._block(worker, item, known.get(item.base))
+                if isinstance(item, Touched)
+                else item
                 for item in self.items
             )
             self.read = self.length
@@ -94,8 +98,7 @@ class Pages(msgspec.Struct):
         except OSError as failed:
             self.fault = failed
 
-    def _block(self, worker: Worker, block: Touched) -> bytes:
-        known = worker.known_pages(block.base, block.length // PAGE, True)
+    def _block(self, worker: Worker, block: Touched, known: PageMap | None) -> bytes:
         row = None if known is None else self._patched(worker, block, known)
         if row is not None:
             return row

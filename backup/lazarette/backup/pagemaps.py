@@ -94,6 +94,21 @@ class PageMaps:
         data = self._fresh.get(chunk) or self._opened().find(chunk)
         return None if data is None else PageMap.unpack(chunk, data, pages)
 
+    def find_all(self, blocks: Sequence[tuple[bytes, int]]) -> dict[bytes, PageMap]:
+        """The maps of blocks stored before, of which so many pages each are known.
+
+        Args:
+            blocks: their chunks and numbers of pages; at most some thousands.
+        """
+        stored = self._opened().find_all([chunk for chunk, _ in blocks])
+        found = {}
+        for chunk, pages in blocks:
+            data = self._fresh.get(chunk) or stored.get(chunk)
+            known = None if data is None else PageMap.unpack(chunk, data, pages)
+            if known is not None:
+                found[chunk] = known
+        return found
+
     def note(self, chunk: bytes, pages: PageMap) -> None:
         """Remember the map of a block, once :meth:`flush` is called."""
         self._fresh[chunk] = pages.pack(chunk)
