@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lazarette.storage.garbage import collect_seldom
 
-collect_seldom()
+if __name__ == "__main__":
+    collect_seldom()
+    from lazarette.backup.jobs.run import main
 
-from lazarette.backup.jobs.run import main  # noqa: E402
-
-main()
+    main()
