@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.layers import LayerBench, file, folder
+from tests.support.remapped import require_mapped_layers
 
 from lazarette.storage import syscalls
 from lazarette.storage.changes import ChangeKind
@@ -23,6 +24,8 @@ OTHER = IdMap((IdRange(0, 300_000, 65_536),), (IdRange(0, 300_000, 65_536),))
 def base(layers: LayerBench) -> str:
     if not layers.driver.capabilities.maps_owners:
         pytest.skip("this driver maps no owners")
+    if layers.kind.id == "overlay":
+        require_mapped_layers()
     owned = tarfile.TarInfo("of-user")
     owned.uid, owned.gid, owned.size = 70, 71, 1
     beyond = tarfile.TarInfo("beyond")

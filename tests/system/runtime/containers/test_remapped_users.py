@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import struct
 import tarfile
@@ -22,15 +21,13 @@ from tests.support.waiting import until
 
 from .conftest import Host
 
-pytestmark = pytest.mark.xdist_group("remapped-users")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("remapped-users")]
 CAPABILITY = struct.pack("<5I", 0x02000001, 1 << 13, 0, 0, 0)
 """The right to open raw sockets, as ``setcap cap_net_raw+ep`` writes it."""
 
 
 @pytest.fixture(scope="module")
 def ranges() -> Iterator[Ranges]:
-    if os.geteuid() != 0:
-        pytest.skip("the daemon needs root")
     with claimed() as made:
         yield made
 
