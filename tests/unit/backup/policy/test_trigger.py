@@ -120,7 +120,12 @@ def test_jitter_loses_no_run(schedule: str, jitter: int, start: int, name: str) 
 def test_whatever_is_done_to_the_clock_spaced_runs_go_on(
     schedule: str, start: int, steps: list[tuple[int, int]]
 ) -> None:
-    when = {start + hours * HOUR: minutes * 60 * NANOSECONDS for hours, minutes in steps if minutes}
+    # a second past the hour: not in the very nanosecond in which a run is due
+    when = {
+        start + hours * HOUR + NANOSECONDS: minutes * 60 * NANOSECONDS
+        for hours, minutes in steps
+        if minutes
+    }
     runs = simulate(trigger(schedule), start, start + 24 * HOUR, when)
     times = [start, *runs, start + 24 * HOUR]
     # setting the clock moves the grid of due times: one gap may be longer, by less than one run
