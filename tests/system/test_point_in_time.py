@@ -10,11 +10,12 @@ from typing import cast
 import pytest
 from tests.support.daemon import Daemon
 from tests.support.images import busybox_archive
-from tests.support.postgres import Postgres
+from tests.support.postgres import Postgres, archive
 from tests.support.s3 import S3Server
 from tests.support.waiting import until
 
 from lazarette.backup.recovery.wal import NotRecoverable
+from lazarette.storage.errors import EXIT_WARNINGS
 
 _NOW = "SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US')"
 
@@ -108,6 +109,36 @@ def test_any_moment_between_two_backups(
     _insert(database, 42)
     assert _restore(daemon, again, "--as", "again")["result"]["outcome"] == "ok"
     assert _rows(daemon, "again") == [1, 2, 3, 4, 40, 41]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_another_host_recovers_what_was_stored_to_any_moment(
+    tmp_path: Path, s3_server: S3Server, s3_bucket: str
+) -> None:
+    url, kit = s3_server.url(s3_bucket, "host"), tmp_path / "kit"
+    first, second = Daemon(tmp_path / "one"), Daemon(tmp_path / "two")
+    try:
+        first.start()
+        database = _kept(first, url, kit, s3_server)
+        database.sql("CREATE TABLE rows (id bigint PRIMARY KEY)")
+        first.laz("backup", "run", "pgdata")
+        moments = {number: _insert(database, number) for number in range(1, 6)}
+        first.laz("wal", "flush", "pgdata")
+        first.kill()
+        beyond = _insert(database, 6)  # nobody is there any more to store it
+
+        second.start()
+        second.laz("load", "-q", "-i", str(archive()))
+        second.laz("repo", "add", "--kit", str(kit), url, env=s3_server.environment)
+        assert _restore(second, moments[3], "--as", "then")["result"]["outcome"] == "ok"
+        assert _rows(second, "then") == [1, 2, 3]
+        short = second.laz("restore", "--to-time", beyond, "--as", "end", "pgdata", check=False)
+        assert short.returncode == EXIT_WARNINGS, short.stderr
+        assert _rows(second, "end") == [1, 2, 3, 4, 5]
+    finally:
+        first.end()
+        second.end()
 
 
 @pytest.mark.slow
