@@ -156,7 +156,7 @@ class Lifecycle:
 
     async def _start(self, container: Container) -> None:
         definition, state = container.definition, container.state
-        await asyncio.to_thread(self._prepare, container)
+        owner = await asyncio.to_thread(self._prepare, container)
         config = definition.config
         started = await self._monitor.launch(
             Launch(
@@ -168,6 +168,7 @@ class Lifecycle:
                 stdin=config.open_stdin,
                 leave_stdin_open=config.open_stdin and not config.stdin_once,
                 command=definition.command[0],
+                owner=owner,
             )
         )
         self._connect_waiting(container)
@@ -179,12 +180,17 @@ class Lifecycle:
         state.exit_code, state.error, state.oom_killed = 0, "", False
         state.stopped_by_hand, state.restart_due = False, False
 
-    def _prepare(self, container: Container) -> None:
+    def _prepare(self, container: Container) -> tuple[int, int]:
+        """Make what a run needs; the user and group of the host it runs as, 0 for any of
+        the host's own."""
         if container.root_mounted or container.bundle.exists():
             self._preparer.release(container)  # what a killed daemon left
         prepared = self._preparer.prepare(container)
         config = spec.build(container.definition, prepared, self._facts)
         (container.bundle / "config.json").write_bytes(msgspec.json.encode(config))
+        if prepared.idmap is None:
+            return 0, 0
+        return prepared.idmap.to_host(prepared.user.uid, prepared.user.gid)
 
     def _run(self, container: Container) -> None:
         done = process.run(self._runtime.command("start", container.id), check=False)

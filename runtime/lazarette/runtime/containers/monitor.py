@@ -59,7 +59,7 @@ class Launch:
         leave_stdin_open: a client that leaves does not end stdin.
         exec_spec: process file of an exec session.
         command: the program it starts, for errors.
-        owner: user and group of the host that root in the container is.
+        owner: user and group of the host who own the process's pipes.
     """
 
     container: str
@@ -102,9 +102,12 @@ class Monitor:
             self._prime()
             session = await asyncio.to_thread(self._spawn, launch)
         try:
-            return await session.finish(launch.folder)
+            started = await session.finish(launch.folder)
         finally:
             session.close()
+        if launch.exec_spec is None and launch.owner != (0, 0):
+            _give_pipes(launch)
+        return started
 
     async def prepare_exec(self, launch: Launch) -> Session:
         """Start an exec session that waits for :meth:`Session.go`, so that clients can
@@ -279,9 +282,9 @@ def start_failure(message: str, runtime: str, command: str = "") -> StartFailed:
 
 
 def _give_pipes(launch: Launch) -> None:
-    """Let a session's remapped user open its ``/dev/stdout`` anew.
+    """Let a remapped user open the ``/dev/stdout`` of a process anew.
 
-    crun does so for a container's first process, for no other one.
+    Of the runtimes only crun does so, and only for a container's first process.
     """
     descriptors = Path(f"/proc/{_monitor_pid(launch.folder)}/fd")
     for each in descriptors.iterdir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import struct
 import tarfile
 import urllib.request
@@ -450,6 +451,28 @@ def test_a_driver_that_cannot_map_says_what_to_do(tmp_path: Path, ranges: Ranges
         assert done.returncode == 125
         assert b"the layer driver fuse cannot map owners" in done.stderr
         made.docker("run", "--rm", "--userns=host", "busybox", "true")
+    finally:
+        ended(made)
+
+
+@pytest.mark.skipif(shutil.which("runc") is None, reason="runc is not installed")
+def test_runc_too(tmp_path: Path, ranges: Ranges) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text('runtime = "runc"\n')
+    made = remapping(tmp_path / "r", ranges)
+    made.arguments = (*made.arguments, "--config", str(config))
+    made.start()
+    try:
+        made.docker("load", "-q", "-i", str(busybox_archive()))
+        script = "touch /tmp/f && stat -c %u:%g /tmp/f > /dev/stdout; sleep 600"
+        for name, user in (("by-root", "0:0"), ("by-user", "7:8")):
+            made.docker("run", "-d", "--name", name, "-u", user, "busybox", "sh", "-c", script)
+            until(lambda: made.docker("logs", name).stdout, "it says nothing")  # noqa: B023
+            assert made.docker("logs", name).stdout.decode() == f"{user}\n"
+            said = made.docker("exec", name, "sh", "-c", "id -u > /dev/stdout").stdout
+            assert said.decode() == f"{user[0]}\n"
+        done = made.docker("run", "--rm", "-u", "70000", "busybox", "true", check=False)
+        assert b"user 70000 or group 0 is outside of the mapped ids" in done.stderr
     finally:
         ended(made)
 
