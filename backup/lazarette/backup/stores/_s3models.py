@@ -1,8 +1,7 @@
-"""What botocore, which boto3 is made of, knows of S3, read at a fraction of the cost.
+"""What boto3 knows of S3, read at a fraction of the cost.
 
 To make a client botocore looks through the folders of all 400 services of AWS, and reads its
 models of S3 with the standard library's JSON decoder: half of the time a small backup takes.
-boto3 itself adds transfers of files, which are not used here, and another sixth of the imports.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import gzip
 import os
 
+import boto3
 import botocore.session
 from botocore.loaders import JSONFileLoader, Loader
 
@@ -35,8 +35,8 @@ class _Models(Loader):
         return ["s3", "signin", "sso", "sso-oidc", "sts"]
 
 
-def new_session() -> botocore.session.Session:
-    """A session that can make clients of S3 and of hardly another service."""
-    session = botocore.session.Session()
-    session.register_component("data_loader", _Models())
-    return session
+def new_session() -> boto3.session.Session:
+    """A boto3 session that can make clients of S3 and of hardly another service."""
+    inner = botocore.session.Session()
+    inner.register_component("data_loader", _Models())
+    return boto3.session.Session(botocore_session=inner)

@@ -69,7 +69,7 @@ def open_store(
         if upload is unlimited and download is unlimited:
             return local
         return LimitedStore(local, time, upload=upload, download=download)
-    # On use: botocore takes a third of a second to import.
+    # On use: boto3 takes a third of a second to import.
     from lazarette.backup.stores.s3 import S3Store
 
     now = S3Store(

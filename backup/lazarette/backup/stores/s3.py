@@ -28,11 +28,11 @@ import secrets
 import threading
 import zlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, TypedDict, cast
+from typing import TYPE_CHECKING, TypedDict
 
+import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
-from botocore.session import Session
 from urllib3.exceptions import HTTPError
 
 from lazarette.backup.stores._s3dialect import (
@@ -302,7 +302,7 @@ class S3Store:
             self._clients.clear()
 
     def client(self, *, signed: bool = False) -> S3Client:
-        """The client; for the modules beside this one."""
+        """The boto3 client; for the modules beside this one."""
         with self._lock:
             client = self._clients.get(signed)
         if client is not None:
@@ -332,7 +332,7 @@ class S3Store:
         )
         try:
             session = new_session() if key is None else _session()
-            client = session.create_client(
+            client = session.client(
                 "s3",
                 endpoint_url=place.endpoint,
                 aws_access_key_id=key.access_key if key else None,
@@ -343,7 +343,7 @@ class S3Store:
         except (BotoCoreError, ValueError) as failed:
             raise StoreRefused(f"cannot use {place.url}: {failed}") from failed
         client.meta.events.register("before-sign.s3.PutObject", send_small_bodies_at_once)
-        return cast("S3Client", client)
+        return client
 
     def key(self, name: str) -> str:
         """The object's key in the bucket."""
@@ -471,6 +471,6 @@ _session_lock = threading.Lock()
 
 
 @functools.cache
-def _session() -> Session:
+def _session() -> boto3.session.Session:
     """One session for all clients with a key of their own: making another costs 0.1 s."""
     return new_session()

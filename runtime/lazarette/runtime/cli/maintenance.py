@@ -292,7 +292,7 @@ def lock(url: str, days: int, key_file: str | None, kit: str | None, as_json: bo
     pruned before its lock ran out is hidden, and still there in the bucket as of an earlier
     time: open it with &as-of=2026-01-31T12:00:00Z in the URL.
     """
-    # On use: botocore takes a quarter of a second to import.
+    # On use: boto3 takes a quarter of a second to import.
     from lazarette.backup.repository import retention
     from lazarette.backup.stores.s3lock import has_object_lock
 
