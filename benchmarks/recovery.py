@@ -234,6 +234,7 @@ def measured(gib: float, options: argparse.Namespace) -> Found:
             try:
                 bench.prepare()
                 database = bench.measure(options.rounds)
+                print(f"first answers: {bench.found.instant} s, restic: {bench.found.restic} s")
                 bench.rates(database, options.seconds)
                 bench.branches(options.rounds)
             finally:
