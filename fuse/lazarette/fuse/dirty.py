@@ -75,23 +75,24 @@ class DirtyPaths:
         self._load()
 
     def _load(self) -> None:
-        record = self._read()
+        found = self._read()
+        record = found or Record()
         self.generation, self.snapshot = record.generation, record.snapshot
         self.known = record.clean and bool(record.snapshot)
         if self.known:
             self._paths = dict(record.paths)
             self._noting = True
         begun = Record(self.generation, False, self.snapshot)
-        if record != begun:  # a server that was killed is followed by another on a full disk too
+        if found != begun:  # a server that was killed is followed by another on a full disk too
             self._store(begun)
 
-    def _read(self) -> Record:
-        record = Record()
+    def _read(self) -> Record | None:
+        """What is on disk; None when nothing whole is."""
         with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError):
             fd = os.open(b"record", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._work)
             with os.fdopen(fd, "rb") as stream:
-                record = jsontext.decode(stream.read(), type=Record)
-        return record
+                return jsontext.decode(stream.read(), type=Record)
+        return None
 
     def _store(self, record: Record) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
@@ -118,7 +119,8 @@ class DirtyPaths:
         """Take :meth:`close` back."""
         if self.known:
             record = self._read()
-            self._paths = dict(record.paths)
+            self.known = record is not None
+            self._paths = {} if record is None else dict(record.paths)
             self._store(Record(self.generation, False, self.snapshot))
 
     def begin(self) -> None:

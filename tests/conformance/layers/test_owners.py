@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from tests.support.layers import LayerBench, file, folder
+from tests.support.layers import KINDS, LayerBench, file, folder
 from tests.support.remapped import require_mapped_layers
 
 from lazarette.storage import syscalls
@@ -20,10 +20,14 @@ IDMAP = IdMap((IdRange(0, 100_000, 65_536),), (IdRange(0, 200_000, 65_536),))
 OTHER = IdMap((IdRange(0, 300_000, 65_536),), (IdRange(0, 300_000, 65_536),))
 
 
+def _drivers(*, maps_owners: bool) -> pytest.MarkDecorator:
+    kinds = [kind for kind in KINDS if (kind.id != "fuse") is maps_owners]
+    return pytest.mark.parametrize("layer_drivers", kinds, indirect=True, ids=lambda kind: kind.id)
+
+
 @pytest.fixture
 def base(layers: LayerBench) -> str:
-    if not layers.driver.capabilities.maps_owners:
-        pytest.skip("this driver maps no owners")
+    assert layers.driver.capabilities.maps_owners
     if layers.kind.id == "overlay":
         require_mapped_layers()
     owned = tarfile.TarInfo("of-user")
@@ -38,9 +42,9 @@ def owner(path: Path) -> tuple[int, int]:
     return status.st_uid, status.st_gid
 
 
+@_drivers(maps_owners=False)
 def test_a_driver_that_maps_no_owners_says_so(layers: LayerBench) -> None:
-    if layers.driver.capabilities.maps_owners:
-        pytest.skip("this driver maps owners")
+    assert not layers.driver.capabilities.maps_owners
     key = layers.key()
     layers.driver.prepare(key, layers.base(file("f")))
     with pytest.raises(MissingFeature, match="fuse cannot map owners"):
@@ -48,6 +52,7 @@ def test_a_driver_that_maps_no_owners_says_so(layers: LayerBench) -> None:
     layers.driver.remove(key)
 
 
+@_drivers(maps_owners=True)
 def test_owners_are_mapped_in_a_committed_layer(layers: LayerBench, base: str) -> None:
     """It may be mounted in several ways at a time."""
     plain = layers.mount(base)
@@ -62,6 +67,7 @@ def test_owners_are_mapped_in_a_committed_layer(layers: LayerBench, base: str) -
     assert layers.mount(base, IDMAP) == mapped
 
 
+@_drivers(maps_owners=True)
 def test_what_is_written_lands_with_the_owners_of_the_container(
     layers: LayerBench, base: str
 ) -> None:
@@ -91,6 +97,7 @@ def test_what_is_written_lands_with_the_owners_of_the_container(
     assert kinds[b"new"] is ChangeKind.ADDED
 
 
+@_drivers(maps_owners=True)
 def test_an_active_layer_is_mounted_in_one_way(layers: LayerBench, base: str) -> None:
     key = layers.key()
     layers.driver.prepare(key, base)
@@ -108,6 +115,7 @@ def test_an_active_layer_is_mounted_in_one_way(layers: LayerBench, base: str) ->
     assert stat.S_ISDIR(root.stat().st_mode)
 
 
+@_drivers(maps_owners=True)
 def test_a_layer_on_nothing_is_mapped_too(layers: LayerBench, base: str) -> None:
     key = layers.key()
     layers.driver.prepare(key, None)
@@ -118,6 +126,7 @@ def test_a_layer_on_nothing_is_mapped_too(layers: LayerBench, base: str) -> None
     assert owner(layers.mount(key) / "sub") == (7, 8)
 
 
+@_drivers(maps_owners=True)
 def test_a_restarted_driver_finds_a_mapped_mount(layers: LayerBench, base: str) -> None:
     key = layers.key()
     layers.driver.prepare(key, base)
