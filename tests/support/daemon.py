@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from lazarette.fuse import jsontext
 
@@ -194,3 +196,17 @@ class Daemon:
                 f"daemon: {self.log[-4000:]}"
             )
         return done
+
+
+@contextmanager
+def running(root: Path) -> Iterator[Daemon]:
+    """A daemon on a new folder, ended with all it made; nothing may stay mounted."""
+    if os.geteuid() != 0:
+        pytest.skip("the daemon needs root")
+    one = Daemon(root)
+    one.start()
+    yield one
+    one.end()
+    with open("/proc/self/mountinfo") as mounts:
+        points = [line.split()[4] for line in mounts]
+    assert not [point for point in points if point.startswith(f"{root}/")], "mounts are left"

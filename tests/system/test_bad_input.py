@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from tests.support.daemon import LAZ, LAZD, Daemon
+from tests.support.daemon import LAZ, LAZD, Daemon, running
 from tests.support.images import busybox_archive
 from tests.support.s3 import S3Server
 
@@ -45,13 +45,9 @@ def laz(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Comple
 
 @pytest.fixture(scope="module")
 def lasting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    if os.geteuid() != 0:
-        pytest.skip("the daemon needs root")
-    one = Daemon(tmp_path_factory.mktemp("bad-input") / "d")
-    one.start()
-    one.laz("load", "-q", "-i", str(busybox_archive()))
-    yield one
-    one.end()
+    with running(tmp_path_factory.mktemp("bad-input") / "d") as one:
+        one.laz("load", "-q", "-i", str(busybox_archive()))
+        yield one
 
 
 @pytest.fixture

@@ -106,6 +106,10 @@ def renew_metadata(
     copy_metadata(source, name, status, target, target_name)
 
 
+def _replaced(name: bytes) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, "replaced meanwhile", name)
+
+
 def open_regular(parent: int, name: bytes) -> int:
     """Open for reading what was seen to be a regular file.
 
@@ -117,12 +121,12 @@ def open_regular(parent: int, name: bytes) -> int:
         opened = os.open(name, flags, dir_fd=parent)
     except OSError as refused:
         if refused.errno in (errno.ELOOP, errno.ENXIO, errno.ENODEV):
-            raise FileNotFoundError(errno.ENOENT, "replaced meanwhile", name) from refused
+            raise _replaced(name) from refused
         raise
     if stat.S_ISREG(os.fstat(opened).st_mode):
         return opened
     os.close(opened)
-    raise FileNotFoundError(errno.ENOENT, "replaced meanwhile", name)
+    raise _replaced(name)
 
 
 def copy_content(source: int, target: int, size: int) -> None:
@@ -250,7 +254,7 @@ def _read_link(parent: int, name: bytes) -> bytes:
         return os.readlink(name, dir_fd=parent)
     except OSError as refused:
         if refused.errno == errno.EINVAL:
-            raise FileNotFoundError(errno.ENOENT, "replaced meanwhile", name) from refused
+            raise _replaced(name) from refused
         raise
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import re
 import socket
 from collections.abc import Iterator
 
 import pytest
-from tests.support.daemon import Daemon
+from tests.support.daemon import Daemon, running
 
 # Each begins the value of every member that the route reads.
 VALUES = {
@@ -26,12 +25,8 @@ WHOLE = (b"\xff\xfe\x00", b"[1, 2]", b'"x"', b"[" * 100_000)
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """One for all: what a test sends leaves nothing that another could see."""
-    if os.geteuid() != 0:
-        pytest.skip("the daemon needs root")
-    one = Daemon(tmp_path_factory.mktemp("hostile") / "d")
-    one.start()
-    yield one
-    one.end()
+    with running(tmp_path_factory.mktemp("hostile") / "d") as one:
+        yield one
 
 
 def bodies(members: list[str]) -> dict[str, bytes]:

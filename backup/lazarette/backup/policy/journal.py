@@ -153,16 +153,17 @@ class Journal:
 
     def watch(self, volumes: Collection[str]) -> None:
         """These volumes, and no others, are meant by a policy from now on or still."""
+        known = {
+            str(row["volume"]) for row in self._state.rows("SELECT volume FROM policy_volumes")
+        }
+        gone, fresh = known.difference(volumes), set(volumes) - known
+        if not gone and not fresh:
+            return
         now = self._clock.now_ns()
         with self._state.write() as db:
-            known = {str(row[0]) for row in db.execute("SELECT volume FROM policy_volumes")}
+            db.executemany("DELETE FROM policy_volumes WHERE volume = ?", [(one,) for one in gone])
             db.executemany(
-                "DELETE FROM policy_volumes WHERE volume = ?",
-                [(gone,) for gone in known.difference(volumes)],
-            )
-            db.executemany(
-                "INSERT INTO policy_volumes VALUES (?, ?)",
-                [(volume, now) for volume in set(volumes) - known],
+                "INSERT OR IGNORE INTO policy_volumes VALUES (?, ?)", [(one, now) for one in fresh]
             )
 
     def close_abandoned(self, is_alive: Callable[[int], bool] = lambda run: False) -> list[Run]:

@@ -106,7 +106,7 @@ class ContainerManager:
         )
         self.places.roots.mkdir(exist_ok=True, mode=0o710)
         if self.facts.idmap is not None:
-            users.make_roots(self.places.roots, self.facts.idmap)
+            users.open_roots(self.places.roots, self.facts.idmap)
         self.cgroup_parent = oci.cgroup_parent(config.exec_root)
         self.store = ContainerStore(state)
         self.images = images

@@ -101,14 +101,13 @@ def noted(container: Container) -> IdMap | None:
         return None
 
 
-def make_roots(roots: Path, idmap: IdMap) -> None:
-    """Make the folder in which remapped users reach their roots, and nobody else.
+def open_roots(roots: Path, idmap: IdMap) -> None:
+    """Let remapped users, and nobody else, into the folder where they reach their roots.
 
     Raises:
         InvalidArgument: a folder above keeps them out.
     """
     uid, gid = idmap.root
-    roots.mkdir(mode=0o710, exist_ok=True)
     os.chown(roots, 0, gid)
     for folder in roots.parents:
         status = folder.stat()
@@ -126,7 +125,7 @@ def show_root(rootfs: Path, place: Path, idmap: IdMap | None) -> Path:
 
     Args:
         rootfs: where it is mounted.
-        place: where they reach it, below the folder of :func:`make_roots`.
+        place: where they reach it, below the folder of :func:`open_roots`.
         idmap: whom they are; None: they are the host's and reach it as it is.
 
     Returns:

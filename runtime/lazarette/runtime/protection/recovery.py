@@ -183,9 +183,13 @@ class HostRecovery:
     async def _images(
         self, definitions: Sequence[Definitions], repository: str, dry_run: bool
     ) -> dict[str, LazaretteError]:
-        """Bring the images of all containers; those that do not come, by id, and why."""
+        """Bring the images of containers that are not here; what does not come, by id, and why."""
         containers = unique(one for found in definitions for one in found.containers)
-        wanted = {} if dry_run else {one.image_id: one.image for one in containers}
+        wanted = {
+            one.image_id: one.image
+            for one in containers
+            if not dry_run and not await self._hands.has_container(one.name)
+        }
         lacking = {}
         for image_id, reference in wanted.items():
             try:

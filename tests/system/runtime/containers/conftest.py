@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from tests.support.daemon import Daemon
+from tests.support.daemon import Daemon, running
 from tests.support.images import busybox_archive
 
 
@@ -49,16 +48,9 @@ class Host:
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    if os.geteuid() != 0:
-        pytest.skip("the daemon needs root")
-    one = Daemon(tmp_path_factory.mktemp("engine") / "d")
-    one.start()
-    one.docker("load", "-q", "-i", str(busybox_archive()))
-    yield one
-    one.end()
-    with open("/proc/self/mountinfo") as mounts:
-        left = [line.split()[4] for line in mounts if f" {one.root}/" in line]
-    assert not left, "mounts are left"
+    with running(tmp_path_factory.mktemp("engine") / "d") as one:
+        one.docker("load", "-q", "-i", str(busybox_archive()))
+        yield one
 
 
 @pytest.fixture
