@@ -11,7 +11,10 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCES = (Path("backup/lazarette/backup/_native.c"), Path("fuse/lazarette/fuse/_native.c"))
+SOURCES = tuple(
+    Path(folder) / "_native.c"
+    for folder in ("backup/lazarette/backup", "fuse/lazarette/fuse", "storage/lazarette/storage")
+)
 
 
 class NativeBuildHook(BuildHookInterface):  # type: ignore[type-arg]

@@ -1,14 +1,18 @@
 """What volume drivers cost: database throughput and snapshot pauses against plain ext4.
 
     .venv/bin/python benchmarks/drivers.py [--seconds 20] [--rounds 3] [--scale 30] [--json FILE]
+    .venv/bin/python benchmarks/drivers.py --files 1000 10000 50000 [--file-size 4096]
 
 Each round runs pgbench (8 clients, fsync on, checksums on) on every subject in turn, first
 undisturbed, then with a snapshot taken and kept every four seconds, so that a slow minute
 of the machine hits all of them.  Numbers are medians over rounds; ratios are to the folder
 on the host's own filesystem in the same run.  The gate is the cgroup freezer, as for
 containers.  A pause is how long writers were held; where nobody is held (atomic snapshots)
-it is the longest single write to the volume while the snapshot was taken.  Needs root and a
-PostgreSQL server (``postgresql-15`` or later).
+it is the longest single write to the volume while the snapshot was taken.
+
+With ``--files`` there is no database: volumes hold so many files, a program in the gate writes
+to one of them all the time, and shown is what snapshots, the comparison of two, a clone and
+the removal of a snapshot take.  Needs root and a PostgreSQL server (``postgresql-15`` or later).
 """
 
 from __future__ import annotations
@@ -253,6 +257,89 @@ def measure(subject: Subject, root: Path, seconds: int, scale: int) -> None:
             driver.close()
 
 
+# ---- many files
+
+WRITER = """
+import os, sys
+with open(sys.argv[1], "r+b", buffering=0) as file:
+    while True:
+        os.pwrite(file.fileno(), os.urandom(4096), 0)
+"""
+
+
+def _fill(folder: Path, count: int, size: int) -> None:
+    content = os.urandom(size)
+    for number in range(count):
+        if number % 100 == 0:
+            inner = folder / f"d{number // 100}"
+            inner.mkdir()
+        (inner / f"f{number}").write_bytes(content)
+
+
+def _timed(work: Callable[[], object]) -> float:
+    started = time.monotonic()
+    work()
+    return (time.monotonic() - started) * 1000
+
+
+def many_files(subject: Subject, root: Path, count: int, size: int, rounds: int) -> str:
+    """A row of what a volume of that many files costs."""
+    assert subject.make is not None
+    gate = Freezer()
+    driver = subject.make(root / "driver")
+    writer: process.Running | None = None
+    try:
+        driver.create("db", subject.options)
+        folder = driver.mount("db")
+        _fill(folder, count, size)
+        os.sync()
+        writer = process.spawn([sys.executable, "-c", WRITER, str(folder / "d0/f0")])
+        gate.add(writer.pid)
+        pauses: list[float] = []
+        whole: list[float] = []
+        with Probe(folder) as probe:
+            for number in range(rounds):
+                time.sleep(0.5)
+                began = time.monotonic()
+                info = driver.snapshot("db", f"s{number}", gate)
+                ended = time.monotonic()
+                whole.append((ended - began) * 1000)
+                atomic = info.kind is SnapshotKind.ATOMIC
+                pauses.append(probe.longest_ms(began, ended) if atomic else info.pause_ns / 1e6)
+        last = f"s{rounds - 1}"
+        compared = _timed(lambda: list(driver.changes("db", "s0", last)))
+        cloned = _timed(lambda: driver.clone("db", last, "copy"))
+        deleted = _timed(lambda: driver.delete_snapshot("db", "s0"))
+    finally:
+        if writer is not None:
+            writer.send_signal(signal.SIGKILL)
+            writer.wait()
+        gate.remove()
+        driver.unmount("db")
+        for name in driver.names():
+            driver.remove(name)
+        driver.close()
+    shown = (
+        *(statistics.median(pauses), max(pauses), statistics.median(whole)),
+        *(compared, cloned, deleted),
+    )
+    return f"{subject.name:18} {count:8}" + "".join(f" {value:9.1f}" for value in shown)
+
+
+def files_table(subjects: list[Subject], counts: list[int], size: int, parent: str) -> None:
+    """Print a row for each driver and number of files."""
+    titles = ("pause", "longest", "whole", "changes", "clone", "delete")
+    print(f"{'ms':18} {'files':>8}" + "".join(f" {title:>9}" for title in titles))
+    for count in counts:
+        for subject in subjects:
+            root = Path(tempfile.mkdtemp(prefix="laz-drivers-", dir=parent))
+            os.chmod(root, 0o755)
+            try:
+                print(many_files(subject, root, count, size, 5), flush=True)
+            finally:
+                shutil.rmtree(root)
+
+
 def _row(subject: Subject, base: Subject) -> str:
     def ratio(own: list[float], other: list[float]) -> str:
         value = statistics.median(own) / statistics.median(other)
@@ -279,8 +366,13 @@ def main() -> None:
     parser.add_argument("--root", default="/var/tmp")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--files", nargs="*", type=int, default=[])
+    parser.add_argument("--file-size", type=int, default=4096)
     chosen = parser.parse_args()
     subjects = [s for s in SUBJECTS if not chosen.only or s.name in ("ext4", *chosen.only)]
+    if chosen.files:
+        files_table(subjects[1:], chosen.files, chosen.file_size, chosen.root)
+        return
     for number in range(chosen.rounds):
         for subject in subjects:
             # a fresh folder each time: ext4 is slow where many files were deleted

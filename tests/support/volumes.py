@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import random
 import secrets
 import stat
 import threading
@@ -187,6 +189,54 @@ def snapshot_of(root: Path) -> dict[bytes, Node]:
                 tuple(copying.read_xattrs(entry.parent, entry.name).items()),
             )
     return found
+
+
+VERBS = (
+    *("new", "new", "write", "write", "unlink", "rename", "link", "mkdir", "chmod"),
+    *("xattr", "unxattr", "truncate", "symlink", "move", "map"),
+)
+
+
+def mutate(root: Path, rnd: random.Random, count: int) -> None:
+    """Change a tree at random; what cannot be done is left out."""
+    for _ in range(count):
+        files = [Path(d) / f for d, _, names in os.walk(root) for f in names]
+        folders = [Path(d) for d, _, _ in os.walk(root)]
+        place = rnd.choice(folders) / f"n{rnd.randrange(30)}"
+        file = rnd.choice(files) if files else place
+        verb = rnd.choice(VERBS)
+        try:
+            if verb == "new":
+                place.write_bytes(rnd.randbytes(rnd.choice([0, 100, 50_000])))
+            elif verb == "write":
+                with open(file, "r+b") as writing:
+                    writing.seek(rnd.randrange(1 + file.stat().st_size))
+                    writing.write(b"changed")
+            elif verb == "unlink":
+                file.unlink()
+            elif verb == "rename":
+                os.rename(file, place)
+            elif verb == "link":
+                os.link(file, place)
+            elif verb == "mkdir":
+                place.mkdir()
+            elif verb == "chmod":
+                file.chmod(rnd.choice([0o600, 0o644, 0o4755]))
+            elif verb == "xattr":
+                os.setxattr(rnd.choice([*files, *folders]), "user.k", rnd.randbytes(3))
+            elif verb == "unxattr":
+                os.removexattr(rnd.choice([*files, *folders]), "user.k")
+            elif verb == "truncate":
+                os.truncate(file, rnd.randrange(60_000))
+            elif verb == "symlink":
+                place.symlink_to("x")
+            elif verb == "move" and len(folders) > 2:
+                os.rename(rnd.choice(folders[1:]), place)
+            elif verb == "map":
+                with open(file, "r+b") as mapped, mmap.mmap(mapped.fileno(), 0) as memory:
+                    memory[rnd.randrange(len(memory))] = rnd.randrange(256)
+        except (OSError, ValueError):
+            continue
 
 
 def replay(

@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 
 from lazarette.fuse.differences import changed_ranges
-from lazarette.storage import beneath, copying, extents
+from lazarette.storage import beneath, copying, extents, native
 from lazarette.storage.changes import ByteRange, Change, ChangeKind
 
 _BLOCK = 1 << 16
@@ -23,17 +23,21 @@ Suspects = Callable[[int, int, int, int], Iterable[tuple[int, int]]]
 may differ, ascending and disjoint."""
 
 
-def tree_changes(base: int, target: int, suspects: Suspects) -> Iterator[Change]:
+def tree_changes(
+    base: int, target: int, suspects: Suspects, *, reflinks: bool = False
+) -> Iterator[Change]:
     """What differs between two folders, sorted by path within each folder.
 
     Args:
         base, target: descriptors of their roots.
         suspects: where files that are in both may differ.
+        reflinks: both are immutable and on one disk that shares extents between files, so
+            that a file in the same extents is the same.
     """
     if not _same_metadata(base, target, b"."):
         yield Change(ChangeKind.MODIFIED, b"", ranges=())
     groups = _Groups()
-    yield from _folder(base, target, b"", suspects, groups)
+    yield from _folder(base, target, b"", suspects, groups, reflinks)
     for path in groups.regrouped():
         yield Change(ChangeKind.MODIFIED, path, ranges=())
 
@@ -65,10 +69,12 @@ class _Groups:
 
 
 def _folder(
-    base: int, target: int, path: bytes, suspects: Suspects, groups: _Groups
+    base: int, target: int, path: bytes, suspects: Suspects, groups: _Groups, reflinks: bool
 ) -> Iterator[Change]:
     was, now = set(beneath.names(base)), set(beneath.names(target))
-    for name in sorted(was | now):
+    common = was & now
+    looked_at = native.unlike_files(base, target, common) if reflinks else common
+    for name in sorted((was ^ now).union(looked_at)):
         own = path + b"/" + name if path else name
         before = os.stat(name, dir_fd=base, follow_symlinks=False) if name in was else None
         after = os.stat(name, dir_fd=target, follow_symlinks=False) if name in now else None
@@ -82,14 +88,20 @@ def _folder(
         if before is None:
             yield from _all(ChangeKind.ADDED, target, name, own, after)
         elif stat.S_ISDIR(after.st_mode):
-            yield from _both_folders(base, target, name, own, suspects, groups)
+            yield from _both_folders(base, target, name, own, suspects, groups, reflinks)
         else:
             groups.add(own, before, after)
             yield from _entry(base, target, name, own, before, after, suspects)
 
 
 def _both_folders(
-    base: int, target: int, name: bytes, path: bytes, suspects: Suspects, groups: _Groups
+    base: int,
+    target: int,
+    name: bytes,
+    path: bytes,
+    suspects: Suspects,
+    groups: _Groups,
+    reflinks: bool,
 ) -> Iterator[Change]:
     if not _same_metadata(base, target, name):
         yield Change(ChangeKind.MODIFIED, path, ranges=())
@@ -97,7 +109,7 @@ def _both_folders(
     try:
         newer = beneath.open_folder(target, name)
         try:
-            yield from _folder(older, newer, path, suspects, groups)
+            yield from _folder(older, newer, path, suspects, groups, reflinks)
         finally:
             os.close(newer)
     finally:

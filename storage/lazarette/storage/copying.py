@@ -1,8 +1,8 @@
-"""Copying trees with all that belongs to them, sharing content where the disk can.
+"""Copying entries with all that belongs to them, sharing content where the disk can.
 
-Kept: content with its holes, hard links inside the tree, owner, mode, nanosecond times,
-xattrs with ACLs and ``security.capability``, devices, FIFOs and sockets.  Mount points
-below the source are not entered.
+Kept: content with its holes, owner, mode, nanosecond times, xattrs with ACLs and
+``security.capability``, devices, FIFOs and sockets.  Whole trees are copied by
+:mod:`lazarette.storage.refresh`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
 
-from lazarette.storage import beneath, extents
-from lazarette.storage.errors import Cancelled
+from lazarette.storage import extents
 
 BLOCK = 1 << 22
 _NO_REFLINK = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ETXTBSY)
@@ -106,7 +104,8 @@ def renew_metadata(
     copy_metadata(source, name, status, target, target_name)
 
 
-def _replaced(name: bytes) -> FileNotFoundError:
+def replaced(name: bytes) -> FileNotFoundError:
+    """The error for an entry that is no longer what it was seen to be."""
     return FileNotFoundError(errno.ENOENT, "replaced meanwhile", name)
 
 
@@ -121,12 +120,12 @@ def open_regular(parent: int, name: bytes) -> int:
         opened = os.open(name, flags, dir_fd=parent)
     except OSError as refused:
         if refused.errno in (errno.ELOOP, errno.ENXIO, errno.ENODEV):
-            raise _replaced(name) from refused
+            raise replaced(name) from refused
         raise
     if stat.S_ISREG(os.fstat(opened).st_mode):
         return opened
     os.close(opened)
-    raise _replaced(name)
+    raise replaced(name)
 
 
 def copy_content(source: int, target: int, size: int) -> None:
@@ -170,6 +169,12 @@ def _copy_range(source: int, target: int, start: int, end: int) -> int:
     return end
 
 
+def _drop_inherited(parent: int, name: bytes) -> None:
+    """Take away what a new entry has from the default ACL of its folder."""
+    for key in read_xattrs(parent, name).keys() & set(_TRAVELLING_SYSTEM):
+        os.removexattr(_via(parent, name), key, follow_symlinks=False)
+
+
 def copy_entry(
     source: int, name: bytes, status: os.stat_result, target: int, target_name: bytes
 ) -> None:
@@ -197,56 +202,9 @@ def copy_entry(
             os.close(reading)
     else:
         os.mknod(target_name, kind | 0o600, status.st_rdev, dir_fd=target)
+    if kind != stat.S_IFLNK:
+        _drop_inherited(target, target_name)
     copy_metadata(source, name, status, target, target_name)
-
-
-def copy_tree(source: int, target: int, *, cancelled: Callable[[], bool] = lambda: False) -> None:
-    """Copy the content of a folder, and its own metadata, into an empty folder.
-
-    Args:
-        source: descriptor of the folder.
-        target: descriptor of the empty folder.
-        cancelled: asked at each entry.
-
-    Raises:
-        Cancelled: it said so; what is copied stays.
-        NoSpace: by way of ``OSError`` with ``ENOSPC`` or ``EDQUOT``.
-    """
-    linked: dict[tuple[int, int], bytes] = {}
-    folders: list[tuple[bytes, os.stat_result]] = []
-    for entry in beneath.walk(source):
-        if cancelled():
-            raise Cancelled("copying a tree: cancelled")
-        if entry.path == b"":
-            continue
-        into, name = beneath.open_parent(target, entry.path)
-        try:
-            key = (entry.status.st_dev, entry.status.st_ino)
-            if not entry.is_folder and entry.status.st_nlink > 1:
-                first = linked.setdefault(key, entry.path)
-                if first != entry.path:
-                    _link(target, first, into, name)
-                    continue
-            copy_entry(entry.parent, entry.name, entry.status, into, name)
-        except FileNotFoundError:  # it vanished meanwhile
-            beneath.remove_tree(into, name)
-            continue
-        finally:
-            os.close(into)
-        if entry.is_folder:
-            folders.append((entry.path, entry.status))
-    for path, status in reversed(folders):
-        into, name = beneath.open_parent(target, path)
-        try:
-            os.utime(
-                name,
-                ns=(status.st_atime_ns, status.st_mtime_ns),
-                dir_fd=into,
-                follow_symlinks=False,
-            )
-        finally:
-            os.close(into)
-    copy_metadata(source, b".", os.fstat(source), target, b".")
 
 
 def _read_link(parent: int, name: bytes) -> bytes:
@@ -254,13 +212,5 @@ def _read_link(parent: int, name: bytes) -> bytes:
         return os.readlink(name, dir_fd=parent)
     except OSError as refused:
         if refused.errno == errno.EINVAL:
-            raise _replaced(name) from refused
+            raise replaced(name) from refused
         raise
-
-
-def _link(root: int, first: bytes, into: int, name: bytes) -> None:
-    holder, original = beneath.open_parent(root, first)
-    try:
-        os.link(original, name, src_dir_fd=holder, dst_dir_fd=into, follow_symlinks=False)
-    finally:
-        os.close(holder)

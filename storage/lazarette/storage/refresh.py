@@ -1,8 +1,9 @@
-"""A copy of a tree by reflinks that is made while the tree changes and finished in an instant.
+"""Copies of trees: made once, or while the tree changes and finished in an instant.
 
-:meth:`RefreshedCopy.refresh` brings the copy up to date: the first time it copies
-everything, later only what may have changed since.  So a snapshot is refreshed while
-everything runs and once more while the writers are held, when little is left to do.
+:meth:`RefreshedCopy.refresh` brings a copy up to date: the first time it copies everything,
+later only what may have changed since.  So a snapshot is refreshed while everything runs and
+once more while the writers are held, when little is left to do: of a folder in which nothing
+happened only its listing is made again, and found to be the same bytes.
 
 A file is taken as unchanged when its inode and change time are the same as at the last
 refresh and that time lies before the refresh began.  That is safe because every clone of a
@@ -13,97 +14,328 @@ or later.  It holds for xfs and btrfs, and only with reflinks.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 
-from lazarette.storage import beneath, copying
+from lazarette.storage import beneath, copying, native
+from lazarette.storage.errors import Cancelled
 
 _TICK_NS = 20_000_000  # file times are coarse: at most one timer tick old
+_BATCH = 256
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+
+_Key = tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """An entry of the source at the last refresh."""
+@dataclass(slots=True)
+class _Known:
+    """A folder of the source at the last refresh.
 
-    inode: int
-    kind: int
-    ctime_ns: int
-    links: int
+    Attributes:
+        listing: see :func:`native.scan`.
+        doubtful: entries that changed so late that a later change need not show.
+        folders: those in it.
+        several: files that have more names than the one in it.
+    """
+
+    listing: bytes = b""
+    doubtful: set[bytes] = field(default_factory=set)
+    folders: dict[bytes, _Known] = field(default_factory=dict)
+    several: dict[bytes, _Key] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Level:
+    """A folder on the way from the root to where the refresh is.
+
+    Attributes:
+        source: its descriptor.
+        path: below the root.
+        known: what is known of it.
+        stale: the metadata of its copy are to be set when all in it is done.
+        touched: folders in it whose own metadata may have changed.
+        done: folders in it that were gone through.
+        left: those that were not, in reverse order.
+    """
+
+    source: int
+    path: bytes
+    known: _Known
+    stale: bool
+    touched: set[bytes] = field(default_factory=set)
+    done: set[bytes] = field(default_factory=set)
+    left: list[bytes] = field(default_factory=list)
+
+    def below(self, name: bytes) -> bytes:
+        """The path of an entry."""
+        return self.path + b"/" + name if self.path else name
+
+
+def _never() -> bool:
+    return False
 
 
 class RefreshedCopy:
     """A copy of one tree.
 
+    Kept is what :mod:`lazarette.storage.copying` says, and hard links inside the tree.  Mount
+    points in the source are not entered.
+
     Args:
         source: descriptor of the tree's root.
-        target: descriptor of an empty folder on the same filesystem.
+        target: descriptor of an empty folder; on the same filesystem if the copy is refreshed.
+        once: it is refreshed once only, and need not remember what it copied.
     """
 
-    def __init__(self, source: int, target: int) -> None:
+    def __init__(self, source: int, target: int, *, once: bool = False) -> None:
         self._source = source
         self._target = target
-        self._seen: dict[bytes, _Seen] = {}
-        self._settled = 0
+        self._once = once
+        self._root = _Known()
+        self._began = 0
+        self._touched = 0
+        self._cancelled: Callable[[], bool] = _never
+        self._linked: dict[_Key, bytes] = {}
+        self._made: set[_Key] = set()
+        self._skipped: dict[_Key, list[bytes]] = {}
 
-    def refresh(self) -> int:
-        """Bring the copy up to date; how many entries were copied."""
+    def refresh(self, *, cancelled: Callable[[], bool] = _never) -> int:
+        """Bring the copy up to date; how many entries were copied.
+
+        After an error it is good for nothing but being deleted.
+
+        Args:
+            cancelled: asked every few files.
+
+        Raises:
+            Cancelled: it said so.
+            NoSpace: by way of ``OSError`` with ``ENOSPC`` or ``EDQUOT``.
+        """
         os.utime(self._target)
-        began = os.fstat(self._target).st_ctime_ns - _TICK_NS
-        before, now = self._seen, dict[bytes, _Seen]()
-        linked: dict[int, bytes] = {}
-        entries = beneath.walk(self._source)
-        next(entries)
-        touched: list[bytes] = []
-        for entry in entries:
-            status = entry.status
-            found = _Seen(
-                status.st_ino, stat.S_IFMT(status.st_mode), status.st_ctime_ns, status.st_nlink
-            )
-            now[entry.path] = found
-            first = linked.setdefault(found.inode, entry.path)
-            if before.get(entry.path) == found and found.ctime_ns < self._settled:
-                continue
-            touched.append(entry.path)
-            try:
-                self._renew(entry, before.get(entry.path), first)
-            except FileNotFoundError:  # it vanished meanwhile: nothing of it may stay
-                del now[entry.path]
-                self._drop(entry.path)
-        for path in sorted(before.keys() - now.keys(), reverse=True):
-            self._drop(path)
-        self._set_folders(now, touched)
-        self._seen, self._settled = now, began
-        return len(touched)
-
-    def _renew(self, entry: beneath.Entry, was: _Seen | None, first: bytes) -> None:
-        into, name = beneath.open_parent(self._target, entry.path)
+        self._began = os.fstat(self._target).st_ctime_ns - _TICK_NS
+        self._touched = 0
+        self._cancelled = cancelled
+        self._linked, self._made, self._skipped = {}, set(), {}
+        levels = [_Level(os.dup(self._source), b"", self._root, stale=True)]
         try:
-            if entry.is_folder:
-                if was is None or was.kind != stat.S_IFDIR:
-                    beneath.remove_tree(into, name)
-                    os.mkdir(name, 0o700, dir_fd=into)
-                return
-            same = was is not None and was.inode == entry.status.st_ino
-            if same and stat.S_ISREG(entry.status.st_mode) and first == entry.path:
-                self._clone_again(entry, into, name)
-                return
+            self._look(levels[0])
+            while levels:
+                level = levels[-1]
+                if not level.left:
+                    self._leave(level)
+                    os.close(levels.pop().source)
+                    continue
+                name = level.left.pop()
+                inner = self._open(level, name)
+                if inner is None:
+                    continue
+                level.done.add(name)
+                known = level.known.folders[name]
+                levels.append(_Level(inner, level.below(name), known, name in level.touched))
+                self._look(levels[-1])
+        finally:
+            for level in levels:
+                os.close(level.source)
+        self._link_again()
+        return self._touched
+
+    # ---- folders
+
+    def _open(self, level: _Level, name: bytes) -> int | None:
+        try:
+            return beneath.open_folder(level.source, name)
+        except OSError as refused:
+            if refused.errno in _GONE:
+                self._look(level)
+            elif refused.errno == errno.EXDEV:
+                self._show_mount_point(level, name)
+            else:
+                raise
+        return None
+
+    def _show_mount_point(self, level: _Level, name: bytes) -> None:
+        level.done.add(name)
+        level.stale = True
+        level.known.folders[name] = _Known()
+        into = self._open_target(level.path)
+        try:
             beneath.remove_tree(into, name)
-            if first != entry.path:
-                holder, original = beneath.open_parent(self._target, first)
-                try:
-                    os.link(
-                        original, name, src_dir_fd=holder, dst_dir_fd=into, follow_symlinks=False
-                    )
-                finally:
-                    os.close(holder)
-                return
-            copying.copy_entry(entry.parent, entry.name, entry.status, into, name)
+            os.mkdir(name, 0o700, dir_fd=into)
+            status = os.stat(name, dir_fd=level.source, follow_symlinks=False)
+            copying.copy_metadata(level.source, name, status, into, name)
+        except FileNotFoundError:
+            self._look(level)
         finally:
             os.close(into)
 
-    def _clone_again(self, entry: beneath.Entry, into: int, name: bytes) -> None:
-        source = copying.open_regular(entry.parent, entry.name)
+    def _open_target(self, path: bytes) -> int:
+        return beneath.open_parent(self._target, path + b"/." if path else b".")[0]
+
+    def _look(self, level: _Level) -> None:
+        """Bring up to date what is in a folder, but not what is in the folders in it."""
+        self._check()
+        known = level.known
+        listing = native.scan(level.source)
+        if listing == known.listing and not known.doubtful:
+            self._skip(level, ())
+        else:
+            self._compare(level, listing)
+        left = known.folders.keys() - level.done if known.folders else ()
+        level.left = sorted(left, reverse=True)
+
+    def _compare(self, level: _Level, listing: bytes) -> None:
+        known = level.known
+        now = native.split(listing)
+        before = now if listing == known.listing else native.split(known.listing)
+        touched = {
+            name: native.record(packed)
+            for name, packed in now.items()
+            if before.get(name) != packed or name in known.doubtful
+        }
+        gone = before.keys() - now.keys()
+        self._skip(level, touched.keys() | gone)
+        vanished = self._bring(level, touched, before, gone) if touched or gone else []
+        if vanished:
+            for name in vanished:
+                del now[name], touched[name]
+            listing = b"".join(packed + name for name, packed in now.items())
+        known.listing = listing
+        known.doubtful = {name for name, entry in touched.items() if entry.ctime_ns >= self._began}
+        for name in (*touched, *gone, *vanished):
+            known.several.pop(name, None)
+        for name, entry in touched.items():
+            if entry.links > 1 and not entry.is_folder:
+                known.several[name] = entry.key
+        self._touched += len(touched)
+
+    def _skip(self, level: _Level, changed: Collection[bytes]) -> None:
+        """Note the names of hard links that are right as they are."""
+        for name, key in level.known.several.items():
+            if name not in changed:
+                path = level.below(name)
+                self._linked.setdefault(key, path)
+                self._skipped.setdefault(key, []).append(path)
+
+    def _leave(self, level: _Level) -> None:
+        """Set metadata of a folder when it is full, for filling it changes its times."""
+        if level.stale:
+            into = self._open_target(level.path)
+            try:
+                status = os.fstat(level.source)
+                copying.renew_metadata(level.source, b".", status, into, b".")
+            finally:
+                os.close(into)
+        if self._once:
+            level.known.listing = b""
+            level.known.folders.clear()
+
+    # ---- what is in a folder
+
+    def _bring(
+        self,
+        level: _Level,
+        touched: dict[bytes, native.Record],
+        before: dict[bytes, bytes],
+        gone: Collection[bytes],
+    ) -> list[bytes]:
+        """Bring entries up to date; the names of those that vanished meanwhile."""
+        fresh: list[bytes] = []
+        again: list[bytes] = []
+        others: list[bytes] = []
+        into = self._open_target(level.path)
+        try:
+            for name in gone:
+                level.known.folders.pop(name, None)
+                beneath.remove_tree(into, name)
+            for name in sorted(touched):
+                entry = touched[name]
+                was = native.record(before[name]) if name in before else None
+                if entry.is_folder:
+                    self._make_folder(level, into, name, was)
+                    continue
+                level.known.folders.pop(name, None)
+                if not entry.is_plain:
+                    others.append(name)
+                elif was is None:
+                    fresh.append(name)
+                elif was.is_plain and was.key == entry.key:
+                    again.append(name)
+                else:
+                    beneath.remove_tree(into, name)
+                    fresh.append(name)
+            level.stale = level.stale or len(again) < len(touched) or bool(gone)
+            others += self._copy_plain(level, into, fresh, again=False)
+            others += self._copy_plain(level, into, again, again=True)
+            return [
+                name
+                for name in others
+                if not self._copy_other(level, into, name, touched[name], before.get(name))
+            ]
+        finally:
+            os.close(into)
+
+    def _make_folder(
+        self, level: _Level, into: int, name: bytes, was: native.Record | None
+    ) -> None:
+        level.touched.add(name)
+        level.done.discard(name)
+        known = level.known.folders.get(name)
+        if was is not None and was.is_folder and known is not None and known.listing:
+            return
+        level.known.folders[name] = _Known()
+        beneath.remove_tree(into, name)
+        os.mkdir(name, 0o700, dir_fd=into)
+
+    def _copy_plain(
+        self, level: _Level, into: int, names: list[bytes], *, again: bool
+    ) -> list[bytes]:
+        left: list[bytes] = []
+        for start in range(0, len(names), _BATCH):
+            self._check()
+            batch = names[start : start + _BATCH]
+            left += native.copy_files(level.source, into, batch, again)
+        return left
+
+    def _copy_other(
+        self,
+        level: _Level,
+        into: int,
+        name: bytes,
+        entry: native.Record,
+        before: bytes | None,
+    ) -> bool:
+        """Copy what is no folder; False if it vanished, and then nothing of it stays."""
+        self._check()
+        path = level.below(name)
+        first = self._linked.setdefault(entry.key, path) if entry.links > 1 else path
+        try:
+            status = os.stat(name, dir_fd=level.source, follow_symlinks=False)
+            if stat.S_IFMT(status.st_mode) != stat.S_IFMT(entry.mode):
+                raise copying.replaced(name)
+            if first != path:
+                self._link(first, into, name)
+            elif _same_file(entry, before):
+                self._clone_again(level.source, into, name)
+            else:
+                beneath.remove_tree(into, name)
+                copying.copy_entry(level.source, name, status, into, name)
+                self._made.add(entry.key)
+        except FileNotFoundError:
+            beneath.remove_tree(into, name)
+            if first == path:
+                self._linked.pop(entry.key, None)
+            return False
+        return True
+
+    def _check(self) -> None:
+        if self._cancelled():
+            raise Cancelled("copying a tree: cancelled")
+
+    def _clone_again(self, parent: int, into: int, name: bytes) -> None:
+        source = copying.open_regular(parent, name)
         try:
             target = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=into)
             try:
@@ -117,37 +349,59 @@ class RefreshedCopy:
                 os.close(target)
         finally:
             os.close(source)
-        copying.renew_metadata(entry.parent, entry.name, status, into, name)
+        copying.renew_metadata(parent, name, status, into, name)
 
-    def _drop(self, path: bytes) -> None:
+    # ---- hard links
+
+    def _link(self, first: bytes, into: int, name: bytes) -> None:
+        beneath.remove_tree(into, name)
+        holder, original = beneath.open_parent(self._target, first)
         try:
-            into, name = beneath.open_parent(self._target, path)
-        except (FileNotFoundError, NotADirectoryError):
-            return  # its folder is gone already
-        try:
-            beneath.remove_tree(into, name)
+            os.link(original, name, src_dir_fd=holder, dst_dir_fd=into, follow_symlinks=False)
         finally:
-            os.close(into)
+            os.close(holder)
 
-    def _set_folders(self, now: dict[bytes, _Seen], touched: list[bytes]) -> None:
-        """Metadata of folders last, deepest first: filling one changes its times."""
-        folders = {path for path in touched if path in now and now[path].kind == stat.S_IFDIR}
-        for path in touched:
-            folders.add(path.rpartition(b"/")[0])
-        for path in sorted(folders - {b""}, reverse=True):
-            try:
-                source, name = beneath.open_parent(self._source, path)
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            try:
-                into, own = beneath.open_parent(self._target, path)
+    def _link_again(self) -> None:
+        """Give names that did not change to the copies that were made of their files anew."""
+        for key in self._made & self._skipped.keys():
+            first = self._linked.get(key)
+            for path in self._skipped[key]:
+                if first is None or path == first:
+                    continue
+                folder, _, name = path.rpartition(b"/")
+                into = self._open_target(folder)
                 try:
-                    status = os.stat(name, dir_fd=source, follow_symlinks=False)
-                    copying.renew_metadata(source, name, status, into, own)
+                    self._link(first, into, name)
+                    source, _ = beneath.open_parent(self._source, path)
+                    try:
+                        status = os.fstat(source)
+                        copying.renew_metadata(source, b".", status, into, b".")
+                    finally:
+                        os.close(source)
+                except (FileNotFoundError, NotADirectoryError):
+                    continue  # its folder vanished meanwhile
                 finally:
                     os.close(into)
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            finally:
-                os.close(source)
-        copying.renew_metadata(self._source, b".", os.fstat(self._source), self._target, b".")
+
+
+def _same_file(entry: native.Record, before: bytes | None) -> bool:
+    """Whether an entry is the regular file it was."""
+    if before is None or not stat.S_ISREG(entry.mode):
+        return False
+    was = native.record(before)
+    return was.key == entry.key and stat.S_ISREG(was.mode)
+
+
+def copy_tree(source: int, target: int, *, cancelled: Callable[[], bool] = _never) -> None:
+    """Copy the content of a folder, and its own metadata, into an empty folder.
+
+    Args:
+        source: descriptor of the folder.
+        target: descriptor of the empty folder.
+        cancelled: asked every few files.
+
+    Raises:
+        Cancelled: it said so; what is copied stays.
+        NoSpace: by way of ``OSError`` with ``ENOSPC`` or ``EDQUOT``.
+    """
+    RefreshedCopy(source, target, once=True).refresh(cancelled=cancelled)

@@ -6,74 +6,16 @@ import mmap
 import os
 import random
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.volumes import snapshot_of
+from tests.support.volumes import mutate, snapshot_of
 
-from lazarette.storage import beneath, copying
-from lazarette.storage.pool import GIB, Pool, PoolFormat
-from lazarette.storage.refresh import RefreshedCopy
+from lazarette.storage import beneath, copying, mounts
+from lazarette.storage.errors import Cancelled
+from lazarette.storage.refresh import RefreshedCopy, copy_tree
 
 ROUNDS = int(os.environ.get("LAZ_REFRESH_ROUNDS", "6"))
-
-
-@pytest.fixture(params=list(PoolFormat), ids=lambda kind: kind.value)
-def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    pool = Pool(tmp_path / "file", tmp_path / "disk", request.param, GIB)
-    pool.open()
-    try:
-        yield pool.target
-    finally:
-        pool.close()
-
-
-VERBS = (
-    *("new", "new", "write", "write", "unlink", "rename", "link", "mkdir", "chmod"),
-    *("xattr", "unxattr", "truncate", "symlink", "move", "map"),
-)
-
-
-def mutate(root: Path, rnd: random.Random, count: int) -> None:
-    for _ in range(count):
-        files = [Path(d) / f for d, _, names in os.walk(root) for f in names]
-        folders = [Path(d) for d, _, _ in os.walk(root)]
-        place = rnd.choice(folders) / f"n{rnd.randrange(30)}"
-        file = rnd.choice(files) if files else place
-        verb = rnd.choice(VERBS)
-        try:
-            if verb == "new":
-                place.write_bytes(rnd.randbytes(rnd.choice([0, 100, 50_000])))
-            elif verb == "write":
-                with open(file, "r+b") as writing:
-                    writing.seek(rnd.randrange(1 + file.stat().st_size))
-                    writing.write(b"changed")
-            elif verb == "unlink":
-                file.unlink()
-            elif verb == "rename":
-                os.rename(file, place)
-            elif verb == "link":
-                os.link(file, place)
-            elif verb == "mkdir":
-                place.mkdir()
-            elif verb == "chmod":
-                file.chmod(rnd.choice([0o600, 0o644, 0o4755]))
-            elif verb == "xattr":
-                os.setxattr(rnd.choice([*files, *folders]), "user.k", rnd.randbytes(3))
-            elif verb == "unxattr":
-                os.removexattr(rnd.choice([*files, *folders]), "user.k")
-            elif verb == "truncate":
-                os.truncate(file, rnd.randrange(60_000))
-            elif verb == "symlink":
-                place.symlink_to("x")
-            elif verb == "move" and len(folders) > 2:
-                os.rename(rnd.choice(folders[1:]), place)
-            elif verb == "map":
-                with open(file, "r+b") as mapped, mmap.mmap(mapped.fileno(), 0) as memory:
-                    memory[rnd.randrange(len(memory))] = rnd.randrange(256)
-        except (OSError, ValueError):
-            continue
 
 
 def test_nothing_stays_of_what_vanishes_while_it_is_copied(
@@ -84,6 +26,7 @@ def test_nothing_stays_of_what_vanishes_while_it_is_copied(
     target.mkdir()
     for name in "ab":
         (source / name).write_text("x")
+        os.setxattr(source / name, "user.k", b"v")
     read_xattrs = copying.read_xattrs
 
     def vanishing(parent: int, name: bytes) -> dict[str, bytes]:
@@ -97,6 +40,7 @@ def test_nothing_stays_of_what_vanishes_while_it_is_copied(
         assert snapshot_of(target) == snapshot_of(source)
 
 
+@pytest.mark.usefixtures("calls")
 @pytest.mark.parametrize("seed", range(3))
 def test_the_last_refresh_makes_the_copy_equal(disk: Path, seed: int) -> None:
     rnd = random.Random(seed)
@@ -113,6 +57,7 @@ def test_the_last_refresh_makes_the_copy_equal(disk: Path, seed: int) -> None:
         assert snapshot_of(target) == snapshot_of(source)
 
 
+@pytest.mark.usefixtures("calls")
 def test_a_tree_that_changes_all_the_while_is_caught_at_the_end(disk: Path) -> None:
     source, target = disk / "source", disk / "target"
     source.mkdir()
@@ -139,6 +84,7 @@ def test_a_tree_that_changes_all_the_while_is_caught_at_the_end(disk: Path) -> N
         assert snapshot_of(target) == snapshot_of(source)
 
 
+@pytest.mark.usefixtures("calls")
 def test_a_mapping_that_stays_writable_is_caught(disk: Path) -> None:
     source, target = disk / "source", disk / "target"
     source.mkdir()
@@ -153,6 +99,7 @@ def test_a_mapping_that_stays_writable_is_caught(disk: Path) -> None:
                 assert (target / "f").read_bytes() == (source / "f").read_bytes()
 
 
+@pytest.mark.usefixtures("calls")
 def test_what_did_not_change_is_not_copied_again(disk: Path) -> None:
     source, target = disk / "source", disk / "target"
     source.mkdir()
@@ -165,3 +112,122 @@ def test_what_did_not_change_is_not_copied_again(disk: Path) -> None:
         threading.Event().wait(0.1)
         copy.refresh()
         assert copy.refresh() == 0
+
+
+def _folders(disk: Path) -> tuple[Path, Path]:
+    source, target = disk / "source", disk / "target"
+    source.mkdir()
+    target.mkdir()
+    return source, target
+
+
+def test_hard_links_hold_when_the_folder_of_one_moves(disk: Path) -> None:
+    source, target = _folders(disk)
+    for name in ("a", "z"):
+        (source / name).mkdir()
+    (source / "a/f").write_text("x")
+    os.link(source / "a/f", source / "z/f")
+    with beneath.opened(source) as reading, beneath.opened(target) as writing:
+        copy = RefreshedCopy(reading, writing)
+        copy.refresh()
+        threading.Event().wait(0.1)
+        copy.refresh()
+        for was, now in (("a", "b"), ("z", "c"), ("b", "y")):
+            (source / was).rename(source / now)
+            os.utime(source / now, ns=(1, 2))
+            copy.refresh()
+            assert snapshot_of(target) == snapshot_of(source)
+            names = [path / "f" for path in target.iterdir()]
+            assert len({name.stat().st_ino for name in names}) == 1
+
+
+def test_hard_links_hold_when_one_is_removed(disk: Path) -> None:
+    source, target = _folders(disk)
+    (source / "a").write_text("x")
+    (source / "folder").mkdir()
+    for name in ("b", "c", "folder/d"):
+        os.link(source / "a", source / name)
+    with beneath.opened(source) as reading, beneath.opened(target) as writing:
+        copy = RefreshedCopy(reading, writing)
+        copy.refresh()
+        for name in ("a", "c", "b"):
+            threading.Event().wait(0.1)
+            copy.refresh()
+            (source / name).unlink()
+            copy.refresh()
+            assert snapshot_of(target) == snapshot_of(source)
+
+
+def test_a_file_that_lost_its_other_names_is_alone(disk: Path) -> None:
+    source, target = _folders(disk)
+    (source / "a").write_text("x")
+    for name in "bc":
+        os.link(source / "a", source / name)
+    with beneath.opened(source) as reading, beneath.opened(target) as writing:
+        copy = RefreshedCopy(reading, writing)
+        copy.refresh()
+        for name in "bc":
+            (source / name).unlink()
+            (source / name).write_text("other")
+            (source / "a").write_text(f"after {name}")
+            copy.refresh()
+            assert snapshot_of(target) == snapshot_of(source)
+
+
+def test_a_mount_point_is_an_empty_folder_and_back(disk: Path) -> None:
+    source, target = _folders(disk)
+    (source / "m/deep").mkdir(parents=True)
+    (source / "m/below").write_text("x")
+    with beneath.opened(source) as reading, beneath.opened(target) as writing:
+        copy = RefreshedCopy(reading, writing)
+        copy.refresh()
+        mounts.mount("tmpfs", source / "m", [])
+        try:
+            (source / "m/foreign").touch()
+            copy.refresh()
+            assert list((target / "m").iterdir()) == []
+        finally:
+            mounts.unmount(source / "m")
+        copy.refresh()
+        assert snapshot_of(target) == snapshot_of(source)
+
+
+def test_a_tree_deeper_than_a_path_is_long(disk: Path) -> None:
+    source, target = _folders(disk)
+    depth, name = 300, "d" * 100
+    here = os.open(source, os.O_RDONLY)
+    for number in range(depth):
+        os.mkdir(name, dir_fd=here)
+        deeper = os.open(name, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = deeper
+        os.close(os.open(f"f{number}", os.O_CREAT | os.O_WRONLY, dir_fd=here))
+    with beneath.opened(source) as reading, beneath.opened(target) as writing:
+        copy = RefreshedCopy(reading, writing)
+        assert copy.refresh() == 2 * depth
+        last = os.open("last", os.O_CREAT | os.O_WRONLY, dir_fd=here)
+        copy.refresh()
+        paths = {entry.path for entry in beneath.walk(reading)}
+        assert {entry.path for entry in beneath.walk(writing)} == paths
+        assert any(path.endswith(b"/last") for path in paths)
+    os.close(last)
+    os.close(here)
+    for path in (source, target):
+        beneath.remove_path(path)
+
+
+def test_a_copy_stops_when_asked(disk: Path) -> None:
+    source, target = _folders(disk)
+    for number in range(600):
+        (source / f"f{number:03}").touch()
+    asked = 0
+
+    def cancelled() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 3
+
+    with beneath.opened(source) as reading, beneath.opened(target) as writing:
+        with pytest.raises(Cancelled):
+            copy_tree(reading, writing, cancelled=cancelled)
+    assert 0 < len(list(target.iterdir())) < 600

@@ -17,9 +17,10 @@ from tests.support.trees import describe
 from lazarette.backup.archive import Outcome
 from lazarette.backup.restore import Mode
 from lazarette.backup.tree import TreeReader
-from lazarette.storage import beneath, copying
+from lazarette.storage import beneath
 from lazarette.storage.changes import ByteRange, Change, ChangeKind, ChangesUnknown
 from lazarette.storage.compare import everything, tree_changes
+from lazarette.storage.refresh import copy_tree
 
 random_edits = settings(
     max_examples=int(os.environ.get("LAZ_TEST_EXAMPLES", "4")),
@@ -91,7 +92,7 @@ def test_any_edits_come_back_from_snapshots_that_are_copies(
         target = tmp_path / f"copy{number}"
         target.mkdir()
         with beneath.opened(source) as reading, beneath.opened(target) as writing:
-            copying.copy_tree(reading, writing)
+            copy_tree(reading, writing)
         return target
 
     with local(tmp_path) as repo:

@@ -13,10 +13,11 @@ from pathlib import Path
 from threading import Event
 
 from lazarette.runtime.builds.mounts import Sharing, StepMount
-from lazarette.storage import beneath, copying
+from lazarette.storage import beneath
 from lazarette.storage.clock import Clock
 from lazarette.storage.errors import Cancelled, InUse
 from lazarette.storage.layers.overlay import space_of
+from lazarette.storage.refresh import copy_tree
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class CacheMounts:
         fresh.mkdir()
         if initial is not None and initial.is_dir():
             with beneath.opened(initial) as source, beneath.opened(fresh) as target:
-                copying.copy_tree(source, target)
+                copy_tree(source, target)
         os.chown(fresh, mount.uid, mount.gid)
         fresh.chmod(0o755 if mount.mode is None else mount.mode)
         fresh.rename(holder / "data")

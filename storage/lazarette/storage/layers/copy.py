@@ -9,12 +9,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from lazarette.storage import beneath, copying, extents, space
+from lazarette.storage import beneath, extents, space
 from lazarette.storage.changes import Change
 from lazarette.storage.clock import Clock
 from lazarette.storage.compare import by_extents, everything, tree_changes
 from lazarette.storage.layers.contract import LayerCapabilities, LayerUsage
 from lazarette.storage.layers.full import FullLayerDriver
+from lazarette.storage.refresh import copy_tree
 
 
 class CopyLayerDriver(FullLayerDriver):
@@ -45,12 +46,12 @@ class CopyLayerDriver(FullLayerDriver):
         os.chmod(tree, 0o755)
         if parent is not None:
             with beneath.opened(parent) as source, beneath.opened(tree) as target:
-                copying.copy_tree(source, target)
+                copy_tree(source, target)
 
     def _compare(self, parent: Path, own: Path) -> Iterator[Change]:
         with beneath.opened(parent) as base, beneath.opened(own) as target:
             suspects = by_extents if self._reflinks else everything
-            yield from tree_changes(base, target, suspects)
+            yield from tree_changes(base, target, suspects, reflinks=self._reflinks)
 
     def usage(self, key: str) -> LayerUsage:
         """See :meth:`LayerDriver.usage`: the whole tree, less what it shares."""

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-from lazarette.storage import beneath, copying
+from lazarette.storage import beneath
 from lazarette.storage.layers.apply import LayerReader
 from lazarette.storage.layers.tar import TreeWriter
+from lazarette.storage.refresh import copy_tree
 
 
 def is_empty(root: Path) -> bool:
@@ -31,10 +32,10 @@ def populate(root: Path, source: Path | int) -> bool:
         return False
     with beneath.opened(root) as target:
         if isinstance(source, int):
-            copying.copy_tree(source, target)
+            copy_tree(source, target)
         else:
             with beneath.opened(source) as folder:
-                copying.copy_tree(folder, target)
+                copy_tree(folder, target)
         os.fsync(target)
     return True
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-from lazarette.storage import beneath, copying
+from lazarette.storage import beneath
 from lazarette.storage.clock import Clock
-from lazarette.storage.refresh import RefreshedCopy
+from lazarette.storage.refresh import RefreshedCopy, copy_tree
 from lazarette.storage.syscalls import syncfs
 
 # what a pass leaves to the next one is what is written while it runs, so passes get shorter
@@ -76,7 +76,7 @@ class CopyMaking(SnapshotMaking):
 
     def take(self) -> None:
         """Copy the folder."""
-        copying.copy_tree(self._source, self._target)
+        copy_tree(self._source, self._target)
 
     def settle(self) -> None:
         """Write the copy out."""

@@ -21,6 +21,7 @@ from lazarette.storage.changes import Change
 from lazarette.storage.clock import Clock
 from lazarette.storage.compare import by_extents, everything, tree_changes
 from lazarette.storage.errors import NoSpace, Unsupported
+from lazarette.storage.refresh import copy_tree
 from lazarette.storage.syscalls import syncfs
 from lazarette.storage.volumes.contract import (
     SnapshotKind,
@@ -143,7 +144,7 @@ class TreeVolumeDriver(ShelvedVolumeDriver):
     def _copy(self, source: Path, target: Path) -> None:
         try:
             with beneath.opened(source) as reading, beneath.opened(target) as writing:
-                copying.copy_tree(reading, writing)
+                copy_tree(reading, writing)
         except OSError as failed:
             if shutil.disk_usage(target).free < copying.BLOCK:
                 raise NoSpace(f"copying {source}: the disk is full") from failed
@@ -233,7 +234,7 @@ class TreeVolumeDriver(ShelvedVolumeDriver):
         older, newer = self._shelf.snapshot(name, base), self._shelf.snapshot(name, target)
         with beneath.opened(older) as was, beneath.opened(newer) as now:
             suspects = by_extents if self._reflinks else everything
-            yield from tree_changes(was, now, suspects)
+            yield from tree_changes(was, now, suspects, reflinks=self._reflinks)
 
     # ---- space
 
