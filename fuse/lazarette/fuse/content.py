@@ -7,6 +7,7 @@ and the file is an ordinary one.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from lazarette.fuse import layers
+from lazarette.fuse import layers, syscalls
 from lazarette.fuse.layers import Format
 from lazarette.fuse.presence import PresenceMap, boot_id
 from lazarette.fuse.source import Source
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 
 _MARK = struct.Struct("=QQ?")
 _MOST_AT_ONCE = 4 << 20
+_KEPT_AT_ONCE = 256 << 10
+"""Bytes that are written without a pause for those who wait for the file to be still."""
 SPAN = 16 << 20
 """Bytes of a file that one filler brings: long enough for long requests to the store."""
 _FIRST_PAUSE = 0.02
@@ -32,6 +35,7 @@ _LONGEST_PAUSE = 1.0
 _AROUND = 1 << 20
 # The kernel asks once more for pages that could not be read ahead.
 _TWICE = 1.0
+_PUNCH = syscalls.FALLOC_PUNCH_HOLE | syscalls.FALLOC_KEEP_SIZE
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -234,8 +238,16 @@ class Content:
 
     def _fetch(self, first: int, count: int, deadline: float) -> None:
         start, data = self._of_source(first, count, deadline)
+        few = max(1, _KEPT_AT_ONCE // self._block)
+        for block in range(first, first + count, few):
+            at = (block - first) * self._block
+            self._keep(block, min(few, first + count - block), start + at, data[at:])
+
+    def _keep(self, first: int, count: int, start: int, data: bytes) -> None:
+        """Write blocks that came; ``data`` may be longer, or end where the file is cut off."""
+        data = data[: count * self._block]
         if not data:
-            return  # cut off meanwhile
+            return
         with self._changed:
             before = os.fstat(self._fd)
             _write_sparse(self._fd, data, start)
@@ -257,7 +269,7 @@ class Content:
         self._claim(whole)
         try:
             with self._changed:
-                done = os.pwrite(self._fd, data, offset)
+                done = self._counting(os.pwrite(self._fd, data, offset), data, offset)
                 for block in whole:
                     if self._covered(block, offset, offset + done):
                         self._map.add(block, 1)
@@ -267,6 +279,25 @@ class Content:
                 self._changed.notify_all()
         self._finish_if_whole()
         return done
+
+    def _counting(self, done: int, data: bytes, offset: int) -> int:
+        """How much of a write counts: where a full disk cut it short, only whole blocks do.
+
+        A part of a block that is not here would give way to the source's bytes later.
+
+        Raises:
+            OSError: ENOSPC when that is nothing.
+        """
+        end = offset + done
+        block, part = divmod(end, self._block)
+        if done == len(data) or not part or end >= self._mark.limit or block in self._map:
+            return done
+        start = end - part
+        with contextlib.suppress(OSError):
+            syscalls.fallocate(self._fd, _PUNCH, start, part)
+        if start <= offset:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return start - offset
 
     def _covered(self, block: int, start: int, end: int) -> bool:
         """Whether a range covers all a block has of the source."""
@@ -283,7 +314,8 @@ class Content:
     def truncate(self, size: int) -> None:
         """Set the size; what is cut off is never fetched again, whatever dies meanwhile."""
         if size >= self._mark.limit:
-            os.ftruncate(self._fd, size)
+            with self._changed:
+                os.ftruncate(self._fd, size)
             return
         if size % self._block:
             self.ensure(size, 1)
@@ -300,7 +332,8 @@ class Content:
 
     def _cut(self) -> None:
         """Do the truncation that the mark announces, and take the announcement back."""
-        os.ftruncate(self._fd, self._mark.limit)
+        with self._changed:
+            os.ftruncate(self._fd, self._mark.limit)
         self._store(replace(self._mark, cutting=False))
 
     def _store(self, mark: Mark) -> None:
@@ -348,11 +381,20 @@ class Content:
         """
         for offset in range(start, start + SPAN, _MOST_AT_ONCE):
             length = min(_MOST_AT_ONCE, self._mark.limit - offset)
-            if length <= 0 or self._registry.stopping.is_set():
+            if self._registry.stopping.is_set():
                 return
+            if length <= 0:
+                break
             if not self.has(offset, length):
                 pace(length)
             self.ensure(offset, length, deadline)
+        self._finish_if_whole()  # also what was cut to nothing by a server that died then
+
+    @contextlib.contextmanager
+    def still(self) -> Iterator[None]:
+        """Nobody brings or writes anything meanwhile."""
+        with self._changed:
+            yield
 
     def _finish_if_whole(self) -> None:
         with self._changed:
@@ -434,6 +476,24 @@ class Contents:
                 return
             self._open = {key: each for key, each in self._open.items() if each is not content}
         content.close()
+
+    @contextlib.contextmanager
+    def still(self, key: tuple[int, int]) -> Iterator[bool]:
+        """Nothing is brought into a file meanwhile: its times are other ones for that moment.
+
+        Args:
+            key: device and inode number of the local file.
+
+        Yields:
+            Whether somebody has acquired its content; if not, nobody does meanwhile.
+        """
+        with self._lock:
+            content = self._open.get(key)
+            if content is None:
+                yield False
+                return
+        with content.still():
+            yield True
 
     def in_use(self) -> list[Content]:
         """Those acquired now."""

@@ -221,7 +221,7 @@ class Filler:
 
     def _open_incomplete(self, folder: int, name: bytes, most: int) -> Content | None:
         st = os.stat(name, dir_fd=folder, follow_symlinks=False)
-        if not stat.S_ISREG(st.st_mode) or not 0 < st.st_size <= most:
+        if not stat.S_ISREG(st.st_mode) or st.st_size > most:
             return None
         path = layers.entry_path(folder, name)
         if self._form.read(path, self._contents.attribute) is None:

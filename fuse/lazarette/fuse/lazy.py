@@ -49,6 +49,7 @@ from lazarette.fuse.requests import (
     FsyncIn,
     LseekIn,
     ReadIn,
+    Request,
     SetattrIn,
     WriteIn,
 )
@@ -382,6 +383,28 @@ class LazyFilesystem(UnionFilesystem):
             self.journal.rewrite()
         if not running:
             self._filler.start()
+
+    def _set_times(
+        self, node: Node, place: tuple[int | None, bytes, bool], args: SetattrIn
+    ) -> None:
+        if not isinstance(node, File):
+            super()._set_times(node, place, args)
+            return
+        with self.contents.still(node.real):
+            super()._set_times(node, place, args)
+
+    def _entry(self, request: Request, node: Node, st: Status) -> bytes:
+        return super()._entry(request, node, self._at_rest(node, st))
+
+    def _attributes(self, request: Request, node: Node, st: Status) -> bytes:
+        return super()._attributes(request, node, self._at_rest(node, st))
+
+    def _at_rest(self, node: Node, st: Status) -> Status:
+        """Attributes without the times of what is being brought just now."""
+        if not isinstance(node, File):
+            return st
+        with self.contents.still(node.real) as acquired:
+            return self.tree.stat(node) if acquired else st
 
     def extra(self) -> dict[str, float]:
         """The limit of a fill that runs."""

@@ -507,13 +507,14 @@ class UnionFilesystem(Filesystem):
         if valid & SetattrValid.SIZE and isinstance(node, File):
             self.files.truncate(node, args)
         if valid & (SetattrValid.ATIME | SetattrValid.MTIME):
-            self._set_times(fd, path, follow, args)
+            self._set_times(node, (fd, path, follow), args)
         self._attributes_changed(request, node)
         self._note_node(node)
         return self._attributes(request, node, tree.stat(node))
 
-    @staticmethod
-    def _set_times(fd: int | None, path: bytes, follow: bool, args: SetattrIn) -> None:
+    def _set_times(
+        self, node: Node, place: tuple[int | None, bytes, bool], args: SetattrIn
+    ) -> None:
         valid = args.valid
         atime, atime_ns, mtime, mtime_ns = 0, UTIME_OMIT, 0, UTIME_OMIT
         if valid & SetattrValid.ATIME_NOW:
@@ -524,7 +525,7 @@ class UnionFilesystem(Filesystem):
             mtime_ns = UTIME_NOW
         elif valid & SetattrValid.MTIME:
             mtime, mtime_ns = _signed(args.mtime), args.mtimensec
-        native.set_times(fd, path, follow, atime, atime_ns, mtime, mtime_ns)
+        native.set_times(*place, atime, atime_ns, mtime, mtime_ns)
 
     def statfs(self, request: Request) -> Reply:
         """STATFS of the upper layer, or of the topmost lower one."""

@@ -6,7 +6,9 @@ import errno
 import os
 import random
 import shutil
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,12 @@ from tests.support.waiting import until
 
 from lazarette.fuse import mount
 from lazarette.fuse.client import LazyMount
+from lazarette.fuse.content import Mark
 from lazarette.fuse.spec import LazySpec
 from lazarette.storage import process
+
+KILLS = int(os.environ.get("LAZ_KILLS", "4"))
+MIB, BLOCK, PAGE = 1 << 20, 65536, 4096
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
@@ -199,6 +205,7 @@ def test_servers_that_die_before_they_serve_end_the_mount(lazy: Lazy) -> None:
     assert (lazy.root / "a").read_bytes() == contents["a"]
 
 
+@pytest.mark.timeout(max(300, 30 * KILLS))
 def test_files_stay_open_while_servers_are_killed_during_the_fill(lazy: Lazy) -> None:
     rng = random.Random(9)
     model = bytearray(rng.randbytes(3_000_000))
@@ -206,9 +213,8 @@ def test_files_stay_open_while_servers_are_killed_during_the_fill(lazy: Lazy) ->
     lazy.set("slow", True)
     lazy.mount.start()
     require_standby(lazy)
-    kills = int(os.environ.get("LAZ_KILLS", "4"))
     fd = os.open(lazy.root / "f", os.O_RDWR)
-    for _ in range(kills):
+    for _ in range(KILLS):
         lazy.mount.fill(bytes_per_second=50e6)
         for _ in range(rng.randrange(1, 30)):
             change(fd, model, rng)
@@ -217,7 +223,7 @@ def test_files_stay_open_while_servers_are_killed_during_the_fill(lazy: Lazy) ->
     lazy.fill()
     os.close(fd)
     assert (lazy.root / "f").read_bytes() == model
-    assert lazy.mount.status().handovers == kills
+    assert lazy.mount.status().handovers == KILLS
     lazy.mount.stop()
     assert (lazy.tree / "f").read_bytes() == model
 
@@ -316,12 +322,79 @@ def test_full_disk_stops_writers_and_the_fill_but_no_reader(lazy: Lazy) -> None:
             assert (lazy.tree / name).read_bytes() == data
 
 
+@pytest.mark.parametrize("room", [5, 24])
+def test_write_that_a_full_disk_cuts_short_is_kept_as_far_as_is_said(lazy: Lazy, room: int) -> None:
+    rng = random.Random(room)
+    model = bytearray(rng.randbytes(2 * MIB))
+    places = (MIB + 2 * BLOCK, MIB + 8 * BLOCK)  # of which nothing is here
+    model[places[1] : places[1] + 2 * BLOCK] = bytes(2 * BLOCK)
+    (lazy.source / "f").write_bytes(model)
+    with tmpfs(lazy.store, 3 * MIB):
+        lazy.mount.start()
+        with (lazy.root / "f").open("r+b", buffering=0) as stream:
+            assert os.pread(stream.fileno(), PAGE, 0) == model[:PAGE]
+            for place in places:
+                with (lazy.root / f"ballast{place}").open("ab", buffering=0) as ballast:
+                    with pytest.raises(OSError, match="No space"):
+                        while True:
+                            ballast.write(bytes(PAGE))
+                    ballast.truncate(ballast.tell() - room * PAGE)
+                data = rng.randbytes(2 * BLOCK)
+                try:
+                    done = os.pwrite(stream.fileno(), data, place)
+                except OSError as full:
+                    assert full.errno == errno.ENOSPC
+                    done = 0
+                assert done < len(data)
+                model[place : place + done] = data[:done]
+                (lazy.root / f"ballast{place}").unlink()
+        process.run(["mount", "-o", "remount,size=20M", str(lazy.store)])
+        lazy.fill()
+        assert (lazy.root / "f").read_bytes() == model
+        lazy.mount.stop()
+        assert (lazy.tree / "f").read_bytes() == model
+
+
+def test_times_that_are_set_during_the_fill_stay(lazy: Lazy) -> None:
+    (lazy.source / "f").write_bytes(random.Random(4).randbytes(60 * MIB))
+    lazy.mount.start()
+    lazy.mount.fill()
+    turns = 0
+    while not lazy.mount.progress().complete:
+        turns += 1
+        os.utime(lazy.root / "f", ns=(turns, turns))
+        assert (lazy.root / "f").stat().st_mtime_ns == turns
+        time.sleep(0.02)
+        # the file itself is another one for moments, in which something is written to it
+        until(lambda: (lazy.tree / "f").stat().st_mtime_ns == turns, "a time is lost", 5)  # noqa: B023
+    assert turns > 0
+
+
+def test_file_cut_to_nothing_by_a_server_that_died_carries_no_trace(lazy: Lazy) -> None:
+    populate(lazy.source)
+    lazy.mount.start()
+    assert "a" in os.listdir(lazy.root)
+    lazy.mount.stop()
+    # where a truncation is when the file has been cut and that is not noted yet
+    attribute = "trusted.overlay.lazarette.content"
+    mark = Mark.parse(os.getxattr(lazy.tree / "a", attribute))
+    os.setxattr(lazy.tree / "a", attribute, replace(mark, limit=0, cutting=True).pack())
+    os.truncate(lazy.tree / "a", 0)
+    lazy.mount.start()
+    lazy.fill()
+    lazy.mount.stop()
+    assert (lazy.tree / "a").read_bytes() == b""
+    assert os.listxattr(lazy.tree / "a") == ["user.note"]
+    assert os.listdir(lazy.store / "maps") == []
+
+
+@pytest.mark.timeout(max(300, 30 * KILLS))
 def test_kills_during_fill_and_writes_lose_nothing(lazy: Lazy) -> None:
     rng = random.Random(7)
     model = bytearray(rng.randbytes(3_000_000))
     (lazy.source / "f").write_bytes(model)
     lazy.set("slow", True)
-    for _ in range(int(os.environ.get("LAZ_KILLS", "4"))):
+    for _ in range(KILLS):
         lazy.mount.ensure()
         lazy.mount.fill(bytes_per_second=50e6)
         fd = os.open(lazy.root / "f", os.O_RDWR)
