@@ -1,6 +1,7 @@
 """Instant restore: used before the data are here, whole while used, ordinary afterwards."""
 
 import hashlib
+import time
 from pathlib import Path
 from typing import cast
 
@@ -98,6 +99,25 @@ def test_killed_server_is_replaced(backed_up: Daemon) -> None:
     assert (merged / "mine").read_text() == "kept"
     digest = hashlib.md5((merged / "big").read_bytes()).hexdigest()
     assert digest == (merged / "sum").read_text().split()[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [0.0, 0.4, 0.8, 1.2])
+def test_daemon_that_ends_while_a_volume_becomes_ordinary(backed_up: Daemon, after: float) -> None:
+    """What a cancelled look had begun in a thread must be over before the pool is taken away."""
+    daemon = backed_up
+    daemon.laz("restore", "v1@latest", "--as", "v2", "--instant")
+    until(lambda: all(one["whole"] for one in fills(daemon)), "the fill does not end", pause=0.01)
+    time.sleep(after)  # it becomes an ordinary one within a second
+    daemon.end()
+    assert daemon.process is not None
+    assert daemon.process.returncode == 0, daemon.log
+    assert str(daemon.root) not in Path("/proc/self/mountinfo").read_text()
+    daemon.start()
+    until(lambda: not fills(daemon), "it does not become ordinary")
+    check = "md5sum < /data/big; cat /data/sum"
+    said = daemon.laz("run", "--rm", "-v", "v2:/data", "busybox", "sh", "-c", check).stdout
+    assert len(set(said.splitlines())) == 1
 
 
 @pytest.mark.slow

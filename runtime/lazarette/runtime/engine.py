@@ -344,7 +344,10 @@ class Engine:
                 log.error("container %s does not stop: %s", one.name, fault)
 
     async def _unmount(self) -> None:
-        await asyncio.to_thread(self._unmount_all)
+        # what a task had begun in a thread when it was cancelled goes on there: a volume that
+        # is being settled keeps its pool busy
+        await asyncio.get_running_loop().shutdown_default_executor()
+        self._unmount_all()
 
     def _unmount_all(self) -> None:
         self.fills.unmount_all()
