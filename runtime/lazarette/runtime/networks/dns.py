@@ -65,10 +65,12 @@ class _Client:
     udp: asyncio.DatagramTransport | None = None
     tcp: asyncio.Server | None = None
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    udp_closed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def close(self) -> None:
         if self.udp is not None:
             self.udp.close()
+            await self.udp_closed.wait()  # a transport closes its socket some time later
         if self.tcp is not None:
             self.tcp.close()
         tasks = list(self.tasks)
@@ -300,6 +302,10 @@ class _Datagrams(asyncio.DatagramProtocol):
     def _send(self, answer: bytes, addr: tuple[str, int]) -> None:
         if self._client.udp is not None and not self._client.udp.is_closing():
             self._client.udp.sendto(answer, addr)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The socket is about to be closed."""
+        self._client.udp_closed.set()
 
     def error_received(self, exc: Exception) -> None:
         """A client that is gone before its answer."""

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from tests.support.network_host import Container, NetworkHost
@@ -40,8 +43,17 @@ def traces(host: NetworkHost) -> dict[str, object]:
         "mounts": Path("/proc/self/mountinfo").read_text().count(str(exec_root)),
         "endpoints": len(host.manager.live.endpoints()),
         "ports": len(host.manager.live.ports()),
-        "descriptors": len(os.listdir("/proc/self/fd")),
+        "descriptors": descriptors(),
     }
+
+
+def descriptors() -> Counter[str]:
+    """What this process has open, by kind, so that a failure says what is left."""
+    found: Counter[str] = Counter()
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # that of the list itself
+            found[re.sub(r"\d+", "#", os.readlink(f"/proc/self/fd/{name}"))] += 1
+    return found
 
 
 def test_many_at_once_leave_nothing(host: NetworkHost) -> None:
