@@ -170,9 +170,9 @@ def _is_free(port: int) -> bool:
         return True
 
 
-def _serve(folder: Path) -> subprocess.Popen[bytes]:
-    """Start the server and wait until it can store something."""
-    master, volume, filer, s3 = _free_ports(4)
+def _serve(folder: Path, ports: list[int]) -> subprocess.Popen[bytes]:
+    """Start the server on four ports and wait until it can store something."""
+    master, volume, filer, s3 = ports
     data = folder / "data"
     data.mkdir(exist_ok=True)
     users = {
@@ -256,7 +256,8 @@ def _answers(url: str) -> bytes:
 
 def _supervise(folder: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    server = _serve(folder)
+    ports = _free_ports(4)
+    server = _serve(folder, ports)
     try:
         with open(folder / "users", "w") as users:
             fcntl.flock(users, fcntl.LOCK_EX)
@@ -265,6 +266,14 @@ def _supervise(folder: Path) -> None:
         server.kill()  # its data is of no further use, and an orderly stop takes ten seconds
         server.wait()
         shutil.rmtree(folder / "data", ignore_errors=True)
+        _remove_sockets(ports)
+
+
+def _remove_sockets(ports: list[int]) -> None:
+    """Remove what the server binds beside its ports, and leaves when it is killed."""
+    for port in ports:
+        for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+            left.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
