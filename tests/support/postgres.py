@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,3 +161,43 @@ class Postgres:
         return subprocess.run(
             ["psql", "-qAtc", statement], env=self.environment, capture_output=True, check=False
         )
+
+
+class Writer(threading.Thread):
+    """Commits numbers to a table ``acknowledged``, and notes when each was acknowledged.
+
+    Args:
+        database: where the table is made.
+
+    Attributes:
+        acknowledged: each number with its instant, nanoseconds.
+    """
+
+    def __init__(self, database: Postgres) -> None:
+        super().__init__()
+        database.sql("CREATE TABLE acknowledged (id bigint PRIMARY KEY)")
+        self.acknowledged: list[tuple[int, int]] = []
+        self._database = database
+        self._enough = threading.Event()
+
+    def run(self) -> None:
+        number = 0
+        while not self._enough.wait(0.05):
+            number += 1
+            self._database.sql(f"INSERT INTO acknowledged VALUES ({number})")
+            self.acknowledged.append((number, time.time_ns()))
+
+    def finish(self) -> None:
+        """Write no more."""
+        self._enough.set()
+        self.join()
+
+    def last_before(self, instant_ns: int) -> int:
+        """The last number acknowledged before an instant; 0 for none."""
+        return max((number for number, at in self.acknowledged if at < instant_ns), default=0)
+
+
+def lacks(copy: Postgres, number: int) -> int:
+    """How many of the numbers up to one a copy of a :class:`Writer`'s database does not have."""
+    there = copy.sql(f"SELECT count(*) FROM acknowledged WHERE id <= {number}")
+    return number - int(there)
