@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from tests.support.repositories import bring_back
 from tests.support.trees import describe
 
@@ -63,6 +64,7 @@ def _duration(folder: Path, source: Path) -> float:
     return taken
 
 
+@pytest.mark.timeout(max(300, 30 * KILLS))
 def test_backup_killed_at_random_moments(tmp_path: Path) -> None:
     chance = random.Random(int.from_bytes(os.urandom(4), "little"))
     source = tmp_path / "source"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 from tests.support.repositories import backup, bring_back, create
 from tests.support.trees import describe
 
@@ -55,6 +56,7 @@ class Sluggish(StoreWrapper):
         super().delete(name)
 
 
+@pytest.mark.timeout(max(300, 30 * ROUNDS))
 def test_nothing_is_lost_whoever_goes_first(tmp_path: Path) -> None:
     seed = int.from_bytes(os.urandom(4), "little")
     for number in range(ROUNDS):

@@ -42,6 +42,7 @@ def _verify(repo: Repository, source: Path, report: ArchiveReport, target: Path)
 
 
 @pytest.mark.parametrize("kind", [FaultKind.NO_SPACE, FaultKind.EXPIRED])
+@pytest.mark.timeout(max(300, 20 * POINTS))
 def test_final_faults_end_the_run_and_the_next_goes_on(tmp_path: Path, kind: FaultKind) -> None:
     chance = random.Random(kind.value)
     source = _source(tmp_path, chance)

@@ -17,6 +17,7 @@ import pytest
 from tests.support.unions import Union, kill, prepare, serving
 from tests.support.waiting import until
 
+KILLS = int(os.environ.get("LAZ_KILLS", "4"))
 _BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin/pgbench"))
 
 pytestmark = [
@@ -77,6 +78,7 @@ def union(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Union]:
         yield union
 
 
+@pytest.mark.timeout(max(300, 30 * KILLS))
 def test_database_does_not_notice_that_servers_are_killed(union: Union) -> None:
     if not union.mounted.status().standby:
         pytest.skip("this kernel does not send requests again")
@@ -88,7 +90,7 @@ def test_database_does_not_notice_that_servers_are_killed(union: Union) -> None:
     count = "SELECT count(*) FROM pgbench_history"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as bench:
         try:
-            for _ in range(int(os.environ.get("LAZ_KILLS", "4"))):
+            for _ in range(KILLS):
                 before = int(database.sql(count))
                 kill(union.mounted.status().pid)
                 until(

@@ -16,6 +16,8 @@ import pytest
 from tests.support.unions import kill_mount, prepare, serving
 from tests.support.waiting import until
 
+KILLS = int(os.environ.get("LAZ_KILLS", "4"))
+
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
 WRITER = """
@@ -42,6 +44,7 @@ except OSError:
 """
 
 
+@pytest.mark.timeout(max(300, 30 * KILLS))
 def test_kills_under_load_lose_nothing(tmp_path: Path) -> None:
     union = prepare(tmp_path, lowers=1)
     for number in range(20):
@@ -49,7 +52,7 @@ def test_kills_under_load_lose_nothing(tmp_path: Path) -> None:
     rng = random.Random(5)
     sizes = dict.fromkeys(range(20), 400000)
     with serving(union):
-        for round_number in range(int(os.environ.get("LAZ_KILLS", "4"))):
+        for round_number in range(KILLS):
             command = [sys.executable, "-c", WRITER, str(union.root), str(round_number)]
             said = tmp_path / f"said-{round_number}"
             with said.open("w") as stream, subprocess.Popen(command, stdout=stream) as writer:

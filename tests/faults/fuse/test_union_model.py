@@ -21,7 +21,12 @@ from tests.support.unions import Union, kill, kill_mount, prepare
 
 from lazarette.fuse import mount
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+EXAMPLES = int(os.environ.get("LAZ_EXAMPLES", "3"))
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root"),
+    pytest.mark.timeout(max(300, 60 * EXAMPLES)),
+]
 
 NAMES = ("a", "b", "c")
 names = st.sampled_from(NAMES)
@@ -330,7 +335,7 @@ class PlainMachine(UnionMachine):
 
 
 _settings = settings(
-    max_examples=int(os.environ.get("LAZ_EXAMPLES", "3")),
+    max_examples=EXAMPLES,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),

@@ -179,7 +179,7 @@ def publish(daemon: Daemon, source: Registry, folder: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(max(1800, 60 * ROUNDS))
 def test_killed_at_random_moments(users: Daemon, source: Registry, tmp_path: Path) -> None:
     daemon = users
     daemon.docker("load", "-q", "-i", str(busybox_archive()))

@@ -78,7 +78,7 @@ def test_container_that_ended_meanwhile_has_its_exit_code(daemon: Daemon) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(max(900, 45 * ROUNDS))
 def test_backups_killed_at_random(counting: Daemon, tmp_path: Path) -> None:
     """Job or daemon killed at any moment: the repository is whole, nothing is left frozen."""
     counting.laz(

@@ -56,6 +56,7 @@ def running(tmp_path: Path) -> Iterator[Registry]:
         yield one
 
 
+@pytest.mark.timeout(max(300, 30 * KILLS))
 def test_kills_at_random_moments(tmp_path: Path, running: Registry) -> None:
     moments = random.Random(SEED)
     loop = asyncio.new_event_loop()

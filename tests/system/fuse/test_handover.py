@@ -16,6 +16,8 @@ from tests.support.waiting import until
 
 from lazarette.fuse import jsontext
 
+KILLS = int(os.environ.get("LAZ_KILLS", "4"))
+
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
 
@@ -104,12 +106,12 @@ def _grown(fd: int) -> bool:
     return True
 
 
+@pytest.mark.timeout(max(300, 30 * KILLS))
 @pytest.mark.parametrize("how", ["kill", "upgrade"])
 def test_work_under_way_goes_on(union: Union, how: str) -> None:
     """Several threads that make, rename, link, remove and sync while servers come and go."""
     for number in range(40):
         (union.lower() / f"low{number}").write_bytes(b"x" * 300_000)
-    rounds = int(os.environ.get("LAZ_KILLS", "4"))
     stop = threading.Event()
     failures: list[BaseException] = []
     counts = [0] * 3
@@ -121,7 +123,7 @@ def test_work_under_way_goes_on(union: Union, how: str) -> None:
         for worker in workers:
             worker.start()
         try:
-            for _ in range(rounds):
+            for _ in range(KILLS):
                 before = list(counts)
                 hand_over(union, how)
                 until(

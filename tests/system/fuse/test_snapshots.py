@@ -16,6 +16,8 @@ from tests.support.unions import Union, kill_mount, prepare, serving
 
 from lazarette.fuse.differences import Difference, differences
 
+ROUNDS = int(os.environ.get("LAZ_ROUNDS", "6"))
+
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
 
@@ -187,13 +189,14 @@ def test_unknown_changes_after_a_kill_make_a_whole_copy(union: Union) -> None:
         assert (target / "upper/a").read_text() == "b"
 
 
+@pytest.mark.timeout(max(300, 30 * ROUNDS))
 def test_snapshots_equal_the_tree_under_random_changes(union: Union) -> None:
     rng = random.Random(int(os.environ.get("LAZ_SEED", "11")))
     for index in range(5):
         (union.lower() / f"low{index}").mkdir()
         (union.lower() / f"low{index}" / "f").write_bytes(rng.randbytes(5000))
     with serving(union):
-        for number in range(int(os.environ.get("LAZ_ROUNDS", "6"))):
+        for number in range(ROUNDS):
             for _ in range(30):
                 change(union.root, rng)
             target = union.base / "snaps" / f"r{number}"

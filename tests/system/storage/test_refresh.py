@@ -42,6 +42,7 @@ def test_nothing_stays_of_what_vanishes_while_it_is_copied(
 
 @pytest.mark.usefixtures("calls")
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.timeout(max(300, 30 * ROUNDS))
 def test_the_last_refresh_makes_the_copy_equal(disk: Path, seed: int) -> None:
     rnd = random.Random(seed)
     source, target = disk / "source", disk / "target"
@@ -58,6 +59,7 @@ def test_the_last_refresh_makes_the_copy_equal(disk: Path, seed: int) -> None:
 
 
 @pytest.mark.usefixtures("calls")
+@pytest.mark.timeout(max(300, 30 * ROUNDS))
 def test_a_tree_that_changes_all_the_while_is_caught_at_the_end(disk: Path) -> None:
     source, target = disk / "source", disk / "target"
     source.mkdir()

@@ -308,6 +308,7 @@ def _verify(world: World) -> None:
             assert world.chunk_is_safe(chunk), f"snapshot {snapshot} lost chunk {chunk}"
 
 
+@pytest.mark.timeout(max(300, SCHEDULES // 40))
 def test_no_schedule_loses_a_chunk() -> None:
     for seed in range(SCHEDULES):
         try:

@@ -56,6 +56,7 @@ def test_failures_while_it_starts_do_not_count(host: Host) -> None:
 
 
 @pytest.mark.parametrize("init", [False, True])
+@pytest.mark.timeout(max(300, 5 * PROBES))
 def test_probes_that_never_end_leave_nothing(host: Host, init: bool) -> None:
     """Case A34, with the number of probes cut; LAZ_HEALTH_PROBES=200 runs it whole."""
     flags = ["--init"] if init else []
