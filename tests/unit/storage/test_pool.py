@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tests.support.waiting import until
 
 from lazarette.storage import loop, mounts
-from lazarette.storage.pool import GIB, STEP, Pool, PoolFormat, PoolSpace
+from lazarette.storage.pool import GIB, SMALLEST, STEP, Pool, PoolFormat, PoolSpace
 
 
 @pytest.fixture(params=list(PoolFormat), ids=lambda kind: kind.value)
@@ -68,10 +69,35 @@ def test_a_pool_grows_while_in_use(pool: Pool) -> None:
     assert after.free - before.free > GIB // 2
 
 
-def test_a_btrfs_pool_shrinks_and_an_xfs_pool_stays(pool: Pool) -> None:
+def test_a_pool_shrinks_and_grows_again(pool: Pool) -> None:
     pool.resize(2 * GIB)
+    large = pool.space()
     pool.resize(GIB)
-    assert pool.space().size == (GIB if pool.format is PoolFormat.BTRFS else 2 * GIB)
+    small = pool.space()
+    assert small.size == GIB
+    assert large.free - small.free > GIB // 2
+    assert pool.file.stat().st_size == (GIB if pool.format is PoolFormat.BTRFS else 2 * GIB)
+    assert small.allocated - large.allocated < STEP
+    for size in (GIB + STEP, 2 * GIB, 3 * GIB):
+        pool.resize(size)
+        assert pool.space().size == size
+    assert pool.ballast() == 0
+
+
+def test_no_more_than_is_free_can_be_given_up(tmp_path: Path) -> None:
+    pool = Pool(tmp_path / "file", tmp_path / "mounted", PoolFormat.XFS, GIB)
+    pool.open()
+    try:
+        with open(pool.target / "used", "wb") as used:
+            os.posix_fallocate(used.fileno(), 0, GIB // 2)
+        pool.resize(GIB // 4)
+        space = pool.space()
+        assert GIB // 2 < space.size < GIB
+        assert space.free < STEP
+        pool.resize(GIB)
+        assert pool.space().free > GIB // 4
+    finally:
+        pool.close()
 
 
 def test_deleted_data_is_given_back_to_the_host(pool: Pool) -> None:
@@ -107,6 +133,12 @@ def test_a_pool_never_promises_what_the_host_has_not() -> None:
     full = _space(16 * GIB, 3 * GIB, 3 * GIB, 13 * GIB)
     assert full.wanted < 16 * GIB
     assert full.wanted - full.allocated <= 3 * GIB
+
+
+def test_a_pool_of_a_format_that_must_not_be_small_stays_so_large() -> None:
+    full = _space(16 * GIB, 3 * GIB, 2 * GIB)
+    assert full.wanted == SMALLEST
+    assert replace(full, smallest=0).wanted == 0
 
 
 def test_a_pool_does_not_grow_by_crumbs() -> None:

@@ -206,6 +206,8 @@ class OverlayVolumeDriver(TreeVolumeDriver):
         """Refuse a snapshot after which overwriting the volume could fill the disk (V12)."""
         inside = os.statvfs(self._base)
         taken = (inside.f_blocks - inside.f_bfree) * inside.f_frsize
+        if self.pool is not None:
+            taken -= self.pool.ballast()
         needed = self._image(name).stat().st_blocks * 512
         if taken + needed > self._capacity():
             raise NoSpace(
