@@ -410,6 +410,23 @@ typedef uint32_t quad __attribute__((vector_size(16)));
 #include "_pages.h"
 #endif
 
+/* Hashes of `pages` pages, 16 bytes each. */
+static void hash_all(const uint8_t *data, size_t pages, const uint8_t *key, uint8_t *to)
+{
+    uint32_t words[8], cvs[PAGES_AT_ONCE * PAGE_CHUNKS + MOST_LANES][8];
+    memcpy(words, key, 32);
+    void (*hash_pages)(const uint8_t *, size_t, const uint32_t *, uint32_t (*)[8],
+                       uint8_t *) = hash_pages_8;
+#ifdef WIDE
+    if (WIDE)
+        hash_pages = hash_pages_16;
+#endif
+    for (size_t at = 0; at < pages; at += PAGES_AT_ONCE) {
+        size_t some = pages - at < PAGES_AT_ONCE ? pages - at : PAGES_AT_ONCE;
+        hash_pages(data + at * HASHED_PAGE, some, words, cvs, to + at * 16);
+    }
+}
+
 static PyObject *page_hashes(PyObject *self, PyObject *args)
 {
     Py_buffer data, key;
@@ -423,23 +440,89 @@ static PyObject *page_hashes(PyObject *self, PyObject *args)
         out = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)pages * 16);
     if (out != NULL) {
         uint8_t *to = (uint8_t *)PyBytes_AS_STRING(out);
-        uint32_t words[8], cvs[PAGES_AT_ONCE * PAGE_CHUNKS + MOST_LANES][8];
-        memcpy(words, key.buf, 32);
-        void (*hash_pages)(const uint8_t *, size_t, const uint32_t *, uint32_t (*)[8],
-                           uint8_t *) = hash_pages_8;
-#ifdef WIDE
-        if (WIDE)
-            hash_pages = hash_pages_16;
-#endif
         Py_BEGIN_ALLOW_THREADS
-        for (size_t at = 0; at < pages; at += PAGES_AT_ONCE) {
-            size_t some = pages - at < PAGES_AT_ONCE ? pages - at : PAGES_AT_ONCE;
-            hash_pages((const uint8_t *)data.buf + at * HASHED_PAGE, some, words, cvs,
-                       to + at * 16);
-        }
+        hash_all(data.buf, pages, key.buf, to);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&data);
+    PyBuffer_Release(&key);
+    return out;
+}
+
+struct range {
+    long long offset;
+    Py_ssize_t length;
+};
+
+/* Bytes read, fewer at the end of the file; -1 on an error. */
+static ssize_t read_ranges(int file, const struct range *ranges, Py_ssize_t count, char *to)
+{
+    char *at = to;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        for (Py_ssize_t got = 0; got < ranges[i].length;) {
+            ssize_t step = pread(file, at, (size_t)(ranges[i].length - got),
+                                 (off_t)(ranges[i].offset + got));
+            if (step < 0 && errno == EINTR)
+                continue;
+            if (step < 0)
+                return -1;
+            if (step == 0)
+                return at - to;
+            got += step;
+            at += step;
+        }
+    }
+    return at - to;
+}
+
+/* read_pages(file, ranges, into, key): hashes of the pages of all ranges, which lie one after
+ * another in `into`; None when the file ends before.  One call for many blocks: taking the
+ * interpreter's lock again after each would cost more than reading them. */
+static PyObject *read_pages(PyObject *self, PyObject *args)
+{
+    int file;
+    PyObject *list, *out = NULL;
+    Py_buffer into, key;
+    if (!PyArg_ParseTuple(args, "iO!w*y*", &file, &PyList_Type, &list, &into, &key))
+        return NULL;
+    Py_ssize_t count = PyList_GET_SIZE(list), total = 0, done = 0;
+    struct range *ranges = calloc((size_t)count + 1, sizeof *ranges);
+    if (ranges == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (!PyArg_ParseTuple(PyList_GET_ITEM(list, i), "Ln", &ranges[i].offset,
+                              &ranges[i].length))
+            goto done;
+        if (ranges[i].length < 0 || ranges[i].length > into.len - total)
+            total = -1;
+        if (total < 0)
+            break;
+        total += ranges[i].length;
+    }
+    if (total < 0 || total % HASHED_PAGE != 0 || key.len != 32) {
+        PyErr_SetString(PyExc_ValueError, "whole pages, room for them and a key of 32 bytes");
+        goto done;
+    }
+    out = PyBytes_FromStringAndSize(NULL, total / HASHED_PAGE * 16);
+    if (out == NULL)
+        goto done;
+    uint8_t *to = (uint8_t *)PyBytes_AS_STRING(out);
+    Py_BEGIN_ALLOW_THREADS
+    done = read_ranges(file, ranges, count, into.buf);
+    if (done == total)
+        hash_all(into.buf, (size_t)(total / HASHED_PAGE), key.buf, to);
+    Py_END_ALLOW_THREADS
+    if (done < 0) {
+        Py_CLEAR(out);
+        PyErr_SetFromErrno(PyExc_OSError);
+    } else if (done < total) {
+        Py_SETREF(out, Py_NewRef(Py_None));
+    }
+done:
+    free(ranges);
+    PyBuffer_Release(&into);
     PyBuffer_Release(&key);
     return out;
 }
@@ -463,6 +546,7 @@ static PyMethodDef methods[] = {
     {"cuts", cuts, METH_VARARGS, "Lengths of content-defined chunks."},
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
     {"page_hashes", page_hashes, METH_VARARGS, "Keyed BLAKE3 of pages of 8 KiB."},
+    {"read_pages", read_pages, METH_VARARGS, "Read pages of a file and hash them."},
 #endif
     {NULL, NULL, 0, NULL}};
 

@@ -342,26 +342,45 @@ class Worker:
         maps = self.maps
         if maps is None and not paged:
             return self.store(data, lengths)
-        ids, known = self._blocks(data, lengths, paged)
+        ids, hashes = self._blocks(data, lengths, paged)
         wanted = self.ingest.claim_many(b"".join(ids), ids)
+        known = self._known_bases(lengths, wanted, offset, bases, paged)
         span = _Span(self.lane, paged)
         at = 0
         for number, (chunk, length, new) in enumerate(zip(ids, lengths, wanted, strict=True)):
             block = data[at : at + length]
             if new and maps is not None and length % PAGE == 0:
-                hashes = known[number] if paged else maps.hashes(block)
-                found = self._delta(chunk, block, hashes, bases.get(offset + at), paged)
+                pages = hashes[number] if paged else maps.hashes(block)
+                found = self._delta(chunk, block, pages, known.get(offset + at))
                 if found is not None:
                     span.close()
                     self.add_delta(chunk, found, paged)
                 else:
                     span.add(chunk, block, data, at)
-                    maps.note_plain(chunk, hashes)
+                    maps.note_plain(chunk, pages)
             elif new:
                 span.add(chunk, block, data, at)
             at += length
         span.close()
         return b"".join(map(PART.pack, ids, lengths))
+
+    def _known_bases(
+        self,
+        lengths: list[int],
+        wanted: list[bool],
+        offset: int,
+        bases: Mapping[int, bytes],
+        paged: bool,
+    ) -> dict[int, PageMap]:
+        """What was there, by offset, of those blocks that are new and whole pages long."""
+        starts = itertools.accumulate(lengths[:-1], initial=offset)
+        chunks = {
+            at: (base, length // PAGE)
+            for at, length, new in zip(starts, lengths, wanted, strict=True)
+            if new and length % PAGE == 0 and (base := bases.get(at)) is not None
+        }
+        maps = self.known_maps(list(chunks.values()), paged)
+        return {at: maps[base] for at, (base, _) in chunks.items() if base in maps}
 
     def _blocks(
         self, data: memoryview, lengths: list[int], paged: bool
@@ -382,17 +401,14 @@ class Worker:
         return [crypt.paged_id(one) for one in hashes], hashes
 
     def _delta(
-        self, chunk: bytes, block: memoryview, hashes: bytes, base: bytes | None, paged: bool
+        self, chunk: bytes, block: memoryview, hashes: bytes, base: PageMap | None
     ) -> Delta | None:
         if base is None or chunk in self.lost:
-            return None
-        known = self.known_pages(base, len(block) // PAGE, paged)
-        if known is None:
             return None
         return delta(
             lambda page: block[page * PAGE : (page + 1) * PAGE],
             hashes,
-            known,
+            base,
             self.ingest.holds_plain,
             self.crypt.chunk_id,
         )
@@ -405,22 +421,18 @@ class Worker:
         if self.maps is not None:
             self.maps.note(chunk, found.pages)
 
-    def known_pages(self, chunk: bytes, pages: int, paged: bool) -> PageMap | None:
-        """The map of a block stored before, if this host has it."""
-        found = None if self.maps is None else self.maps.find(chunk, pages)
-        if found is None or (paged and self.crypt.paged_id(found.hashes) != chunk):
-            return None
-        return found
-
-    def known_maps(self, blocks: Sequence[tuple[bytes, int]]) -> dict[bytes, PageMap]:
-        """The maps of paged blocks stored before that this host has, by chunk.
+    def known_maps(self, blocks: Sequence[tuple[bytes, int]], paged: bool) -> dict[bytes, PageMap]:
+        """The maps of blocks stored before that this host has, by chunk.
 
         Args:
             blocks: their chunks and numbers of pages.
+            paged: the chunks' ids are made of the hashes of their pages.
         """
-        if self.maps is None:
+        if self.maps is None or not blocks:
             return {}
         found = self.maps.find_all(blocks)
+        if not paged:
+            return found
         return {
             chunk: known
             for chunk, known in found.items()

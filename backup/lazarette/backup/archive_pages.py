@@ -46,6 +46,18 @@ def touched_pages(offset: int, length: int, ranges: tuple[ByteRange, ...], numbe
     return found
 
 
+class _Read(msgspec.Struct, frozen=True):
+    """Pages of a block that were read.
+
+    Attributes:
+        numbers: by page of the block, its number among all pages read.
+        hashes: of the pages, joined.
+    """
+
+    numbers: dict[int, int]
+    hashes: bytes
+
+
 class _Short(Exception):
     """The file ended before the block."""
 
@@ -85,11 +97,9 @@ class Pages(msgspec.Struct):
         """Read and store what is touched."""
         try:
             touched = [item for item in self.items if isinstance(item, Touched)]
-            known = worker.known_maps([(one.base, one.length // PAGE) for one in touched])
+            rows = self._patched(worker, touched)
             self.parts = b"".join(
-                self._block(worker, item, known.get(item.base))
-                if isinstance(item, Touched)
-                else item
+                item if isinstance(item, bytes) else rows.get(item) or self._whole(worker, item)
                 for item in self.items
             )
             self.read = self.length
@@ -98,31 +108,59 @@ class Pages(msgspec.Struct):
         except OSError as failed:
             self.fault = failed
 
-    def _block(self, worker: Worker, block: Touched, known: PageMap | None) -> bytes:
-        row = None if known is None else self._patched(worker, block, known)
-        if row is not None:
-            return row
+    def _whole(self, worker: Worker, block: Touched) -> bytes:
+        """Store a block after reading all of it."""
         view = worker.view[: block.length]
         self._fill(worker, view, block.offset)
         bases = {block.offset: block.base}
         return worker.store_blocks(view, [block.length], block.offset, bases, True)
 
-    def _patched(self, worker: Worker, block: Touched, known: PageMap) -> bytes | None:
-        """Store the block from its new pages alone; None when it has to be read whole."""
-        hashes = bytearray(known.hashes)
-        for first, last in _runs(block.pages):
-            view = worker.view[first * PAGE : last * PAGE]
-            self._fill(worker, view, block.offset + first * PAGE)
-            hashes[first * ID_SIZE : last * ID_SIZE] = worker.crypt.page_hashes(view)
-        chunk = worker.crypt.paged_id(bytes(hashes))
+    def _patched(self, worker: Worker, touched: list[Touched]) -> dict[Touched, bytes]:
+        """Store blocks from their new pages alone; those that have to be read whole are not there.
+
+        Their pages are read at once, so that they lie one after another.
+        """
+        maps = worker.known_maps([(one.base, one.length // PAGE) for one in touched], True)
+        known = [one for one in touched if one.base in maps]
+        ranges = [
+            (block.offset + first * PAGE, (last - first) * PAGE)
+            for block in known
+            for first, last in _runs(block.pages)
+        ]
+        hashes = worker.crypt.read_pages(self.file, ranges, worker.view)
+        if hashes is None:
+            raise _Short
+        worker.bytes_read += len(hashes) // ID_SIZE * PAGE
+        rows = {}
+        first = 0
+        for block in known:
+            last = first + len(block.pages)
+            fresh = _Read(
+                dict(zip(block.pages, range(first, last), strict=True)),
+                hashes[first * ID_SIZE : last * ID_SIZE],
+            )
+            row = self._patch(worker, block, maps[block.base], fresh)
+            if row is not None:
+                rows[block] = row
+            first = last
+        return rows
+
+    def _patch(self, worker: Worker, block: Touched, known: PageMap, fresh: _Read) -> bytes | None:
+        """Store a block of which some pages were read; None when it has to be read whole."""
+        joined = bytearray(known.hashes)
+        for number, page in enumerate(block.pages):
+            at = number * ID_SIZE
+            joined[page * ID_SIZE : (page + 1) * ID_SIZE] = fresh.hashes[at : at + ID_SIZE]
+        hashes = bytes(joined)
+        chunk = worker.crypt.paged_id(hashes)
         ingest = worker.ingest
         if not ingest.has(chunk):
             if worker.maps is None or chunk in worker.lost:
                 return None
             try:
                 found = delta(
-                    lambda page: self._page(worker, block, page, bytes(hashes)),
-                    bytes(hashes),
+                    lambda page: self._page(worker, block, page, hashes, fresh),
+                    hashes,
                     known,
                     ingest.holds_plain,
                     worker.crypt.chunk_id,
@@ -135,13 +173,17 @@ class Pages(msgspec.Struct):
                 worker.add_delta(chunk, found, True)
         return PART.pack(chunk, block.length)
 
-    def _page(self, worker: Worker, block: Touched, page: int, hashes: bytes) -> memoryview:
+    def _page(
+        self, worker: Worker, block: Touched, page: int, hashes: bytes, fresh: _Read
+    ) -> memoryview:
         """A page to store: one that was read for its hash, or one that only a patch holds."""
-        view = worker.view[page * PAGE : (page + 1) * PAGE]
-        if page not in block.pages:
-            self._fill(worker, view, block.offset + page * PAGE)
-            if worker.crypt.page_hashes(view) != hashes[page * ID_SIZE : (page + 1) * ID_SIZE]:
-                raise _Stale
+        number = fresh.numbers.get(page)
+        if number is not None:
+            return worker.view[number * PAGE : (number + 1) * PAGE]
+        view = memoryview(bytearray(PAGE))
+        self._fill(worker, view, block.offset + page * PAGE)
+        if worker.crypt.page_hashes(view) != hashes[page * ID_SIZE : (page + 1) * ID_SIZE]:
+            raise _Stale
         return view
 
     def _fill(self, worker: Worker, view: memoryview, offset: int) -> None:

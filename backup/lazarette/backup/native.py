@@ -1,8 +1,8 @@
 """The loops that the C module speeds up, in Python: what they do, and how without it.
 
-:func:`scan`, :func:`read_files`, :func:`write_files`, :func:`page_hashes` are the C module's
-when it was built (it needs nothing but a C compiler), and those of this module otherwise, or
-when the environment has ``LAZ_NO_NATIVE``.
+:func:`scan`, :func:`read_files`, :func:`write_files`, :func:`page_hashes`, :func:`read_pages` are
+the C module's when it was built (it needs nothing but a C compiler), and those of this module
+otherwise, or when the environment has ``LAZ_NO_NATIVE``.
 """
 
 from __future__ import annotations
@@ -197,6 +197,40 @@ def page_hashes_plain(pages: Buffer, key: bytes) -> bytes:
     return b"".join([blake3(view[at : at + _PAGE], key=key).digest(16) for at in starts])
 
 
+def read_pages_plain(
+    file: int, ranges: list[tuple[int, int]], into: bytearray | memoryview, key: bytes
+) -> bytes | None:
+    """Read ranges of a file one after another into a buffer, and hash their pages.
+
+    Args:
+        file: descriptor.
+        ranges: offset and length of each, together whole pages of 8 KiB.
+        into: has room for them.
+        key: 32 bytes.
+
+    Returns:
+        Keyed BLAKE3 of the pages, 16 bytes each, joined; None when the file ends before.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: the pages are not whole, or there is no room.
+    """
+    view = memoryview(into)
+    total = sum(length for _, length in ranges)
+    if total % _PAGE or total > len(view):
+        raise ValueError("whole pages, room for them and a key of 32 bytes")
+    at = 0
+    for offset, length in ranges:
+        end = at + length
+        while at < end:
+            got = os.preadv(file, [view[at:end]], offset)
+            if got == 0:
+                return None
+            at += got
+            offset += got
+    return page_hashes_plain(view[:total], key)
+
+
 def _nothing() -> None:
     """Without the C module memory is kept as the allocator likes."""
 
@@ -209,6 +243,7 @@ if _native is None:
     read_files = read_files_plain
     write_files = write_files_plain
     page_hashes = page_hashes_plain
+    read_pages = read_pages_plain
     keep_memory = _nothing
 else:
     scan = _native.scan
@@ -217,3 +252,4 @@ else:
     cuts = _native.cuts
     keep_memory = _native.keep_memory
     page_hashes = getattr(_native, "page_hashes", page_hashes_plain)
+    read_pages = getattr(_native, "read_pages", read_pages_plain)

@@ -43,17 +43,12 @@ class PageMapFile:
             raise
         return db
 
-    def find(self, chunk: bytes) -> bytes | None:
-        """The map of a block; None as well when the file cannot be read."""
-        with self._lock:
-            try:
-                row = self._db.execute("SELECT map FROM maps WHERE chunk = ?", (chunk,)).fetchone()
-            except sqlite3.DatabaseError:
-                return None
-        return None if row is None else bytes(row[0])
-
     def find_all(self, chunks: Sequence[bytes]) -> dict[bytes, bytes]:
-        """:meth:`find` for many blocks, those that are there; a tenth of the cost."""
+        """The maps of blocks, those that are there; of none when the file cannot be read.
+
+        Args:
+            chunks: of the blocks; at most some thousands.
+        """
         marks = ",".join("?" * len(chunks))
         with self._lock:
             try:

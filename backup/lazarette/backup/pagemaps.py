@@ -55,7 +55,7 @@ class PageMap(msgspec.Struct, frozen=True):
         """Stored form; a block stored whole needs no places."""
         if all(place == (chunk, number) for number, place in enumerate(self.places)):
             return self.hashes
-        return self.hashes + b"".join(_PLACE.pack(*place) for place in self.places)
+        return self.hashes + b"".join([_PLACE.pack(*place) for place in self.places])
 
     @classmethod
     def unpack(cls, chunk: bytes, data: bytes, pages: int) -> PageMap | None:
@@ -88,11 +88,6 @@ class PageMaps:
         """Hashes of a block's pages."""
         digest, seed = xxhash.xxh3_128_digest, self._seed
         return b"".join([digest(block[at : at + PAGE], seed) for at in range(0, len(block), PAGE)])
-
-    def find(self, chunk: bytes, pages: int) -> PageMap | None:
-        """The map of a block stored before."""
-        data = self._fresh.get(chunk) or self._opened().find(chunk)
-        return None if data is None else PageMap.unpack(chunk, data, pages)
 
     def find_all(self, blocks: Sequence[tuple[bytes, int]]) -> dict[bytes, PageMap]:
         """The maps of blocks stored before, of which so many pages each are known.
@@ -175,23 +170,19 @@ def delta(
         whole: whether a chunk is stored whole; pages are taken from such chunks only.
         name_of: gives the id of a chunk.
     """
-    usable = set(filter(whole, {source for source, _ in base.places}))
-    places: list[tuple[bytes, int]] = []
-    new: list[memoryview] = []
-    most = len(hashes) // _HASH * MOST_NEW
-    for number, at in enumerate(range(0, len(hashes), _HASH)):
-        same = hashes[at : at + _HASH] == base.hashes[at : at + _HASH]
-        if same and base.places[number][0] in usable:
-            places.append(base.places[number])
-        elif len(new) >= most:
-            return None
-        else:
-            places.append((b"", len(new)))
-            new.append(page_of(number))
-    if len(new) == len(places):
+    places = list(base.places)
+    usable = set(filter(whole, {source for source, _ in places}))
+    known = base.hashes
+    changed = [
+        number
+        for number, at in enumerate(range(0, len(hashes), _HASH))
+        if hashes[at : at + _HASH] != known[at : at + _HASH] or places[number][0] not in usable
+    ]
+    if len(changed) > len(places) * MOST_NEW:
         return None
-    data = b"".join(new)
+    data = b"".join([page_of(number) for number in changed])
     holder = name_of(data)
-    found = tuple((source or holder, page) for source, page in places)
-    payload, needs = patches.encode(PAGE, found, ())
-    return Delta(payload, needs, PageMap(hashes, found), holder, data)
+    for position, number in enumerate(changed):
+        places[number] = holder, position
+    payload, needs = patches.encode(PAGE, places, ())
+    return Delta(payload, needs, PageMap(hashes, tuple(places)), holder, data)

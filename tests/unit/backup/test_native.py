@@ -132,3 +132,25 @@ def test_hashes_of_pages(plain: bool, pages: int) -> None:
     assert hashed(data, key) == b"".join(wanted)
     with pytest.raises(ValueError, match="pages"):
         hashed(data + b"x", key)
+
+
+@pytest.mark.parametrize("plain", BOTH)
+def test_reading_pages_of_a_file(tmp_path: Path, plain: bool) -> None:
+    read = native.read_pages_plain if plain else native.read_pages
+    page, key = 8192, bytes(range(32))
+    data = random.Random(8).randbytes(40 * page)
+    (tmp_path / "file").write_bytes(data + b"tail")
+    ranges = [(3 * page, page), (5 * page, 20 * page), (5 * page + 100, page), (0, 0)]
+    wanted = b"".join(data[offset : offset + length] for offset, length in ranges)
+    into = memoryview(bytearray(30 * page))
+    with open(tmp_path / "file", "rb") as file:
+        found = read(file.fileno(), ranges, into, key)
+        assert into[: len(wanted)] == wanted
+        assert found == native.page_hashes_plain(wanted, key)
+        assert read(file.fileno(), [], into, key) == b""
+        assert read(file.fileno(), [(0, page), (40 * page, page)], into, key) is None
+        for refused in ([(0, page + 1)], [(0, 31 * page)]):
+            with pytest.raises(ValueError, match="whole pages"):
+                read(file.fileno(), refused, into, key)
+    with pytest.raises(OSError, match="descriptor"):
+        read(-1, [(0, page)], into, key)

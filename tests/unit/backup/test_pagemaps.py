@@ -78,8 +78,9 @@ def test_damaged_cache_is_made_anew(tmp_path: Path) -> None:
     hashes = maps.hashes(block)
     maps.note(b"c" * 16, PageMap.plain(b"c" * 16, hashes))
     maps.flush()
-    assert maps.find(b"c" * 16, 8) == PageMap.plain(b"c" * 16, hashes)
-    assert maps.find(b"c" * 16, 4) is None
+    chunk = b"c" * 16
+    assert maps.find_all([(chunk, 8)]) == {chunk: PageMap.plain(chunk, hashes)}
+    assert maps.find_all([(chunk, 4)]) == {}
     maps.close()
 
 

@@ -106,6 +106,24 @@ class Crypt:
             hashes += blake3(view[whole:], key=self._page_key).digest(ID_SIZE)
         return hashes
 
+    def read_pages(
+        self, file: int, ranges: list[tuple[int, int]], into: memoryview
+    ) -> bytes | None:
+        """:meth:`page_hashes` of ranges of a file, read one after another into a buffer.
+
+        Args:
+            file: descriptor.
+            ranges: offset and length of each, whole pages.
+            into: has room for them.
+
+        Returns:
+            None when the file ends before.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        return native.read_pages(file, ranges, into, self._page_key)
+
     def paged_id(self, hashes: bytes) -> bytes:
         """Id of a paged chunk, made of the hashes of its pages."""
         return blake3(hashes, key=self._paged_key).digest(ID_SIZE)

@@ -20,6 +20,7 @@ import msgspec
 from lazarette.backup.repository.format import Crypt, pack_name
 from lazarette.backup.repository.guard import UNGUARDED, Guard, LeaseLost
 from lazarette.backup.repository.index import Index
+from lazarette.backup.repository.packmemory import PackMemories, PackMemory
 from lazarette.backup.repository.packs import DATA, TREE, PackBuilder, PackRecord
 from lazarette.backup.repository.treecache import TreeCache
 from lazarette.backup.stores.contract import BlobStore, Buffer
@@ -128,7 +129,7 @@ class Lane:
         builder, self._builder = self._builder, None
         if builder is not None:
             data, record = builder.finish()
-            self._ingest.send(data, record)
+            self._ingest.send(data, record, builder.memory)
 
 
 class Listing(Protocol):
@@ -189,6 +190,7 @@ class Ingest:
         self._pool: ThreadPoolExecutor | None = None
         self._pending: list[Future[None]] = []
         self._bytes_sent = 0
+        self._memories = PackMemories(PACK_SIZE + 2 * SPAN)
         self.used_packs: set[bytes] = set()
 
     def lane(self, kind: int = DATA) -> Lane:
@@ -234,10 +236,16 @@ class Ingest:
     def new_builder(self, kind: int) -> PackBuilder:
         """An empty pack."""
         size = TREE_BLOCK_SIZE if kind == TREE else 1 << 20
-        return PackBuilder(self._crypt, kind, self._clock.now_ns(), size)
+        memory = self._memories.take()
+        return PackBuilder(self._crypt, kind, self._clock.now_ns(), size, memory=memory)
 
-    def send(self, data: bytes, record: PackRecord) -> None:
+    def send(self, data: Buffer, record: PackRecord, memory: PackMemory) -> None:
         """Write a pack in the background; blocks while too many are on their way.
+
+        Args:
+            data: the pack.
+            record: about it.
+            memory: what ``data`` lies in; used again when the pack is written.
 
         Raises:
             LazaretteError: an earlier pack could not be written.
@@ -245,7 +253,7 @@ class Ingest:
         self._slots.acquire()
         try:
             self._raise_failed()
-            future = self._sender().submit(self._put, data, record)
+            future = self._sender().submit(self._put, data, record, memory)
         except BaseException:
             self._slots.release()
             raise
@@ -269,7 +277,7 @@ class Ingest:
             if future.done():
                 future.result()
 
-    def _put(self, data: bytes, record: PackRecord) -> None:
+    def _put(self, data: Buffer, record: PackRecord, memory: PackMemory) -> None:
         try:
             self._guard.check()
             self._store.put(pack_name(record.pack), data)
@@ -293,6 +301,7 @@ class Ingest:
                     self._interim += names
                     self._bytes_sent += size
         finally:
+            self._memories.give_back(memory)
             self._slots.release()
 
     def finish(self) -> IngestStats:

@@ -39,6 +39,7 @@ from lazarette.backup.repository.format import (
     unseal,
 )
 from lazarette.backup.repository.malformed import MALFORMED
+from lazarette.backup.repository.packmemory import PackMemory
 from lazarette.backup.stores.contract import Buffer
 
 MAGIC = b"LAZPACK" + bytes([OBJECT_VERSION])
@@ -58,6 +59,8 @@ PATCH_ROW = struct.Struct("<I16s")
 
 DATA = 0
 TREE = 1
+
+_ROOM = 2 << 20
 
 _PAGES = zstandard.ZstdCompressionParameters.from_level(1, min_match=5, write_content_size=True)
 """For blocks of databases: what repeats from row to row is shorter than level 1 looks for."""
@@ -169,6 +172,7 @@ class PackBuilder:
         created_ns: wall clock.
         block_size: plain bytes after which a block is closed.
         level: zstd level.
+        memory: where it is put together; empty.
     """
 
     def __init__(
@@ -178,6 +182,7 @@ class PackBuilder:
         created_ns: int,
         block_size: int = 1 << 20,
         level: int = 1,
+        memory: PackMemory | None = None,
     ) -> None:
         self.pack = new_id()
         self._crypt = crypt
@@ -187,15 +192,20 @@ class PackBuilder:
         key, self._key = crypt.new_key(metadata=kind == TREE)
         self._cipher = subkey(key, b"pack", self.pack)
         head = MAGIC + self.pack + bytes([len(self._key)]) + self._key
-        self.size = len(head)
+        self.memory = memory or PackMemory(_ROOM)
+        self.memory.append(head)
         self._compressor = zstandard.ZstdCompressor(level=level)
         self._page_compressor = zstandard.ZstdCompressor(compression_params=_PAGES)
-        self._stored: list[Buffer] = [head]
         self._rows: list[tuple[int, int, int, int]] = []
         self._ids: list[bytes] = []
         self._lengths: list[int] = []
         self._patches: list[tuple[int, bytes]] = []
         self._block = _OpenBlock()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the blocks closed, and of the head."""
+        return self.memory.size
 
     @property
     def pending(self) -> int:
@@ -258,19 +268,19 @@ class PackBuilder:
         packed: Buffer = compressor.compress(plain)
         if len(packed) >= len(plain):
             packed = plain
-        sealed = self._cipher.encrypt(block_nonce(self.size), packed, None)
-        self._rows.append((self.size, len(sealed), len(plain), len(ids)))
-        self._stored.append(sealed)
-        self.size += len(sealed)
+        offset, length = self.size, len(packed) + TAG_SIZE
+        self._cipher.encrypt_into(block_nonce(offset), packed, None, self.memory.reserve(length))
+        self._rows.append((offset, length, len(plain), len(ids)))
         self._ids.extend(ids)
         self._lengths.extend(lengths)
 
-    def finish(self) -> tuple[bytes, PackRecord]:
-        """Close the pack: its bytes, and its record with the final size."""
+    def finish(self) -> tuple[memoryview, PackRecord]:
+        """Close the pack: its bytes, which lie in its memory, and its record with their size."""
         self.close_block()
+        memory = self.memory
         table = b"".join(
-            TABLE_ROW.pack(row[0], row[1], checksum(stored))
-            for row, stored in zip(self._rows, self._stored[1:], strict=True)
+            TABLE_ROW.pack(at, length, checksum(memory.part(at, at + length)))
+            for at, length, _, _ in self._rows
         )
         record = PackRecord(
             self.pack,
@@ -283,19 +293,19 @@ class PackBuilder:
             self._created_ns,
         )
         listing = seal(self._crypt, pack_name(self.pack), _encode(record), index=True)
-        table_at = self.size + len(listing)
+        list_at = memory.size
+        head = memory.part(0, HEAD_SIZE + len(self._key))
         foot = FOOT.pack(
-            table_at,
+            list_at + len(listing),
             len(self._rows),
-            self.size,
+            list_at,
             len(listing),
-            checksum(b"".join((self._stored[0], listing, table))),
+            checksum(b"".join((head, listing, table))),
             END_MAGIC,
         )
-        data = b"".join((*self._stored, listing, table, foot))
-        # Whoever sends the pack may wait: not with two copies of it.
-        self._stored = []
-        return data, msgspec.structs.replace(record, size=len(data))
+        for data in (listing, table, foot):
+            memory.append(data)
+        return memory.part(0, memory.size), msgspec.structs.replace(record, size=memory.size)
 
 
 def block_nonce(offset: int) -> bytes:

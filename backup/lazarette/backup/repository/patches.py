@@ -66,12 +66,13 @@ def encode(
         The payload, and the ids it needs.
     """
     numbers: dict[bytes, int] = {}
-    rows = []
+    rows: list[int] = []
     for source, page in places:
-        number = HERE if source is None else numbers.setdefault(source, len(numbers))
-        rows.append(_REFERENCE.pack(number, page))
+        rows.append(HERE if source is None else numbers.setdefault(source, len(numbers)))
+        rows.append(page)
     head = _HEAD.pack(page_size, page_size * len(places), len(numbers), len(places))
-    return b"".join((head, *numbers, *rows, *new_pages)), tuple(numbers)
+    references = struct.pack(f"<{len(rows)}H", *rows)
+    return b"".join((head, *numbers, references, *new_pages)), tuple(numbers)
 
 
 def decode(payload: Buffer) -> Patch:

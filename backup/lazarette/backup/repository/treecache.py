@@ -88,7 +88,7 @@ class TreeCache:
             return self._store.get(pack_name(pack), offset, length)
         return memoryview(data)[offset : offset + length]
 
-    def add(self, pack: bytes, data: bytes) -> None:
+    def add(self, pack: bytes, data: Buffer) -> None:
         """Keep a pack that was just written."""
         if self._objects is not None:
             self._objects.write(pack_name(pack), data)

@@ -20,6 +20,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from lazarette.backup.stores import direct
 from lazarette.backup.stores.contract import (
     AlreadyThere,
     BlobInfo,
@@ -176,9 +177,7 @@ class LocalStore:
                 os.mkdir(_TEMPORARY, 0o700, dir_fd=self._root)
             file = os.open(temporary, flags, 0o600, dir_fd=self._root)
         try:
-            rest = memoryview(data).cast("B")
-            while rest:
-                rest = rest[os.write(file, rest) :]
+            direct.write(file, data)
             written = os.fstat(file)
             changed = written.st_mtime_ns - written.st_mtime_ns % _JITTER
             changed += int.from_bytes(os.urandom(8)) % _JITTER
