@@ -394,6 +394,23 @@ typedef uint32_t quad __attribute__((vector_size(16)));
         MIX(s2, s7, s8, sd, m[mc], m[md]); MIX(s3, s4, s9, se, m[me], m[mf]);             \
     } while (0)
 
+#define ROUNDS                                                                            \
+    do {                                                                                  \
+        ROUND(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);                      \
+        ROUND(2, 6, 3, 10, 7, 0, 4, 13, 1, 11, 12, 5, 9, 14, 15, 8);                      \
+        ROUND(3, 4, 10, 12, 13, 2, 7, 14, 6, 5, 9, 0, 11, 15, 8, 1);                      \
+        ROUND(10, 7, 12, 9, 14, 3, 13, 15, 4, 0, 11, 2, 5, 8, 1, 6);                      \
+        ROUND(12, 13, 9, 11, 15, 10, 14, 8, 7, 2, 5, 3, 0, 1, 6, 4);                      \
+        ROUND(9, 14, 11, 5, 8, 12, 15, 1, 13, 3, 0, 10, 2, 6, 4, 7);                      \
+        ROUND(11, 15, 5, 0, 1, 9, 8, 6, 14, 10, 2, 12, 3, 4, 7, 13);                      \
+    } while (0)
+
+/* A whole chunk of something longer: where it is, its number there, and where its value goes. */
+struct chunk {
+    const uint8_t *data;
+    uint32_t number;
+    uint32_t (*value)[8];
+};
 
 #define LANES 8
 #define LANED(name) name##_8
@@ -409,6 +426,115 @@ typedef uint32_t quad __attribute__((vector_size(16)));
 #define EVERY_CPU __attribute__((target("avx512f")))
 #include "_pages.h"
 #endif
+
+/* One block of 64 bytes by itself. */
+static void compress_one(uint32_t *cv, const uint8_t *block, uint32_t length, uint32_t counter,
+                         uint32_t flags)
+{
+    uint32_t m[16];
+    memcpy(m, block, sizeof m);
+    uint32_t s0 = cv[0], s1 = cv[1], s2 = cv[2], s3 = cv[3], s4 = cv[4], s5 = cv[5], s6 = cv[6],
+             s7 = cv[7], s8 = 0x6A09E667u, s9 = 0xBB67AE85u, sa = 0x3C6EF372u, sb = 0xA54FF53Au,
+             sc = counter, sd = 0, se = length, sf = flags;
+    ROUNDS;
+    cv[0] = s0 ^ s8; cv[1] = s1 ^ s9; cv[2] = s2 ^ sa; cv[3] = s3 ^ sb;
+    cv[4] = s4 ^ sc; cv[5] = s5 ^ sd; cv[6] = s6 ^ se; cv[7] = s7 ^ sf;
+}
+
+/* The value of a last or only chunk, of up to 1024 bytes. */
+static void last_chunk(const uint8_t *data, size_t length, uint32_t number, uint32_t root,
+                       const uint32_t *key, uint32_t *cv)
+{
+    uint32_t flags = KEYED | CHUNK_START;
+    memcpy(cv, key, 32);
+    for (; length > 64; data += 64, length -= 64, flags = KEYED)
+        compress_one(cv, data, 64, number, flags);
+    uint8_t block[64] = {0};
+    if (length > 0)
+        memcpy(block, data, length);
+    compress_one(cv, block, (uint32_t)length, number, flags | CHUNK_END | root);
+}
+
+/* Hashes, 16 bytes each, of data of any length; `chunks` and `cvs` have room for all of it. */
+static void hash_each(const Py_buffer *data, Py_ssize_t count, const uint8_t *key,
+                      struct chunk *chunks, uint32_t (*cvs)[8], uint8_t *to)
+{
+    uint32_t words[8], (*value)[8] = cvs;
+    size_t whole = 0;
+    memcpy(words, key, 32);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        const uint8_t *at = data[i].buf;
+        size_t left = (size_t)data[i].len;
+        uint32_t number = 0;
+        for (; left > 1024; at += 1024, left -= 1024)
+            chunks[whole++] = (struct chunk){at, number++, value++};
+        last_chunk(at, left, number, number == 0 ? ROOT : 0, words, *value++);
+    }
+    void (*hash_chunks)(const struct chunk *, size_t, const uint32_t *) = hash_chunks_8;
+    void (*hash_parents)(uint32_t (*)[8], size_t, const uint32_t *) = hash_parents_8;
+#ifdef WIDE
+    if (WIDE) {
+        hash_chunks = hash_chunks_16;
+        hash_parents = hash_parents_16;
+    }
+#endif
+    hash_chunks(chunks, whole, words);
+    value = cvs;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        size_t had = data[i].len > 0 ? ((size_t)data[i].len + 1023) / 1024 : 1, left = had;
+        for (; left > 2; left = (left + 1) / 2) {
+            hash_parents(value, left / 2, words);
+            if (left % 2 == 1)
+                memcpy(value[left / 2], value[left - 1], 32);
+        }
+        uint32_t root[8];
+        memcpy(root, left == 2 ? words : value[0], 32);
+        if (left == 2)
+            compress_one(root, (const uint8_t *)value, 64, 0, KEYED | PARENT | ROOT);
+        memcpy(to + 16 * i, root, 16);
+        value += had;
+    }
+}
+
+static PyObject *hashes(PyObject *self, PyObject *args)
+{
+    PyObject *list, *out = NULL;
+    Py_buffer key;
+    if (!PyArg_ParseTuple(args, "O!y*", &PyList_Type, &list, &key))
+        return NULL;
+    Py_ssize_t count = PyList_GET_SIZE(list), parsed = 0;
+    Py_buffer *data = calloc((size_t)count + 1, sizeof *data);
+    struct chunk *chunks = NULL;
+    uint32_t (*cvs)[8] = NULL;
+    size_t pieces = 0;
+    for (; data != NULL && parsed < count; parsed++) {
+        if (PyObject_GetBuffer(PyList_GET_ITEM(list, parsed), &data[parsed], PyBUF_SIMPLE) < 0)
+            goto done;
+        pieces += (size_t)data[parsed].len / 1024 + 1;
+    }
+    chunks = malloc((pieces + 1) * sizeof *chunks);
+    cvs = malloc((pieces + 1) * sizeof *cvs);
+    if (data == NULL || chunks == NULL || cvs == NULL)
+        PyErr_NoMemory();
+    else if (key.len != 32)
+        PyErr_SetString(PyExc_ValueError, "a key of 32 bytes is needed");
+    else
+        out = PyBytes_FromStringAndSize(NULL, count * 16);
+    if (out != NULL) {
+        uint8_t *to = (uint8_t *)PyBytes_AS_STRING(out);
+        Py_BEGIN_ALLOW_THREADS
+        hash_each(data, count, key.buf, chunks, cvs, to);
+        Py_END_ALLOW_THREADS
+    }
+done:
+    while (parsed > 0)
+        PyBuffer_Release(&data[--parsed]);
+    free(data);
+    free(chunks);
+    free(cvs);
+    PyBuffer_Release(&key);
+    return out;
+}
 
 /* Hashes of `pages` pages, 16 bytes each. */
 static void hash_all(const uint8_t *data, size_t pages, const uint8_t *key, uint8_t *to)
@@ -545,6 +671,7 @@ static PyMethodDef methods[] = {
     {"keep_memory", keep_memory, METH_NOARGS, "Let free memory stay with the process."},
     {"cuts", cuts, METH_VARARGS, "Lengths of content-defined chunks."},
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    {"hashes", hashes, METH_VARARGS, "Keyed BLAKE3 of several pieces of data."},
     {"page_hashes", page_hashes, METH_VARARGS, "Keyed BLAKE3 of pages of 8 KiB."},
     {"read_pages", read_pages, METH_VARARGS, "Read pages of a file and hash them."},
 #endif

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 Inode = tuple[bytes | None, int, int, int, int, int, int, int, int, int, int, int, int, int]
 
 def scan(directory: int, /) -> list[Inode]: ...
@@ -19,6 +21,7 @@ def cuts(
     final: bool,
     /,
 ) -> list[int]: ...
+def hashes(data: Sequence[bytes | bytearray | memoryview], key: bytes, /) -> bytes: ...
 def page_hashes(pages: bytes | bytearray | memoryview, key: bytes, /) -> bytes: ...
 def read_pages(
     file: int,

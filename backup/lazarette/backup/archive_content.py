@@ -69,7 +69,7 @@ class Batch(msgspec.Struct):
         if not read:
             return
         crypt = worker.crypt
-        ids = [crypt.chunk_id(data) for _, data in read]
+        ids = crypt.chunk_ids([data for _, data in read])
         claimed = worker.ingest.claim_many(b"".join(ids), ids)
         for (entry, data), chunk, new in zip(read, ids, claimed, strict=True):
             entry.content = PART.pack(chunk, len(data))
@@ -306,11 +306,8 @@ class Worker:
 
     def store(self, data: memoryview, lengths: list[int]) -> bytes:
         """Store consecutive chunks of ``data``; returns their ``PART`` rows."""
-        ids = []
-        at = 0
-        for length in lengths:
-            ids.append(self.crypt.chunk_id(data[at : at + length]))
-            at += length
+        starts = itertools.accumulate(lengths, initial=0)
+        ids = self.crypt.chunk_ids([data[a:b] for a, b in itertools.pairwise(starts)])
         wanted = self.ingest.claim_many(b"".join(ids), ids)
         if all(wanted):
             self.lane.add_span(ids, lengths, data)
@@ -389,7 +386,7 @@ class Worker:
         crypt = self.crypt
         starts = list(itertools.accumulate(lengths, initial=0))
         if not paged:
-            return [crypt.chunk_id(data[a:b]) for a, b in itertools.pairwise(starts)], []
+            return crypt.chunk_ids([data[a:b] for a, b in itertools.pairwise(starts)]), []
         if any(start % PAGE for start in starts[:-1]):
             hashes = [crypt.page_hashes(data[a:b]) for a, b in itertools.pairwise(starts)]
         else:

@@ -68,9 +68,10 @@ class SmallFiles(msgspec.Struct):
         """Make, fill and dress them."""
         rows = []
         plain = []
+        read = iter(writer.chunks([part for _, parts in self.files for part in parts]))
         for target, parts in self.files:
             try:
-                data = _joined([writer.chunk(part) for part in parts])
+                data = _joined([_sound(one) for one in itertools.islice(read, len(parts))])
             except RepositoryDamaged as bad:
                 target.damage.append(str(bad))
                 if not writer.keep_damaged:
@@ -117,8 +118,19 @@ class SmallFiles(msgspec.Struct):
             os.close(descriptor)
 
 
+def _sound(piece: Buffer | RepositoryDamaged) -> Buffer:
+    if isinstance(piece, RepositoryDamaged):
+        raise piece
+    return piece
+
+
 def _joined(pieces: list[Buffer]) -> Buffer:
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _other_length(part: Part) -> RepositoryDamaged:
+    name = "" if part.chunk is None else part.chunk.hex()
+    return RepositoryDamaged(f"chunk {name} has another length than recorded")
 
 
 def _row(
@@ -272,8 +284,19 @@ class Writer:
             return bytes(part.length)
         data = self._reader.get(part.chunk)
         if len(data) != part.length:
-            raise RepositoryDamaged(f"chunk {part.chunk.hex()} has another length than recorded")
+            raise _other_length(part)
         return data
+
+    def chunks(self, parts: Sequence[Part]) -> list[Buffer | RepositoryDamaged]:
+        """:meth:`chunk` of several parts: their bytes, or what is wrong with them."""
+        read = iter(self._reader.get_all([part.chunk for part in parts if part.chunk is not None]))
+        found: list[Buffer | RepositoryDamaged] = []
+        for part in parts:
+            data = bytes(part.length) if part.chunk is None else next(read)
+            if not isinstance(data, RepositoryDamaged) and len(data) != part.length:
+                data = _other_length(part)
+            found.append(data)
+        return found
 
     def row(self, parts: Sequence[Part], first: int) -> tuple[int, Buffer]:
         """Bytes of several parts that lie together in the file and in one block.

@@ -135,6 +135,23 @@ def test_hashes_of_pages(plain: bool, pages: int) -> None:
 
 
 @pytest.mark.parametrize("plain", BOTH)
+def test_hashes_of_several_pieces(plain: bool) -> None:
+    hashes = native.hashes_plain if plain else native.hashes
+    key = bytes(range(32))
+    chance = random.Random(4)
+    sizes = [0, 1, 63, 64, 65, 1023, 1024, 1025, 2048, 2049, 3072, 8192, 8193, 31 * 1024 + 1]
+    every = [chance.randbytes(size) for size in (*sizes, *chance.choices(range(1 << 18), k=40))]
+    wanted = [blake3(one, key=key).digest(16) for one in every]
+    pieces = [memoryview(bytearray(b"x" + one))[1:] for one in every]
+    assert hashes([*every, *pieces], key) == b"".join(wanted * 2)
+    for one, name in zip(every, wanted, strict=True):
+        assert hashes([one], key) == name
+    assert hashes([], key) == b""
+    with pytest.raises(ValueError, match="32"):
+        hashes([b"a"], b"short")
+
+
+@pytest.mark.parametrize("plain", BOTH)
 def test_reading_pages_of_a_file(tmp_path: Path, plain: bool) -> None:
     read = native.read_pages_plain if plain else native.read_pages
     page, key = 8192, bytes(range(32))

@@ -7,6 +7,7 @@ whole, verified by their checksums, decrypted, and every chunk compared with its
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 
@@ -40,7 +41,7 @@ from lazarette.backup.repository.packs import (
 )
 from lazarette.backup.repository.references import References
 from lazarette.backup.repository.snapshots import SnapshotRecord
-from lazarette.backup.stores.contract import BlobNotFound, BlobStore
+from lazarette.backup.stores.contract import BlobNotFound, BlobStore, Buffer
 from lazarette.storage.errors import Cancelled, DamagedData
 
 _SHOWN_FILES = 1000
@@ -263,22 +264,27 @@ def _wrong_chunks(
     crypt: Crypt, reader: ChunkReader, block: memoryview, ids: bytes, lengths: list[int]
 ) -> list[bytes]:
     chunks = [ids[at : at + ID_SIZE] for at in range(0, len(ids), ID_SIZE)]
+    sizes = [length & LENGTH_MASK for length in lengths]
     if all(length & PAGED_BIT and not length & (PATCH_BIT | PAGE - 1) for length in lengths):
-        found = crypt.paged_ids(block, [length & LENGTH_MASK for length in lengths])
+        found = crypt.paged_ids(block, sizes)
         return [chunk for chunk, one in zip(chunks, found, strict=True) if one != chunk]
-    wrong = []
-    at = 0
-    for chunk, length in zip(chunks, lengths, strict=True):
-        size = length & LENGTH_MASK
-        payload = block[at : at + size]
-        at += size
-        try:
-            data = reader.assemble(payload) if length & PATCH_BIT else payload
-            if crypt.id_of(data, bool(length & PAGED_BIT)) != chunk:
-                wrong.append(chunk)
-        except DamagedData:
-            wrong.append(chunk)
-    return wrong
+    starts = itertools.accumulate(sizes, initial=0)
+    payloads: list[Buffer] = [block[a:b] for a, b in itertools.pairwise(starts)]
+    plain = [n for n, length in enumerate(lengths) if not length & (PATCH_BIT | PAGED_BIT)]
+    found = crypt.chunk_ids([payloads[number] for number in plain])
+    names: dict[int, bytes | None] = dict(zip(plain, found, strict=True))
+    for number in set(range(len(chunks))) - names.keys():
+        names[number] = _name_of(crypt, reader, payloads[number], lengths[number])
+    return [chunk for number, chunk in enumerate(chunks) if names[number] != chunk]
+
+
+def _name_of(crypt: Crypt, reader: ChunkReader, payload: Buffer, length: int) -> bytes | None:
+    """Id of what a patch or a paged chunk is, None when it cannot be put together."""
+    try:
+        data = reader.assemble(payload) if length & PATCH_BIT else payload
+    except DamagedData:
+        return None
+    return crypt.id_of(data, bool(length & PAGED_BIT))
 
 
 def _check_snapshots(

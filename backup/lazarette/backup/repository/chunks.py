@@ -85,6 +85,33 @@ class ChunkReader:
             raise _wrong(chunk, location)
         return data
 
+    def get_all(self, chunks: Sequence[bytes]) -> list[Buffer | RepositoryDamaged]:
+        """The bytes of several chunks, or what is wrong with each; see :meth:`get`.
+
+        Raises:
+            StoreUnavailable: the store does not answer.
+        """
+        found: list[Buffer | RepositoryDamaged] = []
+        plain: list[Buffer] = []
+        places: list[tuple[int, Location]] = []
+        for number, chunk in enumerate(chunks):
+            try:
+                location = self.locate(chunk)
+                if location.patch or location.paged:
+                    found.append(self.get(chunk))
+                    continue
+                payload = self._payload(location)
+            except RepositoryDamaged as bad:
+                found.append(bad)
+                continue
+            found.append(payload)
+            plain.append(payload)
+            places.append((number, location))
+        for (number, location), name in zip(places, self._crypt.chunk_ids(plain), strict=True):
+            if name != chunks[number]:
+                found[number] = _wrong(chunks[number], location)
+        return found
+
     def get_row(self, chunks: Sequence[bytes]) -> tuple[int, Buffer]:
         """As many of several chunks as lie in a row in one block, checked against their ids.
 

@@ -97,6 +97,11 @@ class Crypt:
         """Id of a chunk: keyed BLAKE3 of its bytes, 16 bytes."""
         return blake3(data, key=self.chunk_id_key).digest(ID_SIZE)
 
+    def chunk_ids(self, chunks: list[Buffer]) -> list[bytes]:
+        """Ids of several chunks."""
+        joined = native.hashes(chunks, self.chunk_id_key)
+        return [joined[at : at + ID_SIZE] for at in range(0, len(joined), ID_SIZE)]
+
     def page_hashes(self, data: Buffer) -> bytes:
         """Hashes of the pages of some data, 16 bytes each, joined; the last page may be short."""
         view = memoryview(data)
