@@ -18,7 +18,7 @@ import msgspec
 
 from lazarette.backup import native, scan
 from lazarette.backup.chunker import MAX_SIZE, Chunker
-from lazarette.backup.pagemaps import Delta, PageMap, PageMaps, delta
+from lazarette.backup.pagemaps import Delta, PageMap, PageMaps, changed_pages, delta
 from lazarette.backup.repository.entries import PART, Entry
 from lazarette.backup.repository.format import ID_SIZE, PAGE, Crypt
 from lazarette.backup.repository.ingest import Ingest, Lane
@@ -402,13 +402,11 @@ class Worker:
     ) -> Delta | None:
         if base is None or chunk in self.lost:
             return None
-        return delta(
-            lambda page: block[page * PAGE : (page + 1) * PAGE],
-            hashes,
-            base,
-            self.ingest.holds_plain,
-            self.crypt.chunk_id,
-        )
+        changed = changed_pages(hashes, base, self.ingest.holds_plain)
+        if changed is None:
+            return None
+        new = b"".join([block[page * PAGE : (page + 1) * PAGE] for page in changed])
+        return delta(hashes, base, changed, self.crypt.chunk_id(new), new)
 
     def add_delta(self, chunk: bytes, found: Delta, paged: bool) -> None:
         """Store a block as a patch, and the chunk of its new pages."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import msgspec
 
 from lazarette.backup.archive_content import Worker, fill_buffer
-from lazarette.backup.pagemaps import PageMap, delta
+from lazarette.backup.pagemaps import PageMap, changed_pages, delta
 from lazarette.backup.repository.entries import PART
 from lazarette.backup.repository.format import ID_SIZE, PAGE
 from lazarette.storage.changes import ByteRange
@@ -46,16 +46,34 @@ def touched_pages(offset: int, length: int, ranges: tuple[ByteRange, ...], numbe
     return found
 
 
-class _Read(msgspec.Struct, frozen=True):
-    """Pages of a block that were read.
+class _State(msgspec.Struct, frozen=True):
+    """What a block is made of now.
 
     Attributes:
-        numbers: by page of the block, its number among all pages read.
-        hashes: of the pages, joined.
+        hashes: of all its pages.
+        base: what was there.
     """
 
-    numbers: dict[int, int]
     hashes: bytes
+    base: PageMap
+
+    @classmethod
+    def of(cls, block: Touched, base: PageMap, fresh: bytes) -> _State:
+        """From the hashes of the pages that were touched."""
+        joined = bytearray(base.hashes)
+        for number, page in enumerate(block.pages):
+            at = number * ID_SIZE
+            joined[page * ID_SIZE : (page + 1) * ID_SIZE] = fresh[at : at + ID_SIZE]
+        return cls(bytes(joined), base)
+
+
+class _Patch(msgspec.Struct, frozen=True):
+    """A block to be stored as a patch: its id, its state, its new pages and their bytes."""
+
+    chunk: bytes
+    state: _State
+    changed: list[int]
+    new: bytes
 
 
 class _Short(Exception):
@@ -132,54 +150,58 @@ class Pages(msgspec.Struct):
             raise _Short
         worker.bytes_read += len(hashes) // ID_SIZE * PAGE
         rows = {}
+        patches = []
         first = 0
         for block in known:
             last = first + len(block.pages)
-            fresh = _Read(
-                dict(zip(block.pages, range(first, last), strict=True)),
-                hashes[first * ID_SIZE : last * ID_SIZE],
-            )
-            row = self._patch(worker, block, maps[block.base], fresh)
-            if row is not None:
-                rows[block] = row
+            state = _State.of(block, maps[block.base], hashes[first * ID_SIZE : last * ID_SIZE])
+            chunk = worker.crypt.paged_id(state.hashes)
+            if not worker.ingest.has(chunk):
+                patch = self._patch(worker, block, chunk, state, first)
+                if patch is None:
+                    first = last
+                    continue
+                patches.append(patch)
+            rows[block] = PART.pack(chunk, block.length)
             first = last
+        self._store(worker, patches)
         return rows
 
-    def _patch(self, worker: Worker, block: Touched, known: PageMap, fresh: _Read) -> bytes | None:
-        """Store a block of which some pages were read; None when it has to be read whole."""
-        joined = bytearray(known.hashes)
-        for number, page in enumerate(block.pages):
-            at = number * ID_SIZE
-            joined[page * ID_SIZE : (page + 1) * ID_SIZE] = fresh.hashes[at : at + ID_SIZE]
-        hashes = bytes(joined)
-        chunk = worker.crypt.paged_id(hashes)
-        ingest = worker.ingest
-        if not ingest.has(chunk):
-            if worker.maps is None or chunk in worker.lost:
-                return None
-            try:
-                found = delta(
-                    lambda page: self._page(worker, block, page, hashes, fresh),
-                    hashes,
-                    known,
-                    ingest.holds_plain,
-                    worker.crypt.chunk_id,
-                )
-            except _Stale:
-                return None
-            if found is None:
-                return None
-            if ingest.claim(chunk):
-                worker.add_delta(chunk, found, True)
-        return PART.pack(chunk, block.length)
+    def _patch(
+        self, worker: Worker, block: Touched, chunk: bytes, state: _State, first: int
+    ) -> _Patch | None:
+        """What to store of a block, of whose pages those touched lie from ``first`` on.
 
-    def _page(
-        self, worker: Worker, block: Touched, page: int, hashes: bytes, fresh: _Read
-    ) -> memoryview:
-        """A page to store: one that was read for its hash, or one that only a patch holds."""
-        number = fresh.numbers.get(page)
-        if number is not None:
-            return worker.view[number * PAGE : (number + 1) * PAGE]
+        None when it has to be read whole.
+        """
+        if worker.maps is None or chunk in worker.lost:
+            return None
+        changed = changed_pages(state.hashes, state.base, worker.ingest.holds_plain)
+        if changed is None:
+            return None
+        numbers = dict(zip(block.pages, range(first, first + len(block.pages)), strict=True))
+        try:
+            new = [
+                worker.view[numbers[page] * PAGE : (numbers[page] + 1) * PAGE]
+                if page in numbers
+                else self._page(worker, block, page, state.hashes)
+                for page in changed
+            ]
+        except _Stale:
+            return None
+        return _Patch(chunk, state, changed, b"".join(new))
+
+    @staticmethod
+    def _store(worker: Worker, patches: list[_Patch]) -> None:
+        holders = worker.crypt.chunk_ids([patch.new for patch in patches])
+        for patch, holder in zip(patches, holders, strict=True):
+            if worker.ingest.claim(patch.chunk):
+                state = patch.state
+                found = delta(state.hashes, state.base, patch.changed, holder, patch.new)
+                worker.add_delta(patch.chunk, found, True)
+
+    def _page(self, worker: Worker, block: Touched, page: int, hashes: bytes) -> memoryview:
+        """A page that was not touched but that only a patch holds."""
         view = memoryview(bytearray(PAGE))
         self._fill(worker, view, block.offset + page * PAGE)
         if worker.crypt.page_hashes(view) != hashes[page * ID_SIZE : (page + 1) * ID_SIZE]:

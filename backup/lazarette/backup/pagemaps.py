@@ -151,38 +151,39 @@ class Delta(msgspec.Struct, frozen=True):
     new: bytes
 
 
-def delta(
-    page_of: Callable[[int], memoryview],
-    hashes: bytes,
-    base: PageMap,
-    whole: Callable[[bytes], bool],
-    name_of: Callable[[bytes], bytes],
-) -> Delta | None:
-    """A block as a patch against an earlier one; None when too much of it is new.
-
-    The new pages become a chunk of their own.  Held in the patch they could not be named by
-    the next one: another host may store the same block as another patch at the same time.
+def changed_pages(hashes: bytes, base: PageMap, whole: Callable[[bytes], bool]) -> list[int] | None:
+    """Which pages of a block a patch against an earlier one has to bring; None for too many.
 
     Args:
-        page_of: gives a page of the block, by its number.
-        hashes: of all its pages.
+        hashes: of all the block's pages.
         base: the earlier block's map.
         whole: whether a chunk is stored whole; pages are taken from such chunks only.
-        name_of: gives the id of a chunk.
     """
-    places = list(base.places)
+    places, known = base.places, base.hashes
     usable = set(filter(whole, {source for source, _ in places}))
-    known = base.hashes
     changed = [
         number
         for number, at in enumerate(range(0, len(hashes), _HASH))
         if hashes[at : at + _HASH] != known[at : at + _HASH] or places[number][0] not in usable
     ]
-    if len(changed) > len(places) * MOST_NEW:
-        return None
-    data = b"".join([page_of(number) for number in changed])
-    holder = name_of(data)
+    return None if len(changed) > len(places) * MOST_NEW else changed
+
+
+def delta(hashes: bytes, base: PageMap, changed: Sequence[int], holder: bytes, new: bytes) -> Delta:
+    """A block as a patch against an earlier one.
+
+    The new pages become a chunk of their own.  Held in the patch they could not be named by
+    the next one: another host may store the same block as another patch at the same time.
+
+    Args:
+        hashes: of all its pages.
+        base: the earlier block's map.
+        changed: from :func:`changed_pages`.
+        holder: id of the chunk ``new``.
+        new: the changed pages, joined.
+    """
+    places = list(base.places)
     for position, number in enumerate(changed):
         places[number] = holder, position
     payload, needs = patches.encode(PAGE, places, ())
-    return Delta(payload, needs, PageMap(hashes, tuple(places)), holder, data)
+    return Delta(payload, needs, PageMap(hashes, tuple(places)), holder, new)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 import random
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,15 +11,21 @@ from tests.support.repositories import backup, bring_back, local, reopen
 from tests.support.trees import describe
 
 from lazarette.backup.archive import Outcome
-from lazarette.backup.pagemaps import PageMap, PageMaps, delta
+from lazarette.backup.pagemaps import Delta, PageMap, PageMaps, changed_pages, delta
 from lazarette.backup.repository import patches, prune
 from lazarette.backup.repository.format import PAGE, RepositoryDamaged
 
 BLOCK = 64 << 10
 
 
-def _page(block: memoryview, number: int) -> memoryview:
-    return block[number * PAGE : (number + 1) * PAGE]
+def _delta(
+    block: bytes, hashes: bytes, base: PageMap, whole: Callable[[bytes], bool]
+) -> Delta | None:
+    changed = changed_pages(hashes, base, whole)
+    if changed is None:
+        return None
+    new = b"".join([block[page * PAGE : (page + 1) * PAGE] for page in changed])
+    return delta(hashes, base, changed, blake3(new).digest(16), new)
 
 
 def _touch(path: Path, chance: random.Random, pages: int) -> None:
@@ -89,24 +95,19 @@ def test_delta_of_a_delta_refers_to_where_the_pages_are(tmp_path: Path) -> None:
     chance = random.Random(3)
     whole = b"0" * 16
     stored = {whole: chance.randbytes(BLOCK)}
-
-    def name_of(data: bytes) -> bytes:
-        return blake3(data).digest(16)
-
     block = bytearray(stored[whole])
     known = PageMap.plain(whole, maps.hashes(memoryview(block)))
     for generation, page in enumerate((3, 5, 3, 0, 7, 1), 1):
         block[page * PAGE : page * PAGE + 10] = chance.randbytes(10)
-        view = memoryview(bytes(block))
-        arguments = (partial(_page, view), maps.hashes(view), known)
-        found = delta(*arguments, stored.__contains__, name_of)
+        hashes = maps.hashes(memoryview(bytes(block)))
+        found = _delta(bytes(block), hashes, known, stored.__contains__)
         assert found is not None and len(found.new) == PAGE and len(found.payload) < 300
         assert patches.decode(found.payload).new_pages == b""
         stored[found.holder] = found.new
         name = b"%d" % generation * 16
         assert PageMap.unpack(name, found.pages.pack(name), 8) == found.pages
         assert patches.assemble(patches.decode(found.payload), stored.__getitem__) == bytes(block)
-        again = delta(*arguments, lambda chunk: chunk == whole, name_of)
+        again = _delta(bytes(block), hashes, known, lambda chunk: chunk == whole)
         if again is not None:
             assert set(again.needs) == {whole, again.holder}, "what is not whole is stored again"
         known = found.pages
