@@ -219,6 +219,7 @@ class _Backup:
             raise
         finally:
             os.close(self._root)
+            work.close()
         self._warn_shrunk()
         record = self._record(entry, ingested)
         self._commit(record)

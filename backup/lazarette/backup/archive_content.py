@@ -16,7 +16,7 @@ from typing import Protocol
 
 import msgspec
 
-from lazarette.backup import native, scan
+from lazarette.backup import memory, native, scan
 from lazarette.backup.chunker import MAX_SIZE, Chunker
 from lazarette.backup.pagemaps import Delta, PageMap, PageMaps, changed_pages, delta
 from lazarette.backup.repository.entries import PART, Entry
@@ -301,8 +301,8 @@ class Worker:
 
     @cached_property
     def view(self) -> memoryview:
-        """What large files are read into; made on use, since making it writes zeros all over it."""
-        return memoryview(bytearray(max(_BUFFER, 2 * MAX_SIZE)))
+        """What large files are read into."""
+        return memory.buffer(max(_BUFFER, 2 * MAX_SIZE))
 
     def store(self, data: memoryview, lengths: list[int]) -> bytes:
         """Store consecutive chunks of ``data``; returns their ``PART`` rows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 
 import msgspec
@@ -104,7 +105,8 @@ class Run:
         self._cancelled = cancelled
         self.ingest = ingest
         self._trees = self.ingest.lane(TREE)
-        self._maps = None
+        self._maps: PageMaps | None = None
+        self._remembering: threading.Thread | None = None
         if repo.cache_dir is not None:
             self._maps = PageMaps(repo.cache_dir / "pages.sqlite", repo.crypt.chunk_id_key)
         self._workers = Workers(self.ingest, repo.crypt, threads, self._finished, self._maps, lost)
@@ -372,15 +374,19 @@ class Run:
         self._progress(Progress(self.files, self.bytes_total, self.bytes_read, self._path))
 
     def stop(self) -> None:
-        """End the worker threads and close what is open."""
+        """End the worker threads, close what is open, and begin to write what is remembered."""
         self._workers.stop()
         for job in self._jobs.values():
             job.close()
         self._jobs = {}
-        if self._maps is not None:
-            self._maps.flush()
-            self._maps.close()
-            self._maps = None
+        if self._maps is not None and self._remembering is None:
+            self._remembering = threading.Thread(target=self._maps.finish, name="remember")
+            self._remembering.start()
+
+    def close(self) -> None:
+        """Wait until what is remembered is written; called last, after :meth:`stop`."""
+        if self._remembering is not None:
+            self._remembering.join()
 
 
 def default_threads() -> int:

@@ -127,6 +127,11 @@ class PageMaps:
                 self._file = PageMapFile(self._path)
             return self._file
 
+    def finish(self) -> None:
+        """Write what was noted and close the file."""
+        self.flush()
+        self.close()
+
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:

@@ -6,9 +6,9 @@ costs nothing; memory that the kernel gives anew costs as much as compressing wh
 
 from __future__ import annotations
 
-import mmap
 import threading
 
+from lazarette.backup.memory import buffer
 from lazarette.backup.stores.contract import Buffer
 
 _GROWTH = 4 << 20
@@ -27,14 +27,14 @@ class PackMemory:
     """
 
     def __init__(self, room: int) -> None:
-        self._view = memoryview(mmap.mmap(-1, room))
+        self._view = buffer(room)
         self.size = 0
 
     def reserve(self, length: int) -> memoryview:
         """The next ``length`` bytes, for the caller to fill."""
         start, end = self.size, self.size + length
         if end > len(self._view):
-            larger = memoryview(mmap.mmap(-1, end + _GROWTH))
+            larger = buffer(end + _GROWTH)
             larger[:start] = self._view[:start]
             self._view = larger
         self.size = end

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import mmap
 import os
 import threading
 
+from lazarette.backup.memory import buffer
 from lazarette.backup.stores.contract import Buffer
 
 LEAST = 1 << 20
@@ -87,5 +87,5 @@ def _stage() -> memoryview:
     try:
         found: memoryview = _staged.buffer
     except AttributeError:
-        found = _staged.buffer = memoryview(mmap.mmap(-1, _STAGE))
+        found = _staged.buffer = buffer(_STAGE)
     return found
