@@ -97,4 +97,7 @@ class FolderSource:
 def folder_source(folder: str, switches: str) -> FolderSource:
     source = FolderSource(folder, switches)
     source.gate()
+    if (Path(switches) / "counted").exists():
+        with open(Path(switches) / "opened", "ab") as log:
+            log.write(b"1")
     return source

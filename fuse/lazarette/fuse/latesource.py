@@ -1,11 +1,13 @@
-"""A source that is opened when it is first asked, so that what is here needs none.
+"""A source that nobody waits for until something is fetched.
 
 A server that begins again, after a kill or a reboot, may find the store away.  What it must
-know of the source before anyone reads is kept beside the local tree: :class:`Facts`.
+know of the source before anyone reads is kept beside the local tree: :class:`Facts`.  Whoever
+knows it when the tree is made writes it there, and the first server need not wait either.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -17,6 +19,11 @@ import msgspec
 from lazarette.fuse import jsontext
 from lazarette.fuse.source import Source, SourceEntry, Totals
 
+log = logging.getLogger(__name__)
+
+FACTS = "source.json"
+"""Name of the file with a source's facts, beside the local tree."""
+
 
 class Facts(msgspec.Struct, frozen=True):
     """What never changes about a source.
@@ -24,11 +31,13 @@ class Facts(msgspec.Struct, frozen=True):
     Attributes:
         block_size: unit of fetching, bytes.
         files, bytes: how much there is to bring.
+        root: its root folder; None if only the source itself can tell.
     """
 
     block_size: int
     files: int
     bytes: int
+    root: SourceEntry | None = None
 
     @staticmethod
     def load(path: Path) -> Facts | None:
@@ -75,7 +84,8 @@ class LateSource:
 
     def root(self) -> SourceEntry:
         """See :meth:`Source.root`."""
-        return self._source().root()
+        known = None if self._facts is None else self._facts.root
+        return known or self._source().root()
 
     def entries(self, folder: bytes) -> Iterable[SourceEntry]:
         """See :meth:`Source.entries`."""
@@ -84,6 +94,16 @@ class LateSource:
     def read(self, file: bytes, offset: int, length: int) -> bytes:
         """See :meth:`Source.read`."""
         return self._source().read(file, offset, length)
+
+    def warm(self) -> None:
+        """Begin to open the source, so that whoever reads first finds it open."""
+        threading.Thread(target=self._open_early, name="fuse-source", daemon=True).start()
+
+    def _open_early(self) -> None:
+        try:
+            self._source()
+        except OSError as refused:
+            log.info("the source cannot be opened yet: %s", refused)
 
     def _known(self) -> Facts:
         if self._facts is None:

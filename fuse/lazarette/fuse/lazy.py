@@ -38,7 +38,7 @@ from lazarette.fuse.filesystem import Filesystem, Later, NeedsWorker, Reply
 from lazarette.fuse.filler import Filler, Progress
 from lazarette.fuse.firstreads import FirstReads
 from lazarette.fuse.journal import State
-from lazarette.fuse.latesource import LateSource
+from lazarette.fuse.latesource import FACTS, LateSource
 from lazarette.fuse.native import Status
 from lazarette.fuse.nodes import Dir, File, Handle, Listing, Node
 from lazarette.fuse.protocol import SetattrValid
@@ -290,7 +290,7 @@ class LazyFilesystem(UnionFilesystem):
     """See the module's text.
 
     Args:
-        opening: makes the source of the tree; called when something is first fetched.
+        opening: makes the source of the tree; nothing waits for it until something is fetched.
         store: folder for the local tree and its maps; kept between mounts.
         deadline: seconds a call of the source is repeated before EIO.
         reads: file that remembers what is read first; None: nothing does.
@@ -305,12 +305,12 @@ class LazyFilesystem(UnionFilesystem):
     ) -> None:
         tree, work = os.path.join(store, _TREE), os.path.join(store, "work")
         fresh = not os.path.exists(os.path.join(store, "begun"))
-        source = LateSource(opening, Path(store, "source.json"))
+        self._store = store
+        source = self._source = LateSource(opening, Path(store, FACTS))
         for path in (tree, work, os.path.join(store, "maps"), os.path.join(store, "sources")):
             os.makedirs(path, 0o700, exist_ok=True)
         super().__init__(UnionOptions(upper=tree, work=work))
         form = self.tree.form
-        self._store = store
         self._maps = os.open(os.path.join(store, "maps"), layers.DIRECTORY)
         self._links = os.open(os.path.join(store, "sources"), layers.DIRECTORY)
         self.contents = Contents(source, self._maps, form, deadline)
@@ -368,6 +368,11 @@ class LazyFilesystem(UnionFilesystem):
         os.close(self._links)
 
     # -- filling ------------------------------------------------------------------------
+
+    def warm(self) -> None:
+        """Begin to open the source, if anything is still to come from it."""
+        if not self.progress.complete:
+            self._source.warm()
 
     def fill(self, bytes_per_second: float = 0.0) -> None:
         """Bring everything here in the background, at most so fast (0: as fast as can be).

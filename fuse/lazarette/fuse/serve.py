@@ -138,6 +138,9 @@ class Process:
         else:
             self._control = ControlSocket(wanted.control, self._commands())
             device = self._mount()
+            # not after a kill: what killed the server may have been the source
+            if isinstance(self._filesystem, LazyFilesystem):
+                self._filesystem.warm()
         workers = _LAZY_WORKERS if isinstance(wanted, LazySpec) else _WORKERS
         self.server = Server(
             self._filesystem,

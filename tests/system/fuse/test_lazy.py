@@ -19,6 +19,8 @@ from tests.support.waiting import until
 from lazarette.fuse import mount
 from lazarette.fuse.client import LazyMount
 from lazarette.fuse.content import Mark
+from lazarette.fuse.latesource import FACTS, Facts
+from lazarette.fuse.source import SourceEntry
 from lazarette.fuse.spec import LazySpec
 from lazarette.storage import process
 
@@ -410,3 +412,29 @@ def test_kills_during_fill_and_writes_lose_nothing(lazy: Lazy) -> None:
     assert (lazy.root / "f").read_bytes() == model
     lazy.mount.stop()
     assert (lazy.tree / "f").read_bytes() == model
+
+
+def test_what_is_told_of_the_source_needs_none(lazy: Lazy) -> None:
+    """A tree whose facts are known is shown, and tells of its root, while the source is away."""
+    (lazy.source / "file").write_bytes(b"content")
+    root = SourceEntry(b"", b".", 0o40711, uid=7, gid=8, mtime_ns=5, xattrs={b"user.a": b"1"})
+    Facts(65536, 3, 12, root).save(lazy.store / FACTS)
+    lazy.set("broken", True)
+    lazy.mount.start()
+    found = lazy.root.stat()
+    assert (found.st_mode, found.st_uid, found.st_gid, found.st_mtime_ns) == (0o40711, 7, 8, 5)
+    assert os.getxattr(lazy.root, "user.a") == b"1"
+    assert (lazy.mount.progress().files, lazy.mount.progress().bytes) == (3, 12)
+    with pytest.raises(OSError, match="Input/output"):
+        os.listdir(lazy.root)
+    lazy.set("broken", False)
+    assert (lazy.root / "file").read_bytes() == b"content"
+
+
+def test_a_source_is_opened_before_anyone_reads(lazy: Lazy) -> None:
+    (lazy.source / "file").write_bytes(b"content")
+    lazy.set("counted", True)
+    lazy.mount.start()
+    until(lambda: (lazy.switches / "opened").exists(), "the source is not opened")
+    assert (lazy.root / "file").read_bytes() == b"content"
+    assert (lazy.switches / "opened").read_bytes() == b"1"

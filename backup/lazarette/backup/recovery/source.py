@@ -26,6 +26,7 @@ from lazarette.backup.stores.contract import Buffer
 from lazarette.backup.stores.retry import RetryPolicy
 from lazarette.backup.tree import Content
 from lazarette.fuse import jsontext
+from lazarette.fuse.latesource import Facts
 from lazarette.fuse.source import SourceEntry, Totals
 from lazarette.storage.clock import SystemClock
 from lazarette.storage.errors import LazaretteError
@@ -67,6 +68,12 @@ def open_source(access: str, snapshot: str, cache: str, blocks: str = "0") -> Re
         return RepositorySource(repository, repository.snapshot(snapshot))
     except LazaretteError as error:
         raise OSError(errno.EIO, error.message) from error
+
+
+def facts_of(snapshot: SnapshotRecord) -> Facts:
+    """What a FUSE server need not ask the repository for."""
+    stats = snapshot.stats
+    return Facts(BLOCK, stats.files, stats.bytes_total, _described(snapshot.root, _ROOT))
 
 
 class RepositorySource:

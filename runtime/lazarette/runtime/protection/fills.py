@@ -30,10 +30,12 @@ from pathlib import Path
 
 import msgspec
 
+from lazarette.backup.recovery.source import facts_of
 from lazarette.backup.repository.snapshots import SnapshotRecord
 from lazarette.fuse import jsontext
 from lazarette.fuse.client import Mount
 from lazarette.fuse.filler import Progress as FillProgress
+from lazarette.fuse.latesource import FACTS, Facts
 from lazarette.fuse.mount import is_mounted
 from lazarette.fuse.spec import LazySpec
 from lazarette.runtime.protection import watching
@@ -214,7 +216,7 @@ class FillService:
                     (volume, repository, record.id, rate, int(lazy), record.volume),
                 )
             try:
-                self._serve(fill)
+                self._serve(fill, facts_of(record))
             except OSError as bad:
                 self._abandon(fill)
                 raise InternalError(f"volume {volume} cannot be shown: {bad}") from bad
@@ -336,11 +338,18 @@ class FillService:
         name = hashlib.sha256(f"{fill.repository}/{fill.source}".encode()).hexdigest()
         return str(self._repositories.cache / "reads" / name)
 
-    def _serve(self, fill: Fill) -> bool:
-        """Have a server for it; whether there was one already."""
+    def _serve(self, fill: Fill, facts: Facts | None = None) -> bool:
+        """Have a server for it; whether there was one already.
+
+        Args:
+            fill: the volume.
+            facts: of its source, for one that begins.
+        """
         self._volumes.mount(fill.volume, _USER)
         root = self._volumes.get(fill.volume).mountpoint  # mount gives what is shown
         (root / FOLDER).mkdir(mode=0o700, exist_ok=True)
+        if facts is not None:
+            facts.save(root / FOLDER / FACTS)
         merged = self._run_root / fill.volume / "merged"
         with suppress(OSError):  # a dead server's mount point cannot even be looked at
             merged.mkdir(parents=True, exist_ok=True)
