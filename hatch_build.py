@@ -11,14 +11,17 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCES = tuple(
-    Path(folder) / "_native.c"
-    for folder in ("backup/lazarette/backup", "fuse/lazarette/fuse", "storage/lazarette/storage")
+SOURCES = (
+    Path("backup/lazarette/backup/_native.c"),
+    Path("fuse/lazarette/fuse/_native.c"),
+    Path("fuse/lazarette/fuse/_records.c"),
+    Path("fuse/lazarette/fuse/_serving.c"),
+    Path("storage/lazarette/storage/_native.c"),
 )
 
 
 class NativeBuildHook(BuildHookInterface):  # type: ignore[type-arg]
-    """Compiles each ``_native.c`` next to its source, for editable installs and wheels alike."""
+    """Compiles each C module next to its source, for editable installs and wheels alike."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """See hatchling's BuildHookInterface."""
@@ -30,7 +33,7 @@ class NativeBuildHook(BuildHookInterface):  # type: ignore[type-arg]
 
     def _build(self, compiler: str, source: Path, build_data: dict[str, Any]) -> None:
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
-        module = source.with_name(f"_native{suffix}")
+        module = source.with_name(f"{source.stem}{suffix}")
         command = [compiler, "-O3", "-fPIC", "-shared", "-Wall", "-o", f"{module}.new"]
         command += [f"-I{sysconfig.get_path('include')}", str(source)]
         built = subprocess.run(command, check=False, capture_output=True, text=True)

@@ -1,5 +1,5 @@
 /* What a request costs most in Python: making a stat_result and packing it again, and system
- * calls by ctypes.
+ * calls with names and flags.
  *
  * Each function lets go of the interpreter's lock around its system call.  The pure Python
  * versions in native.py define what they do; the same tests run on both.  Layouts of replies:
@@ -14,6 +14,7 @@
 #include <stdint.h>
 #include <string.h>
 #include <structmember.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 #include <sys/uio.h>
@@ -165,6 +166,101 @@ static PyObject *opened(PyObject *self, PyObject *argument)
     return made(&s);
 }
 
+/* -- names ------------------------------------------------------------------------------- */
+
+/* open_at(folder, name, flags, mode): openat(2), closed on exec. */
+static PyObject *open_at(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    int folder, descriptor;
+    if (count != 4 || !PyBytes_Check(args[1])) {
+        PyErr_SetString(PyExc_TypeError, "open_at(folder, name, flags, mode)");
+        return NULL;
+    }
+    if (folder_of(args[0], &folder) < 0)
+        return NULL;
+    const char *name = PyBytes_AS_STRING(args[1]);
+    int flags = (int)PyLong_AsLong(args[2]) | O_CLOEXEC;
+    mode_t mode = (mode_t)PyLong_AsLong(args[3]);
+    if (PyErr_Occurred())
+        return NULL;
+    do {
+        Py_BEGIN_ALLOW_THREADS
+        descriptor = openat(folder, name, flags, mode);
+        Py_END_ALLOW_THREADS
+    } while (descriptor < 0 && errno == EINTR && PyErr_CheckSignals() == 0);
+    if (descriptor >= 0)
+        return PyLong_FromLong(descriptor);
+    return PyErr_Occurred() ? NULL : PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, args[1]);
+}
+
+/* remove_file(folder, name): unlinkat(2). */
+static PyObject *remove_file(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    int folder, result;
+    if (count != 2 || !PyBytes_Check(args[1])) {
+        PyErr_SetString(PyExc_TypeError, "remove_file(folder, name)");
+        return NULL;
+    }
+    if (folder_of(args[0], &folder) < 0)
+        return NULL;
+    const char *name = PyBytes_AS_STRING(args[1]);
+    Py_BEGIN_ALLOW_THREADS
+    result = unlinkat(folder, name, 0);
+    Py_END_ALLOW_THREADS
+    if (result != 0)
+        return PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, args[1]);
+    Py_RETURN_NONE;
+}
+
+/* -- backing files ------------------------------------------------------------------------ */
+
+/* As in <linux/fuse.h> of Linux 6.9, which older systems do not have. */
+struct backing_map {
+    int32_t fd;
+    uint32_t flags;
+    uint64_t padding;
+};
+#define BACKING_OPEN _IOW(229, 1, struct backing_map)
+#define BACKING_CLOSE _IOW(229, 2, uint32_t)
+
+/* backing_open(device, fd): the id of a registered backing file. */
+static PyObject *backing_open(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    int result;
+    if (count != 2) {
+        PyErr_SetString(PyExc_TypeError, "backing_open(device, fd)");
+        return NULL;
+    }
+    int device = (int)PyLong_AsLong(args[0]);
+    struct backing_map map = {.fd = (int32_t)PyLong_AsLong(args[1])};
+    if (PyErr_Occurred())
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    result = ioctl(device, BACKING_OPEN, &map);
+    Py_END_ALLOW_THREADS
+    return result < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(result);
+}
+
+/* backing_close(device, backing) */
+static PyObject *backing_close(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    int result;
+    if (count != 2) {
+        PyErr_SetString(PyExc_TypeError, "backing_close(device, backing)");
+        return NULL;
+    }
+    int device = (int)PyLong_AsLong(args[0]);
+    uint32_t backing = (uint32_t)PyLong_AsLong(args[1]);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    result = ioctl(device, BACKING_CLOSE, &backing);
+    Py_END_ALLOW_THREADS
+    if (result < 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    Py_RETURN_NONE;
+}
+
 /* -- replies ---------------------------------------------------------------------------- */
 
 static uint32_t encoded_device(dev_t device)
@@ -291,6 +387,61 @@ static PyObject *attr_reply(PyObject *self, PyObject *const *args, Py_ssize_t co
     return PyBytes_FromStringAndSize((const char *)&out, sizeof out);
 }
 
+/* attr_of(descriptor, ino, nlink, ttl): the attributes of an open file, packed; its own count of
+ * links for a negative one. */
+static PyObject *attr_of(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    struct stat s;
+    unsigned long long ino, ttl;
+    struct fuse_attr_out out;
+    int result;
+    if (count != 4) {
+        PyErr_SetString(PyExc_TypeError, "attr_of takes four arguments");
+        return NULL;
+    }
+    int descriptor = (int)PyLong_AsLong(args[0]);
+    long links = PyLong_AsLong(args[2]);
+    if (PyErr_Occurred() || unsigned_of(args + 1, 1, &ino) || unsigned_of(args + 3, 1, &ttl))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    result = fstat(descriptor, &s);
+    Py_END_ALLOW_THREADS
+    if (result != 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    memset(&out, 0, sizeof out);
+    out.attr_valid = ttl;
+    fill(&out.attr, &s, ino, links < 0 ? (uint32_t)s.st_nlink : (uint32_t)links);
+    return PyBytes_FromStringAndSize((const char *)&out, sizeof out);
+}
+
+/* attr_at(folder, name, follow, ino, nlink, ttl): as attr_of, of a file below a folder. */
+static PyObject *attr_at(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    struct stat s;
+    unsigned long long ino, ttl;
+    struct fuse_attr_out out;
+    int folder, follow, result;
+    if (count != 6 || !PyBytes_Check(args[1])) {
+        PyErr_SetString(PyExc_TypeError, "attr_at takes six arguments");
+        return NULL;
+    }
+    if (folder_of(args[0], &folder) < 0 || (follow = PyObject_IsTrue(args[2])) < 0)
+        return NULL;
+    long links = PyLong_AsLong(args[4]);
+    if (PyErr_Occurred() || unsigned_of(args + 3, 1, &ino) || unsigned_of(args + 5, 1, &ttl))
+        return NULL;
+    const char *name = PyBytes_AS_STRING(args[1]);
+    Py_BEGIN_ALLOW_THREADS
+    result = fstatat(folder, name, &s, follow ? 0 : AT_SYMLINK_NOFOLLOW);
+    Py_END_ALLOW_THREADS
+    if (result != 0)
+        return PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, args[1]);
+    memset(&out, 0, sizeof out);
+    out.attr_valid = ttl;
+    fill(&out.attr, &s, ino, links < 0 ? (uint32_t)s.st_nlink : (uint32_t)links);
+    return PyBytes_FromStringAndSize((const char *)&out, sizeof out);
+}
+
 /* answer(device, unique, body): header and body in one write. */
 static PyObject *answer(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
@@ -345,16 +496,69 @@ static PyObject *set_times(PyObject *self, PyObject *const *args, Py_ssize_t cou
     Py_RETURN_NONE;
 }
 
+/* set_owner(folder, name, follow, uid, gid): fchownat(2); -1 leaves one as it is. */
+static PyObject *set_owner(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    int folder, follow, result;
+    if (count != 5 || !PyBytes_Check(args[1])) {
+        PyErr_SetString(PyExc_TypeError, "set_owner(folder, name, follow, uid, gid)");
+        return NULL;
+    }
+    if (folder_of(args[0], &folder) < 0 || (follow = PyObject_IsTrue(args[2])) < 0)
+        return NULL;
+    uid_t uid = (uid_t)PyLong_AsLongLong(args[3]);
+    gid_t gid = (gid_t)PyLong_AsLongLong(args[4]);
+    if (PyErr_Occurred())
+        return NULL;
+    const char *name = PyBytes_AS_STRING(args[1]);
+    Py_BEGIN_ALLOW_THREADS
+    result = fchownat(folder, name, uid, gid, follow ? 0 : AT_SYMLINK_NOFOLLOW);
+    Py_END_ALLOW_THREADS
+    if (result != 0)
+        return PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, args[1]);
+    Py_RETURN_NONE;
+}
+
+/* set_mode(folder, name, mode): fchmodat(2), which follows a final link. */
+static PyObject *set_mode(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    int folder, result;
+    if (count != 3 || !PyBytes_Check(args[1])) {
+        PyErr_SetString(PyExc_TypeError, "set_mode(folder, name, mode)");
+        return NULL;
+    }
+    if (folder_of(args[0], &folder) < 0)
+        return NULL;
+    mode_t mode = (mode_t)PyLong_AsLong(args[2]);
+    if (PyErr_Occurred())
+        return NULL;
+    const char *name = PyBytes_AS_STRING(args[1]);
+    Py_BEGIN_ALLOW_THREADS
+    result = fchmodat(folder, name, mode, 0);
+    Py_END_ALLOW_THREADS
+    if (result != 0)
+        return PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, args[1]);
+    Py_RETURN_NONE;
+}
+
 #define METHOD(name, text) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, text}
 
 static PyMethodDef methods[] = {
     METHOD(status, "Attributes of a file below a folder."),
     METHOD(seek, "Attributes of an entry, or None."),
     {"opened", opened, METH_O, "Attributes of an open file."},
+    METHOD(open_at, "Open a file below a folder."),
+    METHOD(remove_file, "Remove a name below a folder."),
+    METHOD(backing_open, "Register a backing file."),
+    METHOD(backing_close, "Give a backing id back."),
     METHOD(entry_reply, "Pack struct fuse_entry_out."),
     METHOD(attr_reply, "Pack struct fuse_attr_out."),
+    METHOD(attr_of, "Pack the attributes of an open file."),
+    METHOD(attr_at, "Pack the attributes of a file below a folder."),
     METHOD(answer, "Write a reply."),
     METHOD(set_times, "Set the times of a file."),
+    METHOD(set_owner, "Set owner and group of a file."),
+    METHOD(set_mode, "Set the mode of a file."),
     {NULL, NULL, 0, NULL}};
 
 static struct PyModuleDef module = {

@@ -61,6 +61,10 @@ class DirtyPaths:
     Args:
         tree: of the union.
         work: descriptor of the work folder.
+
+    Attributes:
+        known: what changed since the last snapshot is known.
+        noting: changes are noted: there is a snapshot, or one is being made.
     """
 
     def __init__(self, tree: Tree, work: int) -> None:
@@ -69,7 +73,7 @@ class DirtyPaths:
         self._paths: dict[bytes, bool] = {}
         self._writers: dict[File, None] = {}
         self.known = False
-        self._noting = False
+        self.noting = False
         self.generation = 0
         self.snapshot = ""
         self._load()
@@ -81,7 +85,7 @@ class DirtyPaths:
         self.known = record.clean and bool(record.snapshot)
         if self.known:
             self._paths = dict(record.paths)
-            self._noting = True
+            self.noting = True
         begun = Record(self.generation, False, self.snapshot)
         if found != begun:  # a server that was killed is followed by another on a full disk too
             self._store(begun)
@@ -125,13 +129,13 @@ class DirtyPaths:
 
     def begin(self) -> None:
         """A snapshot is being made: note changes from now on, even if none is there yet."""
-        self._noting = True
+        self.noting = True
 
     # -- noting -------------------------------------------------------------------------
 
     def entry(self, parent: Dir, name: bytes, deep: bool = False) -> None:
         """An entry came, went or changed; ``deep``: with everything below it."""
-        if not self._noting:
+        if not self.noting:
             return
         folder = path_of(parent)
         path = join(folder, name)
@@ -140,13 +144,13 @@ class DirtyPaths:
 
     def folder(self, node: Dir) -> None:
         """The metadata of a folder changed."""
-        if not self._noting:
+        if not self.noting:
             return
         self._paths.setdefault(path_of(node), False)
 
     def file(self, node: File) -> None:
         """The metadata or content of a file changed."""
-        if not self._noting:
+        if not self.noting:
             return
         for path in self._names(node):
             self._paths.setdefault(path, False)
@@ -154,7 +158,8 @@ class DirtyPaths:
     def writer(self, node: File) -> None:
         """A file was opened for writing."""
         self._writers[node] = None
-        self.file(node)
+        if self.noting:
+            self.file(node)
 
     def forget(self, node: File) -> None:
         """The kernel has forgotten a file: nothing writes to it any more."""

@@ -103,12 +103,32 @@ class Entries:
         ``again`` opens a file that a server before may have made for the same request.
         """
         self.check_name(name)
+        try:
+            fd = opener(self._copyup.folder(parent), name)
+        except FileExistsError:
+            fd = self._create_over(parent, name, opener, again)
+        try:
+            st = native.opened(fd)
+            node = self._tree.fresh(parent, name, st)
+        except BaseException:
+            os.close(fd)
+            raise
+        if parent.listing is not None:
+            parent.listing.put(name, node.ino, stat.S_IFREG >> 12)
+        return node, st, fd
+
+    def _create_over(
+        self,
+        parent: Dir,
+        name: bytes,
+        opener: Callable[[int, bytes], int],
+        again: Callable[[int, bytes], int] | None,
+    ) -> int:
+        """Make a file over a whiteout, or take the one that is there."""
         fd = -1
 
         def maker(folder: int, target: bytes) -> None:
             nonlocal fd
-            if fd >= 0:
-                os.close(fd)
             fd = opener(folder, target)
 
         def complete(folder: int, target: bytes) -> None:
@@ -118,15 +138,11 @@ class Entries:
 
         try:
             self._make_or_complete(parent, name, maker, complete if again else None)
-            st = native.opened(fd)
         except BaseException:
             if fd >= 0:
                 os.close(fd)
             raise
-        node = self._tree.fresh(parent, name, st)
-        if parent.listing is not None:
-            parent.listing.put(name, node.ino, stat.S_IFREG >> 12)
-        return node, st, fd
+        return fd
 
     def link(
         self, node: File, parent: Dir, name: bytes, again: bool = False
@@ -183,10 +199,10 @@ class Entries:
         if not in_upper and node.index:
             node.links -= 1
             tree.form.write_links(entry_path(tree.index, node.index), node.links)
-        if self._lower_shows(parent, name):
+        if parent.lowers and self._lower_shows(parent, name):
             self._copyup.whiteout(folder, name, replace=in_upper)
         else:
-            os.unlink(name, dir_fd=folder)
+            native.remove_file(folder, name)
         self._name_gone(node, parent, name)
         return node
 
@@ -204,8 +220,7 @@ class Entries:
         if node.lower is not None or node.orphan >= 0 or not in_upper or not node.lookups:
             return
         if node.index or len(node.names) == 1:
-            flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-            node.orphan = os.open(name, flags, dir_fd=folder)
+            node.orphan = native.open_at(folder, name, os.O_PATH | os.O_NOFOLLOW, 0)
             self._hold(node)
 
     def _hold(self, node: File) -> None:

@@ -35,6 +35,7 @@ _IDLE_BACKINGS = 4096
 _THROUGH = OpenFlag.PASSTHROUGH | OpenFlag.NOFLUSH
 _PLAIN = OpenFlag.KEEP_CACHE | OpenFlag.NOFLUSH
 _REFUSED = (errno.ELOOP, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.ENOTTY)
+_CHANGES = os.O_ACCMODE | os.O_TRUNC
 _SUID_SGID = stat.S_ISUID | stat.S_ISGID
 
 
@@ -111,7 +112,7 @@ class Files:
         if node.successor is not None:
             raise OSError(errno.ESTALE, "copied up under readers")
         flags = args.flags
-        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+        if flags & _CHANGES:
             self.before_change(node, content=True)
             self._copyup.file(node, keep=0 if flags & os.O_TRUNC else None)
             if flags & os.O_TRUNC:
@@ -131,15 +132,17 @@ class Files:
 
     def opened(self, node: File, flags: int, fd: int) -> bytes:
         """Make the handle of an open; ``fd`` may be open already, else -1."""
-        through = node.kind == stat.S_IFREG and self._goes_through(node, flags, fd)
-        if not through and fd < 0:
-            fd = self._tree.open(node, _real_flags(flags))
-        number = self.next_number
-        self.next_number += 1
-        handle = Handle(node, flags, fd, through)
-        self._handles[number] = handle
-        self._tree.journal.handle(number, handle)
         writable = flags & os.O_ACCMODE != os.O_RDONLY
+        if node.through or (node.backing and not writable and self._is_registered(node)):
+            through = True
+        else:
+            through = node.kind == stat.S_IFREG and self._goes_through(node, flags, fd)
+            if not through and fd < 0:
+                fd = self._tree.open(node, _real_flags(flags))
+        number = self.next_number
+        self.next_number = number + 1
+        handle = self._handles[number] = Handle(node, flags, fd, through)
+        self._tree.journal.handle(number, handle)
         if writable:
             node.writers += 1
             node.written = True
@@ -151,11 +154,20 @@ class Files:
             return replies.open_reply(number, _PLAIN)
         node.through += 1
         self.through_opens += 1
-        self._idle.pop(node, None)
+        if node in self._idle:
+            del self._idle[node]
         if writable and node.cached:
             node.cached = False
             self._connection.forget_attributes(node.id)
         return replies.open_reply(number, _THROUGH, node.backing)
+
+    def _is_registered(self, node: File) -> bool:
+        """Whether the backing file of a node that has one serves readers as it is."""
+        return (
+            not node.plain
+            and node.backing_upper == (node.lower is None)
+            and self._connection.passthrough
+        )
 
     def _goes_through(self, node: File, flags: int, fd: int) -> bool:
         """Choose the way of an open, and register the backing file."""
@@ -199,7 +211,8 @@ class Files:
             node.backing = self._connection.backing_open(fd)
             node.backing_upper = node.upper
             node.backing_writable = not own
-            self._tree.journal.backing(node)
+            if node.lookups > 0:  # one that the kernel is yet to be told of is noted as a whole
+                self._tree.journal.backing(node)
         finally:
             if own:
                 os.close(fd)

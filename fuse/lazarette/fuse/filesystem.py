@@ -1,8 +1,9 @@
 """What a filesystem gives the server: one method a request.
 
-A method raises ``OSError``; its number is the answer.  It returns the packed reply body
-(see the ``*_reply`` functions of :mod:`lazarette.fuse.protocol`), ``b""`` for plain success,
-or a :class:`Later` for work that may block.
+A method raises ``OSError``; its number is the answer (errors that are usual may be returned as
+numbers, which is quicker).  It returns the packed reply body (see the ``*_reply`` functions of
+:mod:`lazarette.fuse.replies`), ``b""`` for plain success, or a :class:`Later` for work that may
+block.
 
 The server calls methods one at a time, holding :attr:`Filesystem.lock`.  Three ways out of
 that order:
@@ -58,7 +59,8 @@ class Later:
     work: Callable[[], bytes]
 
 
-Reply = bytes | Later
+Reply = bytes | int | Later
+"""What a method returns; a number is that of an error, as if it was raised."""
 
 
 class Connection:
@@ -73,7 +75,7 @@ class Connection:
     reason = "not connected"
 
     def backing_open(self, fd: int) -> int:
-        """Register a backing file; see :func:`lazarette.fuse.syscalls.backing_open`."""
+        """Register a backing file; see :func:`lazarette.fuse.native.backing_open_plain`."""
         raise OSError(errno.EOPNOTSUPP, "no passthrough")
 
     def backing_close(self, backing: int) -> None:

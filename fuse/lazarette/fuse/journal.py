@@ -23,19 +23,25 @@ import errno
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 
 from lazarette.fuse.nodes import Dir, File, Handle, Node
 from lazarette.fuse.protocol import UNIQUE_RESEND
+from lazarette.fuse.records import HANDLE_RECORD, NAME_RECORD, NODE_RECORD, Region
 
 VERSION = 0x4C415A4A_00000001
 """First word of the header; changes with the meaning of any record."""
 
 _PAGE = mmap.PAGESIZE
 _FIRST_REGION = 256 << 10
-_WORDS = 16
+_ROOM = 8
+_MOST_ROOM = 8 << 20
+"""A region has room for so many times what is in it at first, but no more bytes than this unless
+its content alone takes more: writing all anew costs as much as a few requests for each node."""
+
 _REMEMBERED = 1024
 """Replies and lookups a new region repeats: more than requests can be unanswered at a time."""
 
@@ -49,11 +55,8 @@ HANDLE, CLOSED = 8, 9
 INTENT, CANCEL, DONE, ATTEMPT = 10, 11, 12, 13
 
 _FRAME = struct.Struct("=IB")
-_NODE = struct.Struct("=IBQQqIIiIQQQiiI")
-_NAME = struct.Struct("=QI")
 _PAIR = struct.Struct("=IBQQ")
 _ONE = struct.Struct("=IBQ")
-_HANDLE = struct.Struct("=IBQQIiI")
 _INTENT = struct.Struct("=IBQIQQII")
 _BACKING = struct.Struct("=IBQiI")
 
@@ -150,8 +153,6 @@ class State(msgspec.Struct):
 
 class Journal:
     """Keeps nothing: of servers without a successor."""
-
-    pending = bytearray()
 
     def commit(self) -> None:
         """Make what was noted since the last commit count, as one step."""
@@ -292,6 +293,9 @@ class Shared:
 class LiveJournal(Journal):
     """Keeps the journal of a server in shared memory; callers hold the filesystem's lock.
 
+    Records are written behind the head of the region; committing moves the head.  Those for
+    which there is no room are left out: the commit then writes the whole state anew.
+
     Args:
         shared: the memory.
         describe: gives the records of the whole present state.
@@ -301,7 +305,7 @@ class LiveJournal(Journal):
     def __init__(
         self,
         shared: Shared,
-        describe: Callable[[LiveJournal], None],
+        describe: Callable[[], Iterable[bytes]],
         attempts: dict[int, int],
     ) -> None:
         self._attempts = attempts
@@ -309,65 +313,95 @@ class LiveJournal(Journal):
         self._describe = describe
         self._words = shared.words
         self._data: mmap.mmap | None = None
-        self._start = self._head = self._end = self._word = 0
+        self._region = Region(bytearray(), shared.words, 0, 0, 0)
+        self._region.close()
         self._intents: dict[int, bytes] = {}
-        self.pending = bytearray()
+        self._done: deque[tuple[int, bytes]] = deque(maxlen=_REMEMBERED)
+        self._seen: deque[tuple[int, int]] = deque(maxlen=_REMEMBERED)
+        if shared.slot()[2]:
+            self._remember()
+
+    def _remember(self) -> None:
+        """Keep what the server before did for requests that may not have been answered."""
+        for kind, record in self._shared.records():
+            if kind == DONE:
+                self._done.append((_ONE.unpack_from(record)[2], bytes(record[_ONE.size :])))
+            elif kind in (LOOKUP, SEEN):
+                _, _, node, unique = _PAIR.unpack_from(record)
+                self._seen.append((node, unique))
 
     # -- noting -------------------------------------------------------------------------
 
     def node(self, node: Node) -> None:
         """See the base."""
-        self.pending += _node_record(node)
-
-    def meta(self, meta: Meta) -> None:
-        """Note what the server is."""
-        body = msgspec.msgpack.encode(meta)
-        self.pending += _FRAME.pack(5 + len(body), META) + body
+        if not isinstance(node, File) or node.successor is not None:
+            self._region.put(node_record(node))
+            return
+        names = node.names
+        if len(names) == 1:
+            ((folder, name),) = names
+            parent = folder.id
+        elif names or node.lower is not None:
+            self._region.put(node_record(node))
+            return
+        else:
+            parent, name = 0, b""
+        device, real = node.real
+        self._region.file(
+            node.id,
+            node.ino,
+            node.lookups,
+            node.kind,
+            node.dead * DEAD | node.written * WRITTEN,
+            node.backing,
+            node.backing_upper * UPPER_BACKING | node.backing_writable * WRITABLE_BACKING,
+            device,
+            real,
+            node.orphan,
+            parent,
+            name,
+        )
 
     def lookup(self, node: int, unique: int) -> None:
         """See the base."""
-        self.pending += _PAIR.pack(21, LOOKUP, node, unique)
+        self._seen.append((node, unique))
+        self._region.pair(LOOKUP, node, unique)
 
     def forget(self, node: int, lookups: int) -> None:
         """See the base."""
-        self.pending += _PAIR.pack(21, FORGET, node, lookups)
+        self._region.pair(FORGET, node, lookups)
 
     def gone(self, node: int) -> None:
         """See the base."""
-        self.pending += _ONE.pack(13, GONE, node)
+        self._region.one(GONE, node)
 
     def backing(self, node: File) -> None:
         """See the base."""
         flags = node.backing_upper * UPPER_BACKING | node.backing_writable * WRITABLE_BACKING
-        self.pending += _BACKING.pack(_BACKING.size, BACKING, node.id, node.backing, flags)
+        self._region.put(_BACKING.pack(_BACKING.size, BACKING, node.id, node.backing, flags))
 
     def handle(self, number: int, handle: Handle) -> None:
         """See the base."""
-        self.pending += _HANDLE.pack(
-            _HANDLE.size,
-            HANDLE,
-            number,
-            handle.node.id,
-            handle.flags & 0xFFFFFFFF,
-            handle.fd,
-            handle.through,
-        )
+        flags = handle.flags & 0xFFFFFFFF
+        self._region.handle(number, handle.node.id, flags, handle.fd, handle.through)
 
     def closed(self, number: int) -> None:
         """See the base."""
-        self.pending += _ONE.pack(13, CLOSED, number)
+        self._region.one(CLOSED, number)
 
     def done(self, unique: int, reply: bytes) -> None:
         """See the base."""
         self._intents.pop(unique, None)
-        self.pending += _ONE.pack(13 + len(reply), DONE, unique & ~UNIQUE_RESEND) + reply
+        unique &= ~UNIQUE_RESEND
+        self._done.append((unique, reply))
+        self._region.text(DONE, unique, reply)
 
     def attempt(self, unique: int) -> int:
         """See the base."""
         unique &= ~UNIQUE_RESEND
         before = self._attempts.get(unique, 0)
         self._attempts[unique] = before + 1
-        self.pending += _PAIR.pack(21, ATTEMPT, unique, before + 1)
+        self._region.pair(ATTEMPT, unique, before + 1)
         self.commit()
         return before
 
@@ -385,37 +419,30 @@ class LiveJournal(Journal):
         )
         record = head + intent.name + intent.name2
         self._intents[unique] = record
-        self.pending += record
+        self._region.put(record)
         self.commit()
 
     def cancel(self, unique: int) -> None:
         """See the base."""
         if self._intents.pop(unique, None) is not None:
-            self.pending += _ONE.pack(13, CANCEL, unique & ~UNIQUE_RESEND)
+            self._region.one(CANCEL, unique & ~UNIQUE_RESEND)
 
     # -- storing ------------------------------------------------------------------------
 
     def commit(self) -> None:
         """See the base."""
-        head = self._head + len(self.pending)
-        if self._data is None or head > self._end:
+        if not self._region.commit():
             self.rewrite()
-            return
-        self._data[self._head - self._start : head - self._start] = self.pending
-        self._words[self._word] = self._head = head
-        self.pending = bytearray()
 
     def rewrite(self) -> None:
         """See the base."""
-        kept = list(self._unanswered())
-        self.pending = bytearray()
-        self._describe(self)
-        for record in (*kept, *self._intents.values()):
-            self.pending += record
+        records = bytearray()
+        for each in (*self._unanswered(), *self._describe(), *self._intents.values()):
+            records += each
         for unique, count in list(self._attempts.items())[-_REMEMBERED:]:
-            self.pending += _PAIR.pack(21, ATTEMPT, unique, count)
-        records, self.pending = self.pending, bytearray()
-        size = max(_FIRST_REGION, 2 * len(records))
+            records += _PAIR.pack(21, ATTEMPT, unique, count)
+        length = len(records)
+        size = length + max(_FIRST_REGION, length, min(_ROOM * length, _MOST_ROOM))
         size += -size % _PAGE
         before_start, _, before_end = self._shared.slot()
         start = _PAGE
@@ -423,98 +450,110 @@ class LiveJournal(Journal):
             start = before_end
         if os.fstat(self._shared.fd).st_size < start + size:
             os.ftruncate(self._shared.fd, start + size)
-        if self._data is not None:
-            self._data.close()
         data = mmap.mmap(self._shared.fd, size, offset=start)
-        data[: len(records)] = bytes(records)
+        data[:length] = bytes(records)
         slot = 1 - int(self._words[_ACTIVE]) if before_end else 0
         base = _SLOTS + 3 * slot
-        self._words[base], self._words[base + 1] = start, start + len(records)
+        self._words[base], self._words[base + 1] = start, start + length
         self._words[base + 2] = start + size
         self._words[_ACTIVE] = slot
+        self._region.close()
+        if self._data is not None:
+            self._data.close()
         self._data = data
-        self._start, self._head, self._end = start, start + len(records), start + size
-        self._word = base + 1
+        self._region = Region(data, self._words, base + 1, start, length)
         if start == _PAGE:
-            os.ftruncate(self._shared.fd, self._end)
+            os.ftruncate(self._shared.fd, start + size)
 
     def _unanswered(self) -> Iterator[bytes]:
         """Records about requests whose replies may not have reached the kernel."""
-        done: dict[int, bytes] = {}
-        seen: list[bytes] = []
-        found = [] if self._shared.slot()[2] == 0 else list(self._shared.records())
-        for kind, record in (*found, *_split(self.pending)):
-            if kind == DONE:
-                done[_ONE.unpack_from(record)[2]] = bytes(record)
-            elif kind in (LOOKUP, SEEN):
-                _, _, node, unique = _PAIR.unpack_from(record)
-                seen.append(_PAIR.pack(21, SEEN, node, unique & ~UNIQUE_RESEND))
-        yield from list(done.values())[-_REMEMBERED:]
-        yield from seen[-_REMEMBERED:]
+        for unique, reply in self._done:
+            yield _ONE.pack(13 + len(reply), DONE, unique) + reply
+        for node, unique in self._seen:
+            yield _PAIR.pack(21, SEEN, node, unique & ~UNIQUE_RESEND)
 
 
-def _split(data: bytearray) -> Iterator[tuple[int, memoryview]]:
-    view, at = memoryview(bytes(data)), 0
-    while at < len(view):
-        length, kind = _FRAME.unpack_from(view, at)
-        yield kind, view[at : at + length]
-        at += length
+def meta_record(meta: Meta) -> bytes:
+    """What the server is."""
+    body = msgspec.msgpack.encode(meta)
+    return _FRAME.pack(5 + len(body), META) + body
 
 
-def _node_record(node: Node) -> bytes:
-    flags = DEAD if node.dead else 0
-    lower = -1
-    names: list[tuple[int, bytes]]
+def handle_record(number: int, handle: Handle) -> bytes:
+    """An open file."""
+    return HANDLE_RECORD.pack(
+        HANDLE_RECORD.size,
+        HANDLE,
+        number,
+        handle.node.id,
+        handle.flags & 0xFFFFFFFF,
+        handle.fd,
+        handle.through,
+    )
+
+
+def node_record(node: Node) -> bytes:
+    """All that matters of a node, as it is now."""
     if isinstance(node, File):
-        if node.written:
-            flags |= WRITTEN
-        names = [(folder.id, name) for folder, name in node.names]
-        backing = node.backing
-        backing_flags = (
-            node.backing_upper * UPPER_BACKING | node.backing_writable * WRITABLE_BACKING
-        )
-        successor = node.successor.id if node.successor is not None else 0
-        kind, real, orphan = node.kind, node.real, node.orphan
-        if node.lower is not None and not names and node.successor is None:
-            names, lower = [(node.lower.folder.id, node.lower.name)], node.lower.index
+        return _file_record(node)
+    assert isinstance(node, Dir)
+    flags = IS_DIR | (DEAD if node.dead else 0)
+    real, orphan = (0, 0), -1
+    if node.dead and node.fd >= 0:
+        st = os.fstat(node.fd)
+        real, orphan = (st.st_dev, st.st_ino), node.fd
+    name = node.name
+    length = NODE_RECORD.size + NAME_RECORD.size + len(name)
+    head = NODE_RECORD.pack(
+        length, NODE, node.id, node.ino, node.lookups, 0, flags, 0, 0, 0, *real, orphan, -1, 1
+    )
+    return head + NAME_RECORD.pack(node.parent.id, len(name)) + name
+
+
+def _file_record(node: File) -> bytes:
+    flags = (DEAD if node.dead else 0) | (WRITTEN if node.written else 0)
+    backing_flags = node.backing_upper * UPPER_BACKING | node.backing_writable * WRITABLE_BACKING
+    successor = node.successor.id if node.successor is not None else 0
+    lower, count = -1, len(node.names)
+    if count == 1:
+        ((folder, name),) = node.names
+        tail = NAME_RECORD.pack(folder.id, len(name)) + name
+    elif count:
+        tail = b"".join([NAME_RECORD.pack(each.id, len(name)) + name for each, name in node.names])
+    elif node.lower is not None and not successor:
+        name, lower, count = node.lower.name, node.lower.index, 1
+        tail = NAME_RECORD.pack(node.lower.folder.id, len(name)) + name
     else:
-        assert isinstance(node, Dir)
-        flags |= IS_DIR
-        names = [(node.parent.id, node.name)]
-        backing = backing_flags = successor = kind = 0
-        real, orphan = (0, 0), -1
-        if node.dead and node.fd >= 0:
-            st = os.fstat(node.fd)
-            real, orphan = (st.st_dev, st.st_ino), node.fd
-    parts = [_NAME.pack(parent, len(name)) + name for parent, name in names]
-    tail = b"".join(parts)
-    head = _NODE.pack(
-        _NODE.size + len(tail),
+        tail = b""
+    device, ino = node.real
+    head = NODE_RECORD.pack(
+        NODE_RECORD.size + len(tail),
         NODE,
         node.id,
         node.ino,
         node.lookups,
-        kind,
+        node.kind,
         flags,
-        backing,
+        node.backing,
         backing_flags,
         successor,
-        *real,
-        orphan,
+        device,
+        ino,
+        node.orphan,
         lower,
-        len(names),
+        count,
     )
     return head + tail
 
 
 def _parse_node(record: memoryview) -> NodeState:
-    fields = _NODE.unpack_from(record)
+    fields = NODE_RECORD.unpack_from(record)
     _, _, number, ino, lookups, kind, flags, backing, backing_flags, successor = fields[:10]
     names = []
-    at = _NODE.size
+    at = NODE_RECORD.size
     for _ in range(fields[14]):
-        parent, length = _NAME.unpack_from(record, at)
-        at += _NAME.size
+        parent, length = NAME_RECORD.unpack_from(record, at)
+        at += NAME_RECORD.size
         names.append((parent, bytes(record[at : at + length])))
         at += length
     return NodeState(
@@ -554,7 +593,7 @@ def read(shared: Shared) -> State:
         elif kind == GONE:
             nodes.pop(_ONE.unpack_from(record)[2], None)
         elif kind == HANDLE:
-            _, _, number, owner, flags, fd, through = _HANDLE.unpack_from(record)
+            _, _, number, owner, flags, fd, through = HANDLE_RECORD.unpack_from(record)
             state.handles[number] = HandleState(number, owner, flags, fd, bool(through))
             state.meta.next_handle = max(state.meta.next_handle, number + 1)
             if flags & os.O_ACCMODE != os.O_RDONLY and owner in nodes:

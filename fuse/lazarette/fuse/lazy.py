@@ -66,6 +66,8 @@ _TREE = "tree"
 class LazyTree(Tree):
     """The tree of the union, with folders expanded before anyone looks into them."""
 
+    exact_links = False  # and its times are those of _status
+
     expander: Expander
     filesystem: Filesystem
 
@@ -401,8 +403,9 @@ class LazyFilesystem(UnionFilesystem):
     def _entry(self, request: Request, node: Node, st: Status) -> bytes:
         return super()._entry(request, node, self._at_rest(node, st))
 
-    def _attributes(self, request: Request, node: Node, st: Status) -> bytes:
-        return super()._attributes(request, node, self._at_rest(node, st))
+    def _status(self, node: File) -> Status:
+        with self.contents.still(node.real):
+            return super()._status(node)
 
     def _at_rest(self, node: Node, st: Status) -> Status:
         """Attributes without the times of what is being brought just now."""

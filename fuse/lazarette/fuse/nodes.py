@@ -21,55 +21,56 @@ class Listing:
     FIRST = 3
 
     def __init__(self) -> None:
-        self._entries: dict[int, tuple[bytes, int, int]] = {}
+        self._entries: dict[bytes, tuple[int, int]] = {}
+        self._unread: dict[bytes, None] = {}
         self._numbers: dict[bytes, int] = {}
+        self._names: dict[int, bytes] = {}
         self._order: list[int] = []
-        self._sorted = True
 
     def __contains__(self, name: bytes) -> bool:
-        return name in self._numbers
+        return name in self._entries
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def put(self, name: bytes, ino: int, kind: int) -> None:
         """Add an entry, or change what an existing one is; ``kind`` as in ``d_type``."""
-        number = self._numbers.get(name)
-        if number is None:
-            number = _number(name)
-            while number in self._entries:  # two names with one hash, out of 2**62
-                number += 1
-            self._numbers[name] = number
-            self._order.append(number)
-            self._sorted = False
-        self._entries[number] = (name, ino, kind)
+        if name not in self._entries:
+            self._unread[name] = None  # it gets its number when someone reads
+        self._entries[name] = (ino, kind)
 
     def drop(self, name: bytes) -> None:
         """Take an entry away."""
+        if self._entries.pop(name, None) is None:
+            return
         number = self._numbers.pop(name, None)
         if number is None:
-            return
-        del self._entries[number]
-        if len(self._order) > 64 and len(self._order) > 2 * len(self._entries):
-            self._order = sorted(self._entries)
-            self._sorted = True
+            del self._unread[name]
+        else:
+            del self._names[number]
 
-    def after(self, number: int) -> list[tuple[int, tuple[bytes, int, int]]]:
-        """Entries with numbers above ``number``, in order (at most a reply's worth)."""
-        if not self._sorted:
-            self._order.sort()
-            self._sorted = True
-        start = bisect.bisect_right(self._order, number)
+    def _number_unread(self) -> None:
+        for name in self._unread:
+            number = _number(name)
+            while number in self._names:  # two names with one hash, out of 2**62
+                number += 1
+            self._numbers[name] = number
+            self._names[number] = name
+        self._unread.clear()
+        self._order = sorted(self._names)
+
+    def after(self, number: int, most: int = 4096) -> list[tuple[int, tuple[bytes, int, int]]]:
+        """At most so many entries with numbers above ``number``, in order."""
+        if self._unread:
+            self._number_unread()
         found: list[tuple[int, tuple[bytes, int, int]]] = []
-        last = 0
-        for each in self._order[start : start + 4096]:
-            entry = self._entries.get(each)
-            # A name that went and came again is in the order twice.
-            if entry is not None and each != last:
-                last = each
-                found.append((each, entry))
-        if not found and start + 4096 < len(self._order):
-            return self.after(self._order[start + 4095])
+        for index in range(bisect.bisect_right(self._order, number), len(self._order)):
+            each = self._order[index]
+            name = self._names.get(each)
+            if name is not None:
+                found.append((each, (name, *self._entries[name])))
+                if len(found) == most:
+                    break
         return found
 
 
@@ -235,7 +236,11 @@ class File(Node):
     )
 
     def __init__(self, number: int, ino: int, kind: int, real: tuple[int, int]) -> None:
-        super().__init__(number, ino)
+        # All of Node's too: a call costs as much as five of these.
+        self.id = number
+        self.ino = ino
+        self.lookups = 0
+        self.dead = False
         self.kind = kind
         self.real = real
         self.names: dict[tuple[Dir, bytes], bool] = {}
@@ -264,10 +269,11 @@ class File(Node):
 
     def add_name(self, folder: Dir, name: bytes, in_upper: bool) -> None:
         """Note a name, or where it lies."""
-        if (folder, name) not in self.names:
+        place = (folder, name)
+        if place not in self.names:
             folder.pins += 1
         folder.entries[name] = self
-        self.names[(folder, name)] = in_upper
+        self.names[place] = in_upper
 
     def drop_name(self, folder: Dir, name: bytes) -> None:
         """Note that a name is gone."""
@@ -300,7 +306,7 @@ class Handle:
         self.node = node
         self.flags = flags
         self.fd = fd
-        self.upper = node.upper
+        self.upper = node.lower is None
         self.through = through
 
     @property

@@ -94,9 +94,11 @@ def dirent(ino: int, offset: int, kind: int, name: bytes) -> bytes:
     return _DIRENT.pack(ino, offset, size, kind) + name + b"\0" * (-size % 8)
 
 
-def no_lookup_entry() -> bytes:
-    """The entry of a READDIRPLUS item whose attributes are left out."""
-    return bytes(ENTRY_SIZE)
+SMALLEST_DIRENT = _DIRENT.size + 8
+"""Bytes of a :func:`dirent` with a short name."""
+
+NO_ENTRY = bytes(ENTRY_SIZE)
+"""The entry of a READDIRPLUS item whose attributes are left out."""
 
 
 def error_reply(errno: int, unique: int) -> bytes:

@@ -7,6 +7,8 @@ to two NUL-ended names; all integers are in host byte order.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
+from typing import NamedTuple
 
 import msgspec
 
@@ -356,3 +358,48 @@ def parse_lseek(body: Buffer) -> LseekIn:
 def parse_copy(body: Buffer) -> CopyIn:
     """COPY_FILE_RANGE and COPY_FILE_RANGE_64."""
     return CopyIn(*_COPY_IN.unpack_from(body))
+
+
+def _rename_without_flags(newdir: int) -> RenameIn:
+    return RenameIn(newdir, 0)
+
+
+class Shape(NamedTuple):
+    """What a parser does, for :class:`lazarette.fuse.serving.Route`, where the fields are told."""
+
+    layout: bytes = b""
+    make: Callable[..., object] | None = None
+    names: int = 0
+
+
+def _shape(
+    layout: struct.Struct, make: Callable[..., object] | None = None, names: int = 0
+) -> Shape:
+    return Shape(layout.format.encode(), make, names)
+
+
+_FIRST_OF_TWO = struct.Struct("=I4x")
+
+SHAPES: dict[Callable[..., object], Shape] = {
+    parse_name: Shape(names=1),
+    parse_two_names: Shape(names=2),
+    parse_getattr: _shape(_GETATTR_IN, GetattrIn),
+    parse_setattr: _shape(_SETATTR_IN, SetattrIn),
+    parse_mknod: _shape(_MKNOD_IN, MknodIn, 1),
+    parse_mkdir: _shape(_PAIR, MkdirIn, 1),
+    parse_rename: Shape(b"Q", _rename_without_flags, 2),
+    parse_rename2: _shape(_RENAME2_IN, RenameIn, 2),
+    parse_link: _shape(_QUAD, names=1),
+    parse_open: _shape(_PAIR, OpenIn),
+    parse_create: _shape(_CREATE_IN, CreateIn, 1),
+    parse_release: _shape(_RELEASE_IN, ReleaseIn),
+    parse_read: _shape(_READ_IN, ReadIn),
+    parse_fsync: _shape(_FSYNC_IN, FsyncIn),
+    parse_getxattr: _shape(_FIRST_OF_TWO, names=1),
+    parse_listxattr: _shape(_FIRST_OF_TWO),
+    parse_forget: _shape(_QUAD),
+    parse_fallocate: _shape(_FALLOCATE_IN, FallocateIn),
+    parse_lseek: _shape(_LSEEK_IN, LseekIn),
+    parse_copy: _shape(_COPY_IN, CopyIn),
+}
+"""Parsers whose work :data:`lazarette.fuse.serving.serve` can do."""

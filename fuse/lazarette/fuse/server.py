@@ -1,8 +1,9 @@
 """The event loop: reads requests from the kernel, calls the filesystem, writes replies.
 
-One thread reads ``/dev/fuse`` and runs the filesystem's methods under its lock; work that
-may block goes to a small pool of workers (see :mod:`lazarette.fuse.filesystem`).  The
-protocol, passthrough and notifications live here; a filesystem sees none of it.
+One thread reads ``/dev/fuse`` and runs the filesystem's methods under its lock (that is
+:data:`lazarette.fuse.serving.serve`, as long as nothing unusual comes); work that may block goes to
+a small pool of workers (see :mod:`lazarette.fuse.filesystem`).  The protocol, passthrough and
+notifications live here; a filesystem sees none of it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, TypeVarTuple, Unpack
 
-from lazarette.fuse import native, protocol, replies, requests, syscalls
+from lazarette.fuse import native, protocol, replies, requests, serving
 from lazarette.fuse.filesystem import Connection, Filesystem, Later, NeedsWorker, Reply
 from lazarette.fuse.journal import Meta, Shared, State
 from lazarette.fuse.protocol import InitFlag, Opcode
 from lazarette.fuse.requests import Request
+from lazarette.fuse.serving import NOT_ACCEPTED, NOT_BEGUN, Route
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +73,10 @@ _ONCE = frozenset(
 )
 """Requests that must not be done twice; the others give the same result again."""
 
-_Handler = Callable[[Request, memoryview], Reply]
+_Answer = Reply | None
+"""What a handler gives; None: the request gets no answer."""
+
+_Handler = Callable[[Request, memoryview], _Answer]
 
 
 class Server(Connection):
@@ -109,17 +114,17 @@ class Server(Connection):
         self._done: dict[int, bytes] = {}
         self._seen: dict[int, list[int]] = {}
         self._pool = ThreadPoolExecutor(workers, "fuse-worker")
-        self._table = self._handlers()
+        self._routes = self._make_routes()
 
     # -- connection ---------------------------------------------------------------------
 
     def backing_open(self, fd: int) -> int:
         """Register a backing file."""
-        return syscalls.backing_open(self._device, fd)
+        return native.backing_open(self._device, fd)
 
     def backing_close(self, backing: int) -> None:
         """Give a backing id back."""
-        syscalls.backing_close(self._device, backing)
+        native.backing_close(self._device, backing)
 
     def forget_attributes(self, node: int) -> None:
         """Make the kernel ask for the attributes of a node again."""
@@ -153,58 +158,76 @@ class Server(Connection):
         # would fail.
         buffer = bytearray(b"\1") * (MAX_WRITE + 65536)
         view = memoryview(buffer)
-        filesystem = self._filesystem
-        device, table, lock = self._device, self._table, filesystem.lock
-        read_into, answer, parse = os.readv, native.answer, requests.parse_header
-        target = [view]
+        filesystem, device, routes = self._filesystem, self._device, self._routes
         try:
             while True:
                 try:
-                    size = read_into(device, target)
+                    request, size, why, outcome = serving.serve(
+                        device, buffer, routes, Request, filesystem.lock, filesystem.journal
+                    )
                 except OSError as error:
                     if error.errno in (errno.ENODEV, errno.ECONNABORTED):
                         return
                     if error.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
                         continue
                     raise
-                request = parse(buffer)
-                handler = table.get(request.opcode)
-                if handler is None:
-                    self._refuse(request.unique, errno.ENOSYS)
-                    continue
-                if request.unique >> 63 and self._answered_before(request):
-                    continue
-                lock.acquire()
-                try:
-                    reply = handler(request, view[40:size])
-                    if request.opcode in _ONCE and type(reply) is bytes:
-                        filesystem.journal.done(request.unique, reply)
-                except OSError as error:
-                    self._refuse(request.unique, error.errno or errno.EIO)
-                    continue
-                except NeedsWorker:
-                    body = bytes(view[40:size])
-                    self._pool.submit(self._repeat, handler, request, body)
-                    continue
-                except Exception:
-                    log.exception("request %s failed", request)
-                    self._refuse(request.unique, errno.EIO)
-                    continue
-                finally:
-                    if filesystem.journal.pending:
-                        filesystem.journal.commit()
-                    lock.release()
-                if type(reply) is bytes:
-                    try:
-                        answer(device, request.unique, reply)
-                    except OSError as error:
-                        self._answer_refused(request.unique, error)
-                elif type(reply) is Later:
-                    self._pool.submit(self._finish, request, reply)
+                body = view[requests.IN_HEADER.size : size]
+                if why == NOT_ACCEPTED:
+                    self._answer_refused(request.unique, outcome)
+                elif why == NOT_BEGUN:
+                    self._begin(request, body)
+                else:
+                    self._conclude(request, body, outcome)
         finally:
             self._pool.shutdown(wait=True)
             os.close(device)
             self._filesystem.destroy()
+
+    def _handler(self, opcode: int) -> _Handler | None:
+        """What does requests of a kind."""
+        if opcode == Opcode.INIT:
+            return self._init
+        route = self._routes[opcode] if opcode < len(self._routes) else None
+        return route.handler if route is not None else None  # type: ignore[return-value]
+
+    def _begin(self, request: Request, body: memoryview) -> None:
+        """Do a request of a rare kind, or one that a server before had."""
+        handler = self._handler(request.opcode)
+        if handler is None:
+            self._refuse(request.unique, errno.ENOSYS)
+            return
+        if request.resent and self._answered_before(request):
+            return
+        self._filesystem.lock.acquire()
+        outcome: object
+        try:
+            outcome = handler(request, body)
+        except Exception as error:  # noqa: BLE001 - _conclude tells them apart
+            outcome = error
+        self._conclude(request, body, outcome)
+
+    def _conclude(self, request: Request, body: memoryview, outcome: object) -> None:
+        """Note, with the lock held, what a request did; let the lock go, and answer."""
+        journal = self._filesystem.journal
+        if request.opcode in _ONCE and isinstance(outcome, bytes):
+            journal.done(request.unique, outcome)
+        journal.commit()
+        self._filesystem.lock.release()
+        if isinstance(outcome, bytes):
+            self._answer(request.unique, outcome)
+        elif isinstance(outcome, Later):
+            self._pool.submit(self._finish, request, outcome)
+        elif isinstance(outcome, NeedsWorker):
+            handler = self._handler(request.opcode)
+            assert handler is not None
+            self._pool.submit(self._repeat, handler, request, bytes(body))
+        elif isinstance(outcome, int):
+            self._refuse(request.unique, outcome)
+        elif isinstance(outcome, OSError):
+            self._refuse(request.unique, outcome.errno or errno.EIO)
+        elif isinstance(outcome, Exception):
+            log.error("request %s failed", request, exc_info=outcome)
+            self._refuse(request.unique, errno.EIO)
 
     def _answer(self, unique: int, body: bytes) -> None:
         try:
@@ -212,9 +235,10 @@ class Server(Connection):
         except OSError as error:
             self._answer_refused(unique, error)
 
-    def _answer_refused(self, unique: int, error: OSError) -> None:
+    def _answer_refused(self, unique: int, error: object) -> None:
         # ENOENT: the caller was killed meanwhile; ENODEV: unmounted meanwhile.
-        if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
+        code = error.errno if isinstance(error, OSError) else None
+        if code not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
             log.warning("reply to request %d refused by the kernel: %s", unique, error)
             self._refuse(unique, errno.EIO)
 
@@ -243,7 +267,9 @@ class Server(Connection):
             return
         if isinstance(reply, Later):
             self._finish(request, reply)
-        else:
+        elif isinstance(reply, int):
+            self._refuse(request.unique, reply)
+        elif reply is not None:
             self._answer(request.unique, reply)
 
     def _finish(self, request: Request, later: Later) -> None:
@@ -335,35 +361,32 @@ class Server(Connection):
             self.passthrough = True
             self.reason = f"the kernel (FUSE 7.{self.minor}) has passthrough"
 
-    def _forget(self, request: Request, body: memoryview) -> Reply:
-        self._filesystem.forget(request.node, requests.parse_forget(body))
-        return _SILENT
+    def _forget(self, request: Request, lookups: int) -> None:
+        self._filesystem.forget(request.node, lookups)
 
-    def _batch_forget(self, request: Request, body: memoryview) -> Reply:
+    def _batch_forget(self, request: Request, body: memoryview) -> None:
         for node, lookups in requests.parse_batch_forget(body):
             self._filesystem.forget(node, lookups)
-        return _SILENT
 
-    def _interrupt(self, request: Request, body: memoryview) -> Reply:
-        return _SILENT
+    def _interrupt(self, request: Request, body: memoryview) -> None:
+        """Requests that wait do so for other reasons than the one who asks."""
 
     def _destroy(self, request: Request, body: memoryview) -> Reply:
         return b""
 
-    def _handlers(self) -> dict[int, _Handler]:
-        """Opcode to parser and method, bound once."""
+    def _make_routes(self) -> list[Route | None]:
+        """Routes by opcode; INIT has none: it is done once."""
         fs, p = self._filesystem, requests
 
         def setxattr(request: Request, body: memoryview) -> Reply:
             extended = bool(self.granted & InitFlag.SETXATTR_EXT)
             return fs.setxattr(request, *p.parse_setxattr(body, extended))
 
-        table: dict[int, _Handler] = {
-            Opcode.INIT: self._init,
-            Opcode.FORGET: self._forget,
-            Opcode.BATCH_FORGET: self._batch_forget,
-            Opcode.INTERRUPT: self._interrupt,
-            Opcode.DESTROY: self._destroy,
+        table: dict[int, Route] = {
+            Opcode.FORGET: _one(self._forget, p.parse_forget),
+            Opcode.BATCH_FORGET: Route(self._batch_forget),
+            Opcode.INTERRUPT: Route(self._interrupt),
+            Opcode.DESTROY: Route(self._destroy),
             Opcode.LOOKUP: _one(fs.lookup, p.parse_name),
             Opcode.GETATTR: _one(fs.getattr, p.parse_getattr),
             Opcode.SETATTR: _one(fs.setattr, p.parse_setattr),
@@ -378,11 +401,11 @@ class Server(Connection):
             Opcode.LINK: _several(fs.link, p.parse_link),
             Opcode.OPEN: _one(fs.open, p.parse_open),
             Opcode.READ: _one(fs.read, p.parse_read),
-            Opcode.WRITE: _several(fs.write, p.parse_write),
+            Opcode.WRITE: Route(lambda r, b: fs.write(r, *p.parse_write(b))),
             Opcode.STATFS: _none(fs.statfs),
             Opcode.RELEASE: _one(fs.release, p.parse_release),
             Opcode.FSYNC: _one(fs.fsync, p.parse_fsync),
-            Opcode.SETXATTR: setxattr,
+            Opcode.SETXATTR: Route(setxattr),
             Opcode.GETXATTR: _several(fs.getxattr, p.parse_getxattr),
             Opcode.LISTXATTR: _one(fs.listxattr, p.parse_listxattr),
             Opcode.REMOVEXATTR: _one(fs.removexattr, p.parse_name),
@@ -393,39 +416,37 @@ class Server(Connection):
             Opcode.RELEASEDIR: _one(fs.releasedir, p.parse_release),
             Opcode.FSYNCDIR: _one(fs.fsyncdir, p.parse_fsync),
             Opcode.CREATE: _several(fs.create, p.parse_create),
-            Opcode.TMPFILE: lambda r, b: fs.tmpfile(r, p.parse_create(b)[0]),
+            Opcode.TMPFILE: Route(lambda r, b: fs.tmpfile(r, p.parse_create(b)[0])),
             Opcode.FALLOCATE: _one(fs.fallocate, p.parse_fallocate),
             Opcode.LSEEK: _one(fs.lseek, p.parse_lseek),
             Opcode.COPY_FILE_RANGE: _one(fs.copy_file_range, p.parse_copy),
             Opcode.SYNCFS: _none(fs.syncfs),
         }
-        return {int(opcode): handler for opcode, handler in table.items()}
+        routes: list[Route | None] = [None] * (max(table) + 1)
+        for opcode, route in table.items():
+            routes[opcode] = route._replace(once=opcode in _ONCE)
+        return routes
 
 
 _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")
 
 
-def _none(method: Callable[[Request], Reply]) -> _Handler:
-    """Handler of a request without a body."""
-    return lambda request, body: method(request)
+def _none(method: Callable[[Request], Reply]) -> Route:
+    """Route of a request without a body."""
+    return Route(lambda request, body: method(request), method)
 
 
-def _one(method: Callable[[Request, _T], Reply], parse: Callable[[memoryview], _T]) -> _Handler:
-    """Handler of a request whose body is one value."""
-    return lambda request, body: method(request, parse(body))
+def _one(method: Callable[[Request, _T], _Answer], parse: Callable[[memoryview], _T]) -> Route:
+    """Route of a request whose body is one value."""
+    shape = requests.SHAPES[parse]
+    return Route(lambda request, body: method(request, parse(body)), method, False, *shape)
 
 
 def _several(
     method: Callable[[Request, Unpack[_Ts]], Reply],
     parse: Callable[[memoryview], tuple[*_Ts]],
-) -> _Handler:
-    """Handler of a request whose body is several values."""
-    return lambda request, body: method(request, *parse(body))
-
-
-class _Silent(bytes):
-    """Type of the mark that a request gets no reply."""
-
-
-_SILENT = _Silent()
+) -> Route:
+    """Route of a request whose body is several values."""
+    shape = requests.SHAPES[parse]
+    return Route(lambda request, body: method(request, *parse(body)), method, False, *shape)

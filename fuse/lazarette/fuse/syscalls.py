@@ -1,7 +1,7 @@
 """System calls that Python's ``os`` does not offer, raising ``OSError`` like it.
 
-Numbers and structures: ``linux/fs.h`` (FICLONE, FIEMAP), ``linux/fuse.h``
-(FUSE_DEV_IOC_*), renameat2(2), fallocate(2), umount2(2), fcntl(2).
+Numbers and structures: ``linux/fs.h`` (FICLONE, FIEMAP),
+renameat2(2), fallocate(2), umount2(2), fcntl(2).
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ MNT_DETACH = 2
 _FICLONE = 0x40049409
 _FIEMAP = 0xC020660B
 _FIEMAP_LAST = 1
-_BACKING_OPEN = 0x4010E501
-_BACKING_CLOSE = 0x4004E502
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -93,24 +91,6 @@ def umount(target: str, flags: int = 0) -> None:
 def clone_file(destination: int, source: int) -> None:
     """Make ``destination`` share all data of ``source`` (FICLONE)."""
     fcntl.ioctl(destination, _FICLONE, source)
-
-
-def backing_open(device: int, fd: int) -> int:
-    """Register ``fd`` as a backing file of a FUSE connection; its id.
-
-    The argument must be a mutable buffer: with an immutable one Python drops the result.
-
-    Raises:
-        OSError: EPERM without CAP_SYS_ADMIN, ELOOP when ``fd`` lies on a stacked filesystem,
-            ENOTTY on kernels before 6.9.
-    """
-    argument = bytearray(struct.pack("=iIQ", fd, 0, 0))
-    return int(fcntl.ioctl(device, _BACKING_OPEN, argument))
-
-
-def backing_close(device: int, backing: int) -> None:
-    """Give a backing id back."""
-    fcntl.ioctl(device, _BACKING_CLOSE, bytearray(struct.pack("=I", backing)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,9 @@ class Tree:
         journal: where what the kernel knows is noted.
     """
 
+    exact_links = True
+    """A file that has neither an index nor lost its names has the links of the real file."""
+
     CONFLICT = 1 << 61
     """Flips in the inode number of the second of two nodes with the same."""
 
@@ -121,8 +124,9 @@ class Tree:
         """
         if isinstance(node, File):
             self._erase(node)
-            node.close_orphan()
-            for folder, name in list(node.names):
+            if node.orphan >= 0:
+                node.close_orphan()
+            for folder, name in list(node.names) if node.names else ():
                 node.drop_name(folder, name)
                 self._drop_idle(folder)
             if node.successor is not None:
@@ -275,7 +279,7 @@ class Tree:
         fd, name, follow = self.locate(node)
         if not follow:
             flags |= os.O_NOFOLLOW
-        return os.open(name, flags | os.O_CLOEXEC, dir_fd=fd)
+        return native.open_at(fd, name, flags, 0)
 
     def links(self, node: Node, st: Status) -> int:
         """``st_nlink`` to show."""
@@ -417,6 +421,13 @@ class Tree:
             return self._dir_node(parent, name, found), found.st
         return self._file_node(parent, name, found)
 
+    def present(self, parent: Dir, name: bytes) -> tuple[Node, Status] | None:
+        """As :meth:`lookup`, without looking for what is known: only we change the layers."""
+        node = parent.entries.get(name)
+        if node is not None:
+            return node, self.stat(node)
+        return self.lookup(parent, name)
+
     def _load(self, folder: Dir) -> None:
         """Read what is remembered about a folder of the upper layer."""
         path = layers.descriptor_path(self.upper_fd(folder))
@@ -502,19 +513,23 @@ class Tree:
         node = parent.entries.get(name)
         if node is not None:
             return node
+        if parent.listing is not None and name not in parent.listing:
+            return None
         found = self.lookup(parent, name)
         return found[0] if found is not None else None
 
     def fresh(self, parent: Dir, name: bytes, st: Status) -> File:
-        """The node of a file that was just made in the upper layer."""
-        upper = self.stack.upper
+        """The node of a regular file that was just made in the upper layer."""
+        upper, real = self.stack.upper, st.st_ino
         assert upper is not None
-        ino = self.stack.number(upper, st.st_ino)
+        ino = self.stack.number(upper, real)
         if ino in self.by_ino:
             return self._file_node(parent, name, Found(st, UPPER))[0]
-        node = File(self.new_number(), ino, stat.S_IFMT(st.st_mode), (st.st_dev, st.st_ino))
+        number = self.next_number
+        self.next_number = number + 1
+        node = File(number, ino, stat.S_IFREG, (st.st_dev, real))
         node.add_name(parent, name, True)
-        self.add(node)
+        self.nodes[number] = self.by_ino[ino] = node
         return node
 
     @staticmethod

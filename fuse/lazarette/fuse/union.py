@@ -33,7 +33,17 @@ from lazarette.fuse.dirty import DirtyPaths
 from lazarette.fuse.entries import Entries
 from lazarette.fuse.files import Files
 from lazarette.fuse.filesystem import Connection, Filesystem, Later, Reply
-from lazarette.fuse.journal import Intent, Journal, LiveJournal, Meta, Shared, State
+from lazarette.fuse.journal import (
+    Intent,
+    Journal,
+    LiveJournal,
+    Meta,
+    Shared,
+    State,
+    handle_record,
+    meta_record,
+    node_record,
+)
 from lazarette.fuse.layers import Format, Stack
 from lazarette.fuse.native import UTIME_NOW, UTIME_OMIT, Status
 from lazarette.fuse.nodes import Dir, File, Listing, Node
@@ -66,6 +76,17 @@ _CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _MISSES = 16
 _BYTES_A_MISS = 4096
+
+# Of a class they would be looked up each time.
+_UID, _GID, _MODE, _SIZE = (
+    SetattrValid.UID,
+    SetattrValid.GID,
+    SetattrValid.MODE,
+    SetattrValid.SIZE,
+)
+_ATIME, _MTIME = SetattrValid.ATIME, SetattrValid.MTIME
+_ATIME_NOW, _MTIME_NOW = SetattrValid.ATIME_NOW, SetattrValid.MTIME_NOW
+_OWNER, _TIMES = _UID | _GID, _ATIME | _MTIME
 
 _SUID_SGID = stat.S_ISUID | stat.S_ISGID
 _CAPABILITY = b"security.capability"
@@ -152,15 +173,15 @@ class UnionFilesystem(Filesystem):
     ) -> None:
         """Note from now on, in shared memory, what the kernel knows."""
 
-        def describe(journal: LiveJournal) -> None:
+        def describe() -> Iterator[bytes]:
             meta.next_node, meta.next_handle = self.tree.next_number, self.files.next_number
             meta.extra = self.extra()
-            journal.meta(meta)
+            yield meta_record(meta)
             for node in self.tree.nodes.values():
                 if node is not self.tree.root:
-                    journal.node(node)
+                    yield node_record(node)
             for number, handle in self.files.handles.items():
-                journal.handle(number, handle)
+                yield handle_record(number, handle)
 
         journal = LiveJournal(shared, describe, attempts or {})
         journal.rewrite()
@@ -240,17 +261,39 @@ class UnionFilesystem(Filesystem):
         return FOREVER
 
     def _entry(self, request: Request, node: Node, st: Status) -> bytes:
-        journal = self.tree.journal
+        tree, number = self.tree, node.id
+        journal = tree.journal
         if node.lookups <= 0 or (isinstance(node, File) and len(node.names) > 1):
             journal.node(node)
         node.lookups += 1
-        journal.lookup(node.id, request.unique)
-        links = self.tree.links(node, st)
-        return replies.entry_reply(node.id, node.ino, st, links, FOREVER, self._attr_ttl(node))
+        journal.lookup(number, request.unique)
+        ttl = self._attr_ttl(node)
+        return native.entry_reply(number, node.ino, st, tree.links(node, st), FOREVER, ttl)
 
-    def _attributes(self, request: Request, node: Node, st: Status) -> bytes:
+    def _attributes(self, request: Request, node: Node) -> bytes:
+        """Reply with the attributes of a node as they are now."""
+        if isinstance(node, Dir):
+            links = 0 if node.dead else 1 if node.lowers else -1
+            ttl = FOREVER if node.id == request.node else 0
+            return native.attr_of(self.tree.top_fd(node), node.ino, links, ttl)
+        assert isinstance(node, File)
+        return self._attributes_at(request, node, *self.tree.locate(node))
+
+    def _attributes_at(
+        self, request: Request, node: Node, fd: int | None, path: bytes, follow: bool
+    ) -> bytes:
+        """As :meth:`_attributes`, of a node of which :meth:`Tree.place` has said where it is."""
+        tree = self.tree
+        if not isinstance(node, File):
+            return self._attributes(request, node)
         ttl = self._attr_ttl(node) if node.id == request.node else 0
-        return replies.attr_reply(node.ino, st, self.tree.links(node, st), ttl)
+        if tree.exact_links and not node.index and not node.dead and node.kind != stat.S_IFCHR:
+            return native.attr_at(fd, path, follow, node.ino, -1, ttl)
+        st = self._status(node)
+        return native.attr_reply(node.ino, st, tree.links(node, st), ttl)
+
+    def _status(self, node: File) -> Status:
+        return self.tree.stat(node)
 
     def _attributes_changed(self, request: Request, node: Node) -> None:
         """After a change by way of a replaced node: its successor's attributes are old."""
@@ -262,11 +305,11 @@ class UnionFilesystem(Filesystem):
     def lookup(self, request: Request, name: bytes) -> Reply:
         """LOOKUP."""
         tree = self.tree
-        tree.trim()
         parent = tree.dir(request.node)
         if parent.listing is not None and name not in parent.listing:
             return self._missing(name)
-        found = tree.lookup(parent, name)
+        tree.trim()
+        found = tree.present(parent, name)
         if found is None:
             self._count_miss(parent)
             return self._missing(name)
@@ -298,17 +341,18 @@ class UnionFilesystem(Filesystem):
         known.lookups -= lookups
         if known.lookups <= 0:
             self._release(known)
-        if node in self.tree.nodes:
-            self.tree.journal.forget(node, lookups)
+            if node not in self.tree.nodes:
+                return
+        self.tree.journal.forget(node, lookups)
 
     def _note(self, parent: Dir, name: bytes, deep: bool = False) -> None:
         """Note a changed entry for the next snapshot."""
-        if self.dirty is not None:
+        if self.dirty is not None and self.dirty.noting:
             self.dirty.entry(parent, name, deep)
 
     def _note_node(self, node: Node) -> None:
         """Note changed attributes for the next snapshot."""
-        if self.dirty is None:
+        if self.dirty is None or not self.dirty.noting:
             return
         if isinstance(node, Dir):
             self.dirty.folder(node)
@@ -319,7 +363,8 @@ class UnionFilesystem(Filesystem):
         if isinstance(node, File):
             if node.through or node.plain:
                 return
-            self.files.drop_backing(node)
+            if node.backing:
+                self.files.drop_backing(node)
             if self.dirty is not None:
                 self.dirty.forget(node)
         self.tree.drop(node)
@@ -343,7 +388,10 @@ class UnionFilesystem(Filesystem):
                 os.chmod(name, stat.S_IMODE(mode), dir_fd=folder)
 
     def _masked(self, parent: Dir, mode: int, umask: int) -> int:
-        return mode if self.entries.has_default_acl(parent) else mode & ~umask
+        acl = parent.default_acl
+        if acl is None:
+            acl = self.entries.has_default_acl(parent)
+        return mode if acl else mode & ~umask
 
     def mknod(self, request: Request, args: MknodIn, name: bytes) -> Reply:
         """MKNOD."""
@@ -416,37 +464,33 @@ class UnionFilesystem(Filesystem):
     def unlink(self, request: Request, name: bytes) -> Reply:
         """UNLINK."""
         parent = self.tree.dir(request.node)
-        with self._announced(request, parent, name):
+        self._announce(request, parent, name)
+        try:
             node = self.entries.unlink(parent, name)
+        except BaseException:
+            self.tree.journal.cancel(request.unique)
+            raise
         self._note(parent, name)
         self._note_node(node)
         self._settle(node)
         return b""
 
-    @contextlib.contextmanager
-    def _announced(
+    def _announce(
         self,
         request: Request,
         parent: Dir,
         name: bytes,
-        parent2: Dir | None = None,
+        parent2: int = 0,
         name2: bytes = b"",
         flags: int = 0,
-    ) -> Iterator[None]:
+    ) -> None:
         """Note what is about to be removed or renamed: a successor sees whether it was."""
-        journal = self.tree.journal
-        second = parent2.id if parent2 is not None else 0
-        intent = Intent(request.opcode, flags, parent.id, name, second, name2)
-        journal.intend(request.unique, intent)
-        try:
-            yield
-        except BaseException:
-            journal.cancel(request.unique)
-            raise
+        intent = Intent(request.opcode, flags, parent.id, name, parent2, name2)
+        self.tree.journal.intend(request.unique, intent)
 
     def _settle(self, node: File) -> None:
         """Let go of what an idle dead file held."""
-        if node.dead and not node.through:
+        if node.dead and node.backing and not node.through:
             self.files.drop_backing(node)
         if not node.lookups and not node.through and not node.plain:
             self.tree.drop(node)
@@ -454,8 +498,12 @@ class UnionFilesystem(Filesystem):
     def rmdir(self, request: Request, name: bytes) -> Reply:
         """RMDIR."""
         parent = self.tree.dir(request.node)
-        with self._announced(request, parent, name):
+        self._announce(request, parent, name)
+        try:
             node = self.entries.rmdir(parent, name)
+        except BaseException:
+            self.tree.journal.cancel(request.unique)
+            raise
         self._note(parent, name)
         if not node.lookups:
             self.tree.drop(node)
@@ -468,8 +516,12 @@ class UnionFilesystem(Filesystem):
         moving = self.tree.known(*source)
         if isinstance(moving, File):
             self.files.before_change(moving)
-        with self._announced(request, *source, *target, args.flags):
+        self._announce(request, *source, args.newdir, new, args.flags)
+        try:
             self.entries.rename(source, target, args.flags)
+        except BaseException:
+            self.tree.journal.cancel(request.unique)
+            raise
         self._note(*source, deep=True)
         self._note(*target, deep=True)
         return b""
@@ -478,8 +530,7 @@ class UnionFilesystem(Filesystem):
 
     def getattr(self, request: Request, args: GetattrIn) -> Reply:
         """GETATTR."""
-        node = self.tree.node(request.node)
-        return self._attributes(request, node, self.tree.stat(node))
+        return self._attributes(request, self.tree.node(request.node))
 
     def setattr(self, request: Request, args: SetattrIn) -> Reply:
         """SETATTR."""
@@ -488,44 +539,37 @@ class UnionFilesystem(Filesystem):
         if isinstance(node, Dir):
             self.copyup.folder(node)
         elif isinstance(node, File):
-            resized = bool(valid & SetattrValid.SIZE)
-            self.files.before_change(node, content=resized)
-            self.copyup.file(node, keep=args.size if resized else None)
+            if valid & _SIZE:
+                self.files.before_change(node, content=True)
+                self.copyup.file(node, keep=args.size)
+            elif node.lower is not None:
+                self.files.before_change(node)
+                self.copyup.file(node)
         fd, path, follow = tree.place(node)
-        if valid & (SetattrValid.UID | SetattrValid.GID):
-            uid = args.uid if valid & SetattrValid.UID else -1
-            gid = args.gid if valid & SetattrValid.GID else -1
-            os.chown(path, uid, gid, dir_fd=fd, follow_symlinks=follow)
+        if valid & _OWNER:
+            uid = args.uid if valid & _UID else -1
+            native.set_owner(fd, path, follow, uid, args.gid if valid & _GID else -1)
             if isinstance(node, File) and node.privileged:
                 node.privileged = None  # chown(2) drops set-id bits and capabilities
-        if valid & SetattrValid.MODE:
-            os.chmod(path, stat.S_IMODE(args.mode), dir_fd=fd)
+        if valid & _MODE:
+            native.set_mode(fd, path, stat.S_IMODE(args.mode))
             if isinstance(node, Dir):
                 node.setgid = bool(args.mode & stat.S_ISGID)
             elif isinstance(node, File) and (node.privileged or args.mode & _SUID_SGID):
                 node.privileged = None
-        if valid & SetattrValid.SIZE and isinstance(node, File):
+        if valid & _SIZE and isinstance(node, File):
             self.files.truncate(node, args)
-        if valid & (SetattrValid.ATIME | SetattrValid.MTIME):
+        if valid & _TIMES:
             self._set_times(node, (fd, path, follow), args)
-        self._attributes_changed(request, node)
+        if node.id != request.node:
+            self._attributes_changed(request, node)
         self._note_node(node)
-        return self._attributes(request, node, tree.stat(node))
+        return self._attributes_at(request, node, fd, path, follow)
 
     def _set_times(
         self, node: Node, place: tuple[int | None, bytes, bool], args: SetattrIn
     ) -> None:
-        valid = args.valid
-        atime, atime_ns, mtime, mtime_ns = 0, UTIME_OMIT, 0, UTIME_OMIT
-        if valid & SetattrValid.ATIME_NOW:
-            atime_ns = UTIME_NOW
-        elif valid & SetattrValid.ATIME:
-            atime, atime_ns = _signed(args.atime), args.atimensec
-        if valid & SetattrValid.MTIME_NOW:
-            mtime_ns = UTIME_NOW
-        elif valid & SetattrValid.MTIME:
-            mtime, mtime_ns = _signed(args.mtime), args.mtimensec
-        native.set_times(*place, atime, atime_ns, mtime, mtime_ns)
+        native.set_times(*place, *_times(args))
 
     def statfs(self, request: Request) -> Reply:
         """STATFS of the upper layer, or of the topmost lower one."""
@@ -538,7 +582,7 @@ class UnionFilesystem(Filesystem):
         """GETXATTR; the kernel asks for capabilities at each first write: those are known."""
         node = self.tree.node(request.node)
         if name == _CAPABILITY and isinstance(node, File) and node.privileged is False:
-            raise OSError(errno.ENODATA, "no capabilities")
+            return errno.ENODATA
         path, follow = self.tree.path(node)
         value = os.getxattr(path, self.tree.form.stored(name), follow_symlinks=follow)
         return _sized(value, size)
@@ -617,7 +661,7 @@ class UnionFilesystem(Filesystem):
         mode = self._masked(parent, args.mode, args.umask)
 
         def opener(folder: int, target: bytes) -> int:
-            fd = os.open(target, _CREATE, stat.S_IMODE(mode), dir_fd=folder)
+            fd = native.open_at(folder, target, _CREATE, stat.S_IMODE(mode))
             try:
                 self._own(request, parent, folder, target, mode)
             except BaseException:
@@ -630,7 +674,7 @@ class UnionFilesystem(Filesystem):
             return os.open(target, _CREATE & ~(os.O_CREAT | os.O_EXCL), dir_fd=folder)
 
         node, st, fd = self.entries.create(parent, name, opener, again if request.resent else None)
-        node.privileged = bool(mode & _SUID_SGID)
+        node.privileged = mode & _SUID_SGID != 0
         self._note(parent, name)
         reply = self.files.opened(node, args.flags, fd)
         return self._entry(request, node, st) + reply
@@ -711,14 +755,18 @@ class UnionFilesystem(Filesystem):
         """READDIR."""
         folder = self.tree.dir(request.node)
         reply = bytearray()
-        for number, (name, ino, kind) in self._entries_after(folder, args.offset):
+        most = args.size // replies.SMALLEST_DIRENT
+        for number, (name, ino, kind) in self._entries_after(folder, args.offset, most):
             packed = replies.dirent(ino, number, kind, name)
             if len(reply) + len(packed) > args.size:
                 break
             reply += packed
         return bytes(reply)
 
-    def _entries_after(self, folder: Dir, offset: int) -> list[tuple[int, tuple[bytes, int, int]]]:
+    def _entries_after(
+        self, folder: Dir, offset: int, most: int
+    ) -> list[tuple[int, tuple[bytes, int, int]]]:
+        """At least so many entries after ``offset``, if there are."""
         listing = self.tree.listing(folder)
         kind = stat.S_IFDIR >> 12
         entries: list[tuple[int, tuple[bytes, int, int]]] = []
@@ -726,20 +774,25 @@ class UnionFilesystem(Filesystem):
             entries.append((1, (b".", folder.ino, kind)))
         if offset < 2 and not folder.dead:
             entries.append((2, (b"..", folder.parent.ino, kind)))
-        return entries + listing.after(max(offset, Listing.FIRST - 1))
+        return entries + listing.after(max(offset, Listing.FIRST - 1), most)
 
     def readdirplus(self, request: Request, args: ReadIn) -> Reply:
-        """READDIRPLUS."""
-        folder = self.tree.dir(request.node)
-        self.tree.trim()
+        """READDIRPLUS; the attributes of what the kernel knows it has, and they are left out."""
+        tree = self.tree
+        folder = tree.dir(request.node)
+        tree.trim()
         reply = bytearray()
-        for number, (name, ino, kind) in self._entries_after(folder, args.offset):
+        most = args.size // (replies.ENTRY_SIZE + replies.SMALLEST_DIRENT)
+        for number, (name, ino, kind) in self._entries_after(folder, args.offset, most):
             room = args.size - len(reply) - replies.ENTRY_SIZE
             packed = replies.dirent(ino, number, kind, name)
             if len(packed) > room:
                 break
-            found = None if number < Listing.FIRST else self.tree.lookup(folder, name)
-            reply += self._entry(request, *found) if found else replies.no_lookup_entry()
+            known = folder.entries.get(name)
+            found = None
+            if number >= Listing.FIRST and (known is None or known.lookups <= 0):
+                found = tree.present(folder, name)
+            reply += self._entry(request, *found) if found else replies.NO_ENTRY
             reply += packed
         return bytes(reply)
 
@@ -760,6 +813,21 @@ class UnionFilesystem(Filesystem):
             return b""
 
         return Later(work)
+
+
+def _times(args: SetattrIn) -> tuple[int, int, int, int]:
+    """Access and modification time to set, each in seconds and nanoseconds."""
+    valid = args.valid
+    atime, atime_ns, mtime, mtime_ns = 0, UTIME_OMIT, 0, UTIME_OMIT
+    if valid & _ATIME_NOW:
+        atime_ns = UTIME_NOW
+    elif valid & _ATIME:
+        atime, atime_ns = _signed(args.atime), args.atimensec
+    if valid & _MTIME_NOW:
+        mtime_ns = UTIME_NOW
+    elif valid & _MTIME:
+        mtime, mtime_ns = _signed(args.mtime), args.mtimensec
+    return atime, atime_ns, mtime, mtime_ns
 
 
 def _signed(seconds: int) -> int:

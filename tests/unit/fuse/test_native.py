@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import random
+import socket
 import stat
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lazarette.fuse import native
+from lazarette.fuse import native, records, requests, serving
+from lazarette.fuse.requests import Request
+from lazarette.fuse.serving import NOT_ACCEPTED, NOT_BEGUN, UNUSUAL, Route
 
 FIELDS = (
     *("st_mode", "st_ino", "st_dev", "st_nlink", "st_uid", "st_gid", "st_rdev", "st_size"),
@@ -20,6 +27,8 @@ FIELDS = (
 
 def test_the_c_module_is_built() -> None:
     assert native.status is not native.status_plain, "run scripts/setup"
+    assert serving.serve is not serving.serve_plain, "run scripts/setup"
+    assert records.Region is not records.RegionPlain, "run scripts/setup"
 
 
 def values(st: native.Status | None) -> list[int]:
@@ -61,6 +70,14 @@ def test_replies_are_the_same_bytes(tmp_path: Path, times: tuple[int, int]) -> N
     for st in (ours, plain, native.Shown(*values(plain))):
         assert native.entry_reply(2**63, 2**62 + 1, st, 3, 86400, 1) == wanted
         assert native.attr_reply(7, st, 1, 0) == native.attr_reply_plain(7, plain, 1, 0)
+    name = os.fsencode(path)
+    for links in (-1, 0, 5):
+        wanted = native.attr_reply_plain(7, plain, 1 if links < 0 else links, 2)
+        for attr_at in (native.attr_at, native.attr_at_plain):
+            assert attr_at(None, name, False, 7, links, 2) == wanted
+        with path.open() as stream:
+            for attr_of in (native.attr_of, native.attr_of_plain):
+                assert attr_of(stream.fileno(), 7, links, 2) == wanted
     device = os.stat("/dev/null")
     assert native.attr_reply(7, device, 1, 0) == native.attr_reply_plain(7, device, 1, 0)
 
@@ -93,3 +110,249 @@ def test_an_answer_is_one_message(body: bytes) -> None:
     finally:
         os.close(receive)
         os.close(send)
+
+
+BOTH = pytest.mark.parametrize("kind", ["", "_plain"])
+
+
+def call(name: str, kind: str) -> Callable[..., Any]:
+    module = serving if name == "serve" else native
+    function: Callable[..., Any] = getattr(module, name + kind)
+    return function
+
+
+@BOTH
+def test_names_are_opened_and_removed(tmp_path: Path, kind: str) -> None:
+    open_at, remove_file = call("open_at", kind), call("remove_file", kind)
+    folder = os.open(tmp_path, os.O_PATH)
+    try:
+        fd = open_at(folder, b"f", os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        assert not os.get_inheritable(fd)
+        assert os.stat(fd).st_mode == stat.S_IFREG | 0o600
+        os.close(fd)
+        with pytest.raises(FileExistsError):
+            open_at(folder, b"f", os.O_CREAT | os.O_EXCL, 0o600)
+        call("set_mode", kind)(folder, b"f", 0o640)
+        assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o640
+        call("set_owner", kind)(folder, b"f", False, -1, os.getgid())
+        assert (tmp_path / "f").stat().st_uid == os.getuid()
+        if os.geteuid() == 0:
+            call("set_owner", kind)(folder, b"f", False, 2**32 - 2, 5)
+            assert (tmp_path / "f").stat().st_uid == 2**32 - 2
+        remove_file(folder, b"f")
+        with pytest.raises(FileNotFoundError, match="f"):
+            remove_file(folder, b"f")
+        for change in ("set_mode", "set_owner"):
+            with pytest.raises(FileNotFoundError):
+                call(change, kind)(folder, b"f", *([0] if change == "set_mode" else [0, 0, 0]))
+        with pytest.raises(OSError) as raised:
+            call("backing_open", kind)(folder, folder)
+        assert raised.value.errno in (errno.ENOTTY, errno.EBADF)
+        with pytest.raises(OSError, match=r"."):
+            call("backing_close", kind)(folder, 1)
+    finally:
+        os.close(folder)
+
+
+class Notes:
+    """A journal that only remembers."""
+
+    def __init__(self) -> None:
+        self.replies: list[tuple[int, bytes]] = []
+        self.commits = 0
+
+    def done(self, unique: int, reply: bytes) -> None:
+        self.replies.append((unique, reply))
+
+    def commit(self) -> None:
+        self.commits += 1
+
+
+def message(opcode: int, unique: int, body: bytes) -> bytes:
+    return requests.IN_HEADER.pack(40 + len(body), opcode, unique, 7, 1, 2, 3, 0, 0) + body
+
+
+class Kernel:
+    """The other end of the connection."""
+
+    def __init__(self, kind: str) -> None:
+        self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.serve = call("serve", kind)
+        self.lock = threading.Lock()
+        self.journal = Notes()
+        self.routes: list[Route | None] = [None] * 8
+        self.buffer = bytearray(9000)
+
+    def run(self, *messages: bytes) -> tuple[Request, int, int, object]:
+        for each in messages:
+            self.theirs.send(each)
+        device = self.ours.fileno()
+        result: tuple[Request, int, int, object] = self.serve(
+            device, self.buffer, self.routes, Request, self.lock, self.journal
+        )
+        return result
+
+    def replies(self) -> list[tuple[int, int, bytes]]:
+        self.theirs.setblocking(False)
+        found: list[tuple[int, int, bytes]] = []
+        while True:
+            try:
+                data = self.theirs.recv(9000)
+            except BlockingIOError:
+                return found
+            size, code, unique = struct.unpack_from("=IiQ", data)
+            assert size == len(data)
+            found.append((unique, code, data[16:]))
+
+    def close(self) -> None:
+        self.ours.close()
+        self.theirs.close()
+
+
+@BOTH
+def test_requests_are_taken_apart_as_their_parsers_do(kind: str) -> None:
+    rng = random.Random(8)
+    kernel = Kernel(kind)
+    try:
+        for parse, shape in requests.SHAPES.items():
+            body = rng.randbytes(struct.calcsize("=" + shape.layout.decode().strip("=")))
+            body += b"".join(
+                rng.choice([b"n\xff me\0", b"x" * 255 + b"\0"]) for _ in range(shape.names)
+            )
+            wanted = parse(body)
+            found: list[object] = []
+
+            def method(request: Request, *values: object, found: list[object] = found) -> bytes:
+                assert (request.node, request.uid, request.gid, request.pid) == (7, 1, 2, 3)
+                found.extend(values)
+                return b"ok"
+
+            def handler(request: Request, view: memoryview, wanted: Any = wanted) -> bytes:
+                assert bytes(view) == body  # noqa: B023 - called within the turn
+                return method(request, *wanted if isinstance(wanted, tuple) else (wanted,))
+
+            kernel.routes[3] = Route(handler, method, False, *shape)
+            request, size, why, outcome = kernel.run(message(3, 5, body), message(9, 6, b"rest"))
+            assert (request.opcode, request.unique, size) == (9, 6, 44)
+            assert (why, outcome) == (NOT_BEGUN, None)
+            assert found == (list(wanted) if isinstance(wanted, tuple) else [wanted])
+            assert kernel.replies() == [(5, 0, b"ok")]
+    finally:
+        kernel.close()
+
+
+@BOTH
+def test_what_methods_give_is_answered(kind: str) -> None:
+    kernel = Kernel(kind)
+    outcomes: list[object] = [
+        b"",
+        b"x" * 8000,
+        None,
+        errno.ENODATA,
+        FileNotFoundError(errno.ENOENT, "no"),
+        OSError(errno.EBUSY, "busy"),
+        OSError("without a number"),
+    ]
+
+    def handler(request: Request, body: memoryview) -> object:
+        assert kernel.lock.locked()
+        outcome = outcomes[body[0]]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    try:
+        kernel.routes[1] = Route(handler)
+        kernel.routes[2] = Route(handler, once=True)
+        for opcode in (1, 2):
+            calls = [message(opcode, 2 + index, bytes([index])) for index in range(len(outcomes))]
+            assert kernel.run(*calls, message(0, 1, b""))[2] == NOT_BEGUN
+            assert not kernel.lock.locked()
+            assert kernel.replies() == [
+                (2, 0, b""),
+                (3, 0, b"x" * 8000),
+                (5, -errno.ENODATA, b""),
+                (6, -errno.ENOENT, b""),
+                (7, -errno.EBUSY, b""),
+                (8, -errno.EIO, b""),
+            ]
+        assert kernel.journal.replies == [(2, b""), (3, b"x" * 8000)]
+        assert kernel.journal.commits == 2 * len(outcomes)
+    finally:
+        kernel.close()
+
+
+@BOTH
+def test_unusual_requests_are_for_the_caller(kind: str) -> None:
+    kernel = Kernel(kind)
+    failure = KeyError("a bug")
+
+    def end(request: Request, body: memoryview) -> object:
+        raise SystemExit(3)
+
+    def handler(request: Request, body: memoryview) -> object:
+        if body:
+            raise failure
+        return [1]
+
+    try:
+        kernel.routes[1] = Route(handler)
+        for body, wanted in ((b"", [1]), (b"x", failure)):
+            request, size, why, outcome = kernel.run(message(1, 4, body))
+            assert (request.unique, size, why) == (4, 40 + len(body), UNUSUAL)
+            assert outcome == wanted and kernel.lock.locked()
+            kernel.lock.release()
+        assert kernel.run(message(1, 4 | 1 << 63, b""))[2:] == (NOT_BEGUN, None)
+        kernel.routes[2] = Route(end)
+        with pytest.raises(SystemExit):
+            kernel.run(message(2, 4, b""))
+        kernel.lock.release()
+        assert kernel.replies() == []
+        kernel.routes[1] = Route(lambda request, body: b"reply")
+        kernel.theirs.shutdown(socket.SHUT_RD)
+        request, _, why, outcome = kernel.run(message(1, 6, b""))
+        assert (request.unique, why) == (6, NOT_ACCEPTED) and not kernel.lock.locked()
+        assert isinstance(outcome, BrokenPipeError)
+        kernel.ours.close()
+        with pytest.raises(OSError):
+            kernel.serve(10_000, kernel.buffer, kernel.routes, Request, kernel.lock, kernel.journal)
+    finally:
+        kernel.close()
+
+
+@BOTH
+def test_records_count_when_they_are_committed(kind: str) -> None:
+    memory, words = bytearray(4096), memoryview(bytearray(64)).cast("Q")
+    region = (records.RegionPlain if kind else records.Region)(memory, words, 3, 8192, 5)
+    assert region.commit() and words[3] == 0, "nothing was put"
+    region.one(4, 2**64 - 1)
+    region.pair(5, 6, 7)
+    region.text(8, 9, b"body")
+    region.put(b"as it is")
+    region.handle(1, 2, 2**32 - 1, -1, True)
+    file = (11, 12, 1, stat.S_IFREG, 3, -1, 2, 2**64 - 1, 14, -1)
+    region.file(*file, 0, b"")
+    region.file(*file, 15, b"name")
+    assert words[3] == 0
+    node = struct.Struct("=IBQQqIIiIQQQiiI")
+    fields = (11, 12, 1, stat.S_IFREG, 3, -1, 2, 0, 2**64 - 1, 14, -1, -1)
+    wanted = b"".join(
+        [
+            struct.pack("=IBQ", 13, 4, 2**64 - 1),
+            struct.pack("=IBQQ", 21, 5, 6, 7),
+            struct.pack("=IBQ", 17, 8, 9) + b"body",
+            b"as it is",
+            struct.pack("=IBQQIiI", 33, 8, 1, 2, 2**32 - 1, -1, 1),
+            node.pack(node.size, 2, *fields, 0),
+            node.pack(node.size + 16, 2, *fields, 1) + struct.pack("=QI", 15, 4) + b"name",
+        ]
+    )
+    assert memory[5 : 5 + len(wanted)] == wanted
+    assert region.commit() and words[3] == 8192 + 5 + len(wanted)
+    region.put(bytes(4096))
+    region.one(1, 1)
+    assert not region.commit() and words[3] == 8192 + 5 + len(wanted), "one was left out"
+    region.close()
+    region.pair(1, 2, 3)
+    assert not region.commit()
+    memory.extend(b"nothing holds the memory any more")
