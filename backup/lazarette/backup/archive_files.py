@@ -39,6 +39,9 @@ _PAGE = 4096
 _TAR_MAGIC_AT = 257
 _SPAN_PARTS = 4 * PARTS_A_PAGE
 _BLOCKS_A_TASK = 64
+_STRETCH = 1 << 20
+_TOUCHED_A_WHOLE = 4
+"""Blocks that are read as quickly as one more read is begun."""
 
 
 class FileJob(msgspec.Struct):
@@ -139,9 +142,13 @@ class FileJob(msgspec.Struct):
         kept: list[Part | Touched] = []
         number = 0
         ranges = self.ranges
+        stretch = begun = whole = 0
         try:
             for part in parts_of(reader, self.base):
                 end = part.offset + part.length
+                if part.offset // _STRETCH != stretch:
+                    _even_out(kept, begun, whole)
+                    stretch, begun, whole = part.offset // _STRETCH, len(kept), 0
                 while number < len(ranges) and ranges[number].end <= part.offset:
                     number += 1
                 if number == len(ranges) or ranges[number].offset >= end:
@@ -156,6 +163,9 @@ class FileJob(msgspec.Struct):
                     if by_pages and len(pages) <= part.length // PAGE * MOST_NEW:
                         touched = tuple(sorted(pages))
                         kept.append(Touched(part.offset, part.length, part.chunk, touched))
+                    else:
+                        whole += 1
+            _even_out(kept, begun, whole)
         except RepositoryDamaged:
             return None
         last = kept[-1] if kept else None
@@ -252,6 +262,19 @@ class FileJob(msgspec.Struct):
 
 
 SMALL_BASE = 128 << 10
+
+
+def _even_out(kept: list[Part | Touched], begun: int, whole: int) -> None:
+    """Read a stretch's touched blocks whole where some beside them are: one read, not many.
+
+    Args:
+        kept: what is kept and touched; the stretch is its end.
+        begun: where the stretch begins.
+        whole: blocks of the stretch that are read whole.
+    """
+    kept_parts = [one for one in kept[begun:] if not isinstance(one, Touched)]
+    if 0 < len(kept) - begun - len(kept_parts) <= _TOUCHED_A_WHOLE * whole:
+        kept[begun:] = kept_parts
 
 
 def _hole_pieces(part: Part, ranges: tuple[ByteRange, ...], number: int) -> list[Part]:
