@@ -17,6 +17,7 @@ import glob
 import io
 import os
 import random
+import resource
 import shutil
 import statistics
 import subprocess
@@ -211,27 +212,31 @@ ROWS: list[tuple[str, Work, int]] = [
 ]
 
 
-def many_files(root: Path, tag: str, count: int) -> dict[str, float]:
+def many_files(contender: Contender, tag: str, count: int, cpu: bool) -> dict[str, float]:
     """Microseconds a file of each step in the life of ``count`` files."""
+    root = contender.root
     folder = root / tag
     folder.mkdir()
     old = [str(folder / f"f{number}") for number in range(count)]
     new = [str(folder / f"g{number}") for number in range(count)]
 
-    def create() -> None:
+    def create(_: int) -> None:
         for path in old:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
 
-    def rename() -> None:
+    def rename(_: int) -> None:
         for path, target in zip(old, new, strict=True):
             os.rename(path, target)
 
-    def unlink() -> None:
+    def unlink(_: int) -> None:
         for path in new:
             os.unlink(path)
 
-    def tar() -> None:
+    def tar(_: int) -> None:
         subprocess.run(["tar", "xf", root.parent / "many.tar", "-C", folder], check=True)
+
+    def remove(_: int) -> None:
+        subprocess.run(["rm", "-r", folder], check=True)
 
     times = {}
     for name, step in (
@@ -239,11 +244,9 @@ def many_files(root: Path, tag: str, count: int) -> dict[str, float]:
         ("rename", rename),
         ("unlink", unlink),
         ("tar x", tar),
-        ("rm -r", lambda: subprocess.run(["rm", "-r", folder], check=True)),
+        ("rm -r", remove),
     ):
-        start = time.perf_counter_ns()
-        step()
-        times[f"{name} of {count} files"] = (time.perf_counter_ns() - start) / count / 1000
+        times[f"{name} of {count} files"] = measure(contender, step, 1, cpu) / count
     return times
 
 
@@ -258,11 +261,18 @@ def pack_many(archive: Path, count: int) -> None:
 
 def measure(contender: Contender, once: Callable[[int], object], count: int, cpu: bool) -> float:
     """Microseconds for one operation."""
-    start = contender.cpu_ns() + time.thread_time_ns() if cpu else time.perf_counter_ns()
+
+    def now() -> int:
+        if not cpu:
+            return time.perf_counter_ns()
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        children = int((ended.ru_utime + ended.ru_stime) * 1e9)
+        return contender.cpu_ns() + children + time.thread_time_ns()
+
+    start = now()
     for number in range(count):
         once(number)
-    end = contender.cpu_ns() + time.thread_time_ns() if cpu else time.perf_counter_ns()
-    return (end - start) / count / 1000
+    return (now() - start) / count / 1000
 
 
 def main() -> None:
@@ -288,7 +298,7 @@ def main() -> None:
                     stack.enter_context(other(base, "fuse-overlayfs", ["fuse-overlayfs"]))
                 )
             if options.files:
-                report_many(contenders, options.files)
+                report_many(contenders, options.files, options.metric == "cpu")
             else:
                 report(contenders, options.metric == "cpu", options.only)
     finally:
@@ -311,14 +321,14 @@ def row(name: str, contenders: list[Contender], times: dict[str, list[float]]) -
     print(f"{name:26}{columns}   {', '.join(ratios)}", flush=True)
 
 
-def report_many(contenders: list[Contender], count: int) -> None:
+def report_many(contenders: list[Contender], count: int, cpu: bool) -> None:
     heading(contenders)
     rows: dict[str, dict[str, list[float]]] = {}
     for each in contenders:
         pack_many(each.base / "many.tar", count)
     for turn in range(3):
         for each in contenders:
-            for name, value in many_files(each.root, f"many{turn}", count).items():
+            for name, value in many_files(each, f"many{turn}", count, cpu).items():
                 rows.setdefault(name, {}).setdefault(each.name, []).append(value)
     for name, times in rows.items():
         row(name, contenders, times)

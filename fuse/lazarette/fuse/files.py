@@ -35,6 +35,7 @@ _IDLE_BACKINGS = 4096
 _THROUGH = OpenFlag.PASSTHROUGH | OpenFlag.NOFLUSH
 _PLAIN = OpenFlag.KEEP_CACHE | OpenFlag.NOFLUSH
 _REFUSED = (errno.ELOOP, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.ENOTTY)
+_ACCESS = os.O_ACCMODE
 _CHANGES = os.O_ACCMODE | os.O_TRUNC
 _SUID_SGID = stat.S_ISUID | stat.S_ISGID
 
@@ -132,7 +133,7 @@ class Files:
 
     def opened(self, node: File, flags: int, fd: int) -> bytes:
         """Make the handle of an open; ``fd`` may be open already, else -1."""
-        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        writable = flags & _ACCESS != 0
         if node.through or (node.backing and not writable and self._is_registered(node)):
             through = True
         else:
@@ -180,7 +181,7 @@ class Files:
             layer = node.lower.folder.lowers[node.lower.index].layer
         if layer is not None and not layer.passthrough:
             return False
-        if flags & os.O_ACCMODE != os.O_RDONLY and fd < 0 and self._has_privileges(node):
+        if fd < 0 and flags & _ACCESS and self._has_privileges(node):
             return False
         if node.backing and node.backing_upper != node.upper:
             self.drop_backing(node)
@@ -260,7 +261,7 @@ class Files:
         node = handle.node
         if handle.fd >= 0:
             os.close(handle.fd)
-        if handle.writable:
+        if handle.flags & _ACCESS:
             node.writers -= 1
         if not handle.through:
             node.plain -= 1

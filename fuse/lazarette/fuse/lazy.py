@@ -392,13 +392,13 @@ class LazyFilesystem(UnionFilesystem):
             self._filler.start()
 
     def _set_times(
-        self, node: Node, place: tuple[int | None, bytes, bool], args: SetattrIn
+        self, node: Node, fd: int | None, path: bytes, follow: bool, args: SetattrIn
     ) -> None:
         if not isinstance(node, File):
-            super()._set_times(node, place, args)
+            super()._set_times(node, fd, path, follow, args)
             return
         with self.contents.still(node.real):
-            super()._set_times(node, place, args)
+            super()._set_times(node, fd, path, follow, args)
 
     def _entry(self, request: Request, node: Node, st: Status) -> bytes:
         return super()._entry(request, node, self._at_rest(node, st))

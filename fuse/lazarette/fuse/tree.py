@@ -528,8 +528,9 @@ class Tree:
         number = self.next_number
         self.next_number = number + 1
         node = File(number, ino, stat.S_IFREG, (st.st_dev, real))
-        node.add_name(parent, name, True)
-        self.nodes[number] = self.by_ino[ino] = node
+        node.names[(parent, name)] = True
+        parent.pins += 1
+        parent.entries[name] = self.nodes[number] = self.by_ino[ino] = node
         return node
 
     @staticmethod

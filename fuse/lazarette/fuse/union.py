@@ -560,16 +560,26 @@ class UnionFilesystem(Filesystem):
         if valid & _SIZE and isinstance(node, File):
             self.files.truncate(node, args)
         if valid & _TIMES:
-            self._set_times(node, (fd, path, follow), args)
+            self._set_times(node, fd, path, follow, args)
         if node.id != request.node:
             self._attributes_changed(request, node)
         self._note_node(node)
         return self._attributes_at(request, node, fd, path, follow)
 
     def _set_times(
-        self, node: Node, place: tuple[int | None, bytes, bool], args: SetattrIn
+        self, node: Node, fd: int | None, path: bytes, follow: bool, args: SetattrIn
     ) -> None:
-        native.set_times(*place, *_times(args))
+        valid = args.valid
+        atime, atime_ns, mtime, mtime_ns = 0, UTIME_OMIT, 0, UTIME_OMIT
+        if valid & _ATIME_NOW:
+            atime_ns = UTIME_NOW
+        elif valid & _ATIME:
+            atime, atime_ns = args.atime, args.atimensec
+        if valid & _MTIME_NOW:
+            mtime_ns = UTIME_NOW
+        elif valid & _MTIME:
+            mtime, mtime_ns = args.mtime, args.mtimensec
+        native.set_times(fd, path, follow, _signed(atime), atime_ns, _signed(mtime), mtime_ns)
 
     def statfs(self, request: Request) -> Reply:
         """STATFS of the upper layer, or of the topmost lower one."""
@@ -660,13 +670,16 @@ class UnionFilesystem(Filesystem):
         parent = self.tree.dir(request.node)
         mode = self._masked(parent, args.mode, args.umask)
 
+        foreign = request.uid != self._uid or request.gid != self._gid
+
         def opener(folder: int, target: bytes) -> int:
-            fd = native.open_at(folder, target, _CREATE, stat.S_IMODE(mode))
-            try:
-                self._own(request, parent, folder, target, mode)
-            except BaseException:
-                os.close(fd)
-                raise
+            fd = native.open_at(folder, target, _CREATE, mode & 0o7777)
+            if foreign:
+                try:
+                    self._own(request, parent, folder, target, mode)
+                except BaseException:
+                    os.close(fd)
+                    raise
             return fd
 
         def again(folder: int, target: bytes) -> int:
@@ -813,21 +826,6 @@ class UnionFilesystem(Filesystem):
             return b""
 
         return Later(work)
-
-
-def _times(args: SetattrIn) -> tuple[int, int, int, int]:
-    """Access and modification time to set, each in seconds and nanoseconds."""
-    valid = args.valid
-    atime, atime_ns, mtime, mtime_ns = 0, UTIME_OMIT, 0, UTIME_OMIT
-    if valid & _ATIME_NOW:
-        atime_ns = UTIME_NOW
-    elif valid & _ATIME:
-        atime, atime_ns = _signed(args.atime), args.atimensec
-    if valid & _MTIME_NOW:
-        mtime_ns = UTIME_NOW
-    elif valid & _MTIME:
-        mtime, mtime_ns = _signed(args.mtime), args.mtimensec
-    return atime, atime_ns, mtime, mtime_ns
 
 
 def _signed(seconds: int) -> int:
