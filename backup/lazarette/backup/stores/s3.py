@@ -35,6 +35,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
 
+from lazarette.backup.stores._s3body import body_of
 from lazarette.backup.stores._s3dialect import (
     Integrity,
     moment_ns,
@@ -372,12 +373,11 @@ class S3Store:
     def _put_guarded(
         self, name: str, data: Buffer, condition: _Condition, owner: str, integrity: Integrity
     ) -> str:
-        body = bytes(data)
-        crc = base64.b64encode(zlib.crc32(body).to_bytes(4, "big")).decode()
+        crc = base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
         request: PutObjectRequestTypeDef = {
             "Bucket": self.place.bucket,
             "Key": self.key(name),
-            "Body": body,
+            "Body": body_of(data),
             "Metadata": {_CRC: crc, _OWNER: owner} if owner else {_CRC: crc},
         }
         if "IfNoneMatch" in condition:
@@ -387,7 +387,7 @@ class S3Store:
         if integrity is Integrity.CRC32:
             request["ChecksumCRC32"] = crc
         elif integrity is Integrity.MD5:
-            digest = hashlib.md5(body, usedforsecurity=False).digest()
+            digest = hashlib.md5(data, usedforsecurity=False).digest()
             request["ContentMD5"] = base64.b64encode(digest).decode()
         answer = self.client(signed=integrity is Integrity.SIGNED).put_object(**request)
         return unquote(answer["ETag"])

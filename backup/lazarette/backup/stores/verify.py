@@ -176,7 +176,14 @@ def _large_objects_come_back_whole(store: BlobStore, at: str) -> None:
 @_check("S1")
 def _all_kinds_of_buffers(store: BlobStore, at: str) -> None:
     data = os.urandom(1000)
-    buffers: tuple[Buffer, ...] = (data, bytearray(data), memoryview(data)[10:500])
+    large = os.urandom(5_000_000)
+    buffers: tuple[Buffer, ...] = (
+        data,
+        bytearray(data),
+        memoryview(data)[10:500],
+        large,
+        memoryview(large)[1:-1],
+    )
     for number, buffer in enumerate(buffers):
         store.put(f"{at}{number}", buffer)
         _same(store.get(f"{at}{number}"), bytes(buffer), type(buffer).__name__)
