@@ -12,6 +12,7 @@
 #include <fcntl.h>
 #include <linux/fiemap.h>
 #include <linux/fs.h>
+#include <linux/openat2.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,6 +24,7 @@
 
 #define BUFFER (1 << 16)
 #define SMALL (1 << 20)
+#define DEEPEST 500
 
 /* -- listings ---------------------------------------------------------------------------- */
 
@@ -111,6 +113,120 @@ static PyObject *scan(PyObject *self, PyObject *argument)
                               : PyBytes_FromStringAndSize(all.bytes, (Py_ssize_t)all.length);
     free(all.bytes);
     return result;
+}
+
+/* -- trees ------------------------------------------------------------------------------- */
+
+typedef struct {
+    char *path;
+    size_t length;
+    Growing listing;
+} Folder;
+
+typedef struct {
+    Folder *folders;
+    size_t count, room;
+} Tree;
+
+static int open_folder(int parent, const char *name)
+{
+    struct open_how how = {
+        .flags = O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC,
+        .resolve = RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS,
+    };
+    long opened;
+    do
+        opened = syscall(SYS_openat2, parent, name, &how, sizeof how);
+    while (opened < 0 && errno == EAGAIN);
+    return (int)opened;
+}
+
+static Folder *add_folder(Tree *tree, const char *above, size_t length, const char *name)
+{
+    if (tree->count == tree->room) {
+        size_t room = 2 * tree->room + 64;
+        Folder *larger = realloc(tree->folders, room * sizeof *larger);
+        if (larger == NULL)
+            return NULL;
+        tree->folders = larger;
+        tree->room = room;
+    }
+    Folder *added = &tree->folders[tree->count];
+    memset(added, 0, sizeof *added);
+    added->path = malloc(length + strlen(name) + 2);
+    if (added->path == NULL)
+        return NULL;
+    memcpy(added->path, above, length);
+    if (length > 0)
+        added->path[length++] = '/';
+    strcpy(added->path + length, name);
+    added->length = length + strlen(name);
+    tree->count++;
+    return added;
+}
+
+/* List a folder that was added last, and those below it that can be opened. */
+static int list_tree(int folder, Tree *tree, int depth)
+{
+    size_t own = tree->count - 1;
+    Growing listing = {NULL, 0, 0};
+    int failed = list_folder(folder, &listing);
+    tree->folders[own].listing = listing;
+    if (failed)
+        return -1;
+    const char *at = listing.bytes, *end = at + listing.length;
+    while (at < end) {
+        Record record;
+        char name[256];
+        memcpy(&record, at, sizeof record);
+        at += sizeof record + record.name;
+        if (!S_ISDIR(record.mode) || depth == DEEPEST || record.name >= sizeof name)
+            continue;
+        memcpy(name, at - record.name, record.name);
+        name[record.name] = 0;
+        int inner = open_folder(folder, name);
+        if (inner < 0) {
+            if (errno == ENOENT || errno == ENOTDIR || errno == ELOOP || errno == EXDEV)
+                continue;
+            return -1;
+        }
+        const Folder *above = &tree->folders[own];
+        failed = add_folder(tree, above->path, above->length, name) == NULL ||
+                 list_tree(inner, tree, depth + 1);
+        close(inner);
+        if (failed)
+            return -1;
+    }
+    return 0;
+}
+
+/* scan_tree(folder): the listings of a folder and of those below it, by path. */
+static PyObject *scan_tree(PyObject *self, PyObject *argument)
+{
+    Tree tree = {NULL, 0, 0};
+    int failed, folder = (int)PyLong_AsLong(argument);
+    if (folder == -1 && PyErr_Occurred())
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    failed = add_folder(&tree, "", 0, "") == NULL || list_tree(folder, &tree, 0);
+    Py_END_ALLOW_THREADS
+    PyObject *found = failed ? PyErr_SetFromErrno(PyExc_OSError) : PyDict_New();
+    for (size_t index = 0; index < tree.count; index++) {
+        Folder *one = &tree.folders[index];
+        if (found != NULL) {
+            PyObject *path = PyBytes_FromStringAndSize(one->path, (Py_ssize_t)one->length);
+            PyObject *listing = PyBytes_FromStringAndSize(one->listing.bytes,
+                                                          (Py_ssize_t)one->listing.length);
+            if (path == NULL || listing == NULL || PyDict_SetItem(found, path, listing) < 0)
+                Py_CLEAR(found);
+            Py_XDECREF(path);
+            Py_XDECREF(listing);
+        }
+        free(one->path);
+        free(one->listing.bytes);
+    }
+    free(tree.folders);
+    return found;
 }
 
 /* split(listing): records by name. */
@@ -366,6 +482,7 @@ static PyObject *unlike_files(PyObject *self, PyObject *const *args, Py_ssize_t 
 
 static PyMethodDef methods[] = {
     {"scan", scan, METH_O, "The entries of a folder, each a record and its name."},
+    {"scan_tree", scan_tree, METH_O, "The listings of a folder and of those below it."},
     {"split", split, METH_O, "The records of a listing by name."},
     {"copy_files", (PyCFunction)(void (*)(void))copy_files, METH_FASTCALL,
      "Copy plain files; the names of those that were not."},

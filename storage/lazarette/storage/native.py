@@ -6,6 +6,7 @@ this module otherwise, or when the environment has ``LAZ_NO_NATIVE``.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
@@ -15,7 +16,7 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 from lazarette.fuse.differences import changed_ranges
-from lazarette.storage import extents
+from lazarette.storage import beneath, extents
 
 try:
     if os.environ.get("LAZ_NO_NATIVE"):
@@ -27,6 +28,8 @@ except ImportError:
 _RECORD = struct.Struct("=QQqIIIH")
 _SMALL = 1 << 20
 _SECOND = 1_000_000_000
+_DEEPEST = 499
+_LEFT_OUT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV)
 _IGNORED = ["security.selinux"]
 
 _log = logging.getLogger(__name__)
@@ -99,6 +102,33 @@ def scan_plain(folder: int, /) -> bytes:
         )
         listing += name
     return bytes(listing)
+
+
+def scan_tree_plain(folder: int, /) -> dict[bytes, bytes]:
+    """The listings of a folder and of those below it, by path; its own is ``b""``.
+
+    A folder that vanishes meanwhile, is a mount point, or lies very deep may be left out.
+    """
+    found = {b"": scan_plain(folder)}
+    left = [b""]
+    while left:
+        path = left.pop()
+        for name, packed in split_plain(found[path]).items():
+            if not record(packed).is_folder or path.count(b"/") == _DEEPEST:
+                continue
+            below = path + b"/" + name if path else name
+            try:
+                inner = beneath.open_parent(folder, below + b"/.")[0]
+            except OSError as refused:
+                if refused.errno in _LEFT_OUT:
+                    continue
+                raise
+            try:
+                found[below] = scan_plain(inner)
+            finally:
+                os.close(inner)
+            left.append(below)
+    return found
 
 
 def split_plain(listing: bytes, /) -> dict[bytes, bytes]:
@@ -226,11 +256,13 @@ def _kept(status: os.stat_result) -> tuple[int, ...]:
 
 if _native is None:
     scan = scan_plain
+    scan_tree = scan_tree_plain
     split = split_plain
     copy_files = copy_files_plain
     unlike_files = unlike_files_plain
 else:
     scan = _native.scan
+    scan_tree = _native.scan_tree
     split = _native.split
     copy_files = _native.copy_files
     unlike_files = _native.unlike_files

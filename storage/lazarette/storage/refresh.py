@@ -2,8 +2,8 @@
 
 :meth:`RefreshedCopy.refresh` brings a copy up to date: the first time it copies everything,
 later only what may have changed since.  So a snapshot is refreshed while everything runs and
-once more while the writers are held, when little is left to do: of a folder in which nothing
-happened only its listing is made again, and found to be the same bytes.
+once more while the writers are held, when little is left to do: all folders are listed by one
+call, and one in which nothing happened has a listing of the same bytes.
 
 A file is taken as unchanged when its inode and change time are the same as at the last
 refresh and that time lies before the refresh began.  That is safe because every clone of a
@@ -71,7 +71,11 @@ class _Level:
 
     def below(self, name: bytes) -> bytes:
         """The path of an entry."""
-        return self.path + b"/" + name if self.path else name
+        return _join(self.path, name)
+
+
+def _join(path: bytes, name: bytes) -> bytes:
+    return path + b"/" + name if path else name
 
 
 def _never() -> bool:
@@ -119,6 +123,7 @@ class RefreshedCopy:
         self._touched = 0
         self._cancelled = cancelled
         self._linked, self._made, self._skipped = {}, set(), {}
+        quiet = self._quiet()
         levels = [_Level(os.dup(self._source), b"", self._root, stale=True)]
         try:
             self._look(levels[0])
@@ -129,12 +134,16 @@ class RefreshedCopy:
                     os.close(levels.pop().source)
                     continue
                 name = level.left.pop()
+                path, known = level.below(name), level.known.folders[name]
+                if path in quiet and name not in level.touched:
+                    level.done.add(name)
+                    self._skip_tree(path, known)
+                    continue
                 inner = self._open(level, name)
                 if inner is None:
                     continue
                 level.done.add(name)
-                known = level.known.folders[name]
-                levels.append(_Level(inner, level.below(name), known, name in level.touched))
+                levels.append(_Level(inner, path, known, name in level.touched))
                 self._look(levels[-1])
         finally:
             for level in levels:
@@ -143,6 +152,32 @@ class RefreshedCopy:
         return self._touched
 
     # ---- folders
+
+    def _quiet(self) -> set[bytes]:
+        """Folders in which, and in those below which, no entry changed."""
+        if not self._root.listing:
+            return set()
+        listings = native.scan_tree(self._source)
+        every: set[bytes] = set()
+        changed: set[bytes] = set()
+        left = [(b"", self._root)]
+        while left:
+            path, known = left.pop()
+            every.add(path)
+            left += ((_join(path, name), inner) for name, inner in known.folders.items())
+            if known.doubtful or listings.get(path) != known.listing:
+                while path not in changed:
+                    changed.add(path)
+                    path = path.rpartition(b"/")[0]
+        return every - changed
+
+    def _skip_tree(self, path: bytes, known: _Known) -> None:
+        """Note the names of hard links in a folder and below it."""
+        left = [(path, known)]
+        while left:
+            path, known = left.pop()
+            self._skip(path, known, ())
+            left += ((_join(path, name), inner) for name, inner in known.folders.items())
 
     def _open(self, level: _Level, name: bytes) -> int | None:
         try:
@@ -180,7 +215,7 @@ class RefreshedCopy:
         known = level.known
         listing = native.scan(level.source)
         if listing == known.listing and not known.doubtful:
-            self._skip(level, ())
+            self._skip(level.path, known, ())
         else:
             self._compare(level, listing)
         left = known.folders.keys() - level.done if known.folders else ()
@@ -196,7 +231,7 @@ class RefreshedCopy:
             if before.get(name) != packed or name in known.doubtful
         }
         gone = before.keys() - now.keys()
-        self._skip(level, touched.keys() | gone)
+        self._skip(level.path, known, touched.keys() | gone)
         vanished = self._bring(level, touched, before, gone) if touched or gone else []
         if vanished:
             for name in vanished:
@@ -211,11 +246,11 @@ class RefreshedCopy:
                 known.several[name] = entry.key
         self._touched += len(touched)
 
-    def _skip(self, level: _Level, changed: Collection[bytes]) -> None:
+    def _skip(self, folder: bytes, known: _Known, changed: Collection[bytes]) -> None:
         """Note the names of hard links that are right as they are."""
-        for name, key in level.known.several.items():
+        for name, key in known.several.items():
             if name not in changed:
-                path = level.below(name)
+                path = _join(folder, name)
                 self._linked.setdefault(key, path)
                 self._skipped.setdefault(key, []).append(path)
 

@@ -7,23 +7,25 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_FIRST = -20
+_POLICY = os.SCHED_RR | os.SCHED_RESET_ON_FORK
 
 
 @contextmanager
 def urgent() -> Iterator[None]:
-    """Give this thread the processor first; without the right to, nothing changes.
+    """Give this thread the processor before all others that are not of real time.
 
-    Start no process inside: it would keep the priority.
+    A nice value would not do: it counts only among the processes of one session or control
+    group.  Without the right to, or in a group that has no share of real time, nothing
+    changes.  Threads and processes started inside do not inherit it.
     """
     thread = threading.get_native_id()
-    before = os.getpriority(os.PRIO_PROCESS, thread)
+    before = os.sched_getscheduler(thread), os.sched_getparam(thread)
     try:
-        os.setpriority(os.PRIO_PROCESS, thread, _FIRST)
+        os.sched_setscheduler(thread, _POLICY, os.sched_param(1))
     except PermissionError:
         yield
         return
     try:
         yield
     finally:
-        os.setpriority(os.PRIO_PROCESS, thread, before)
+        os.sched_setscheduler(thread, *before)

@@ -33,5 +33,5 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the C module and without."""
     if request.param == "python":
-        for name in ("scan", "split", "copy_files", "unlike_files"):
+        for name in ("scan", "scan_tree", "split", "copy_files", "unlike_files"):
             monkeypatch.setattr(native, name, getattr(native, f"{name}_plain"))

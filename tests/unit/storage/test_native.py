@@ -70,6 +70,48 @@ def test_any_change_changes_the_listing(tmp_path: Path, change: Callable[[Path],
         assert native.scan(folder) != before
 
 
+def test_the_listings_of_a_tree_are_those_of_its_folders(tmp_path: Path) -> None:
+    _fill(tmp_path)
+    deep = tmp_path / "a/\udcff odd\n/c"
+    deep.mkdir(parents=True)
+    _fill(deep)
+    (tmp_path / "link").symlink_to("a")
+    (tmp_path / "mounted").mkdir()
+    mounts.mount("tmpfs", tmp_path / "mounted", [])
+    try:
+        with beneath.opened(tmp_path) as folder:
+            found = native.scan_tree(folder)
+            assert found == native.scan_tree_plain(folder)
+            wanted = {
+                entry.path
+                for entry in beneath.walk(folder)
+                if entry.is_folder and not entry.mount_point
+            }
+            assert found.keys() == wanted
+            for path, listing in found.items():
+                with beneath.opened(os.fsencode(tmp_path) + b"/" + path) as one:
+                    assert listing == native.scan(one)
+    finally:
+        mounts.unmount(tmp_path / "mounted")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        native.scan_tree(-7)
+
+
+def test_very_deep_folders_are_left_out(tmp_path: Path) -> None:
+    here = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(600):
+        os.mkdir("d", dir_fd=here)
+        deeper = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = deeper
+    os.close(here)
+    with beneath.opened(tmp_path) as folder:
+        found = native.scan_tree(folder)
+        assert found.keys() == native.scan_tree_plain(folder).keys()
+    assert 400 < len(found) < 600
+    beneath.remove_path(tmp_path / "d")
+
+
 def test_an_empty_folder_has_an_empty_listing(tmp_path: Path) -> None:
     with beneath.opened(tmp_path) as folder:
         assert native.scan(folder) == native.scan_plain(folder) == b""
