@@ -13,7 +13,6 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, TypeVarTuple, Unpack
 
 from lazarette.fuse import native, protocol, replies, requests, serving
@@ -22,6 +21,7 @@ from lazarette.fuse.journal import Meta, Shared, State
 from lazarette.fuse.protocol import InitFlag, Opcode
 from lazarette.fuse.requests import Request
 from lazarette.fuse.serving import NOT_ACCEPTED, NOT_BEGUN, Route
+from lazarette.fuse.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class Server(Connection):
         self.ready = threading.Event()
         self._done: dict[int, bytes] = {}
         self._seen: dict[int, list[int]] = {}
-        self._pool = ThreadPoolExecutor(workers, "fuse-worker")
+        self._pool = Workers(workers, "fuse-worker")
         self._routes = self._make_routes()
 
     # -- connection ---------------------------------------------------------------------
@@ -179,7 +179,7 @@ class Server(Connection):
                 else:
                     self._conclude(request, body, outcome)
         finally:
-            self._pool.shutdown(wait=True)
+            self._pool.shutdown()
             os.close(device)
             self._filesystem.destroy()
 
