@@ -37,12 +37,19 @@ WORDS = """
 - **atomic**: a snapshot is one instant by itself; writers wait only for its commit.
 - **gated**: writers are held (containers frozen) while the snapshot is finished, and the pause
   is measured and reported with it. A volume with a `size` on `overlay` or `fuse` needs no gate:
-  its own filesystem is frozen, whoever writes, and its snapshots are atomic.
+  its own filesystem is frozen, whoever writes, and its snapshots are atomic. The pause of a
+  volume without one grows by about 1 ms a thousand files, and snapshots, their removal and
+  their comparison cost some 20 to 100 µs a file each; on btrfs none of this depends on the
+  number of files.
 - **unsafe**: as gated, but programs outside containers may write meanwhile; the snapshot is
   labelled so and a backup of it as well.
 - **changed extents**: changed byte ranges come from the filesystem's own trees, nothing is read.
 - **changed files**: both snapshots are compared; of files that are in both only the extents are
   read that they do not share.
+- **pool file**: what btrfs, or xfs for `overlay` and `fuse`, lies in on a host whose filesystem
+  cannot do what the driver needs. It grows before it is short, and promises only what the host
+  has: when others fill the host a btrfs pool shrinks and an xfs pool holds room back, so that an
+  application meets ENOSPC. It needs at least 512 MiB, and 512 MiB besides.
 - **remapped users**: containers whose users are others on the host (`lazd --userns-remap`).
   Every volume driver has them; in a `bind` volume owners stay the host's.
 - On the xfs under `overlay` and `fuse` a symbolic link's target is at most 1,023 bytes long.

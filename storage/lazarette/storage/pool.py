@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from lazarette.storage import btrfs, loop, mounts, process, xfs
+from lazarette.storage import btrfs, loop, mounts, process, steps, xfs
 from lazarette.storage.errors import NoSpace
 
 MIB = 1 << 20
@@ -140,6 +140,7 @@ class Pool:
         if not mounts.is_mount_point(self.target):
             self._mount()
         try:
+            self.resize(self.space().size)
             self.maintain()
         except (OSError, NoSpace) as refused:
             if fresh:
@@ -295,16 +296,20 @@ class Pool:
             device = loop.find(backing)
             if device is None:
                 return
+            if size < now and self.format is PoolFormat.BTRFS:
+                self._resize_inside(size)
+                steps.reached("pool.resize.shrunk")
+                os.ftruncate(backing, size)
+                loop.update_capacity(device)
+                return
             if size > now:
                 os.ftruncate(backing, size)
-                loop.update_capacity(device)
-                self._resize_inside(None)
+            steps.reached("pool.resize.extended")
+            # also what a killed process left half done
+            loop.update_capacity(device)
+            self._resize_inside(None)
             if self.format is PoolFormat.XFS:
                 self._set_ballast(max(0, now - size))
-            elif size < now:
-                self._resize_inside(size)
-                os.ftruncate(backing, size)
-                loop.update_capacity(device)
 
     def _set_ballast(self, size: int) -> None:
         """Keep so many bytes of the pool from everybody, or as many as are free."""
@@ -314,6 +319,7 @@ class Pool:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             now = os.fstat(file).st_size
+            steps.reached("pool.resize.ballast")
             inside = os.fstatvfs(file)
             size = min(size, now + inside.f_bavail * inside.f_frsize // MIB * MIB)
             if size <= now:

@@ -3,9 +3,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+from tests.support.kills import killed_at, steps_of
 from tests.support.waiting import until
 
 from lazarette.storage import loop, mounts
@@ -82,6 +84,23 @@ def test_a_pool_shrinks_and_grows_again(pool: Pool) -> None:
         pool.resize(size)
         assert pool.space().size == size
     assert pool.ballast() == 0
+
+
+def test_a_pool_killed_while_it_is_resized_is_resized_again(pool: Pool) -> None:
+    def resize(larger: int) -> None:
+        pool.resize(larger)
+        pool.resize(GIB)
+
+    (pool.target / "f").write_text("kept")
+    for number, step in enumerate(steps_of(partial(resize, 2 * GIB)), 3):
+        assert killed_at(step, partial(resize, number * GIB))
+        for size in (GIB, 3 * GIB // 2, GIB):
+            pool.resize(size)
+            assert pool.space().size == size
+            assert size * 3 // 4 < pool.space().free < size
+    pool.close()
+    pool.open()
+    assert (pool.target / "f").read_text() == "kept"
 
 
 def test_no_more_than_is_free_can_be_given_up(tmp_path: Path) -> None:

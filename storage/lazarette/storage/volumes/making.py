@@ -13,6 +13,7 @@ from lazarette.storage import beneath
 from lazarette.storage.clock import Clock
 from lazarette.storage.refresh import RefreshedCopy, copy_tree
 from lazarette.storage.syscalls import syncfs
+from lazarette.storage.urgency import urgent
 
 # what a pass leaves to the next one is what is written while it runs, so passes get shorter
 _PASS_GOAL_NS = 20_000_000
@@ -114,5 +115,6 @@ class ReflinkMaking(CopyMaking):
             previous = took
 
     def take(self) -> None:
-        """Bring the copy up to date."""
-        self._copy.refresh()
+        """Bring the copy up to date, before anybody else has the processor."""
+        with urgent():
+            self._copy.refresh()

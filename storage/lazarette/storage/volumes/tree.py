@@ -23,7 +23,6 @@ from lazarette.storage.compare import by_extents, everything, tree_changes
 from lazarette.storage.errors import NoSpace, Unsupported
 from lazarette.storage.refresh import copy_tree
 from lazarette.storage.syscalls import syncfs
-from lazarette.storage.urgency import urgent
 from lazarette.storage.volumes.contract import (
     SnapshotKind,
     VolumeUsage,
@@ -113,10 +112,9 @@ class TreeVolumeDriver(ShelvedVolumeDriver):
                     held.callback(one.release)
                     one.hold()
                 created = self._clock.now_ns()
-                with urgent():
-                    for name, one in making.items():
-                        self._shelf.folder(name)
-                        one.take()
+                for name, one in making.items():
+                    self._shelf.folder(name)
+                    one.take()
         finally:
             gate.open()
         return created, self._clock.monotonic_ns() - started
