@@ -188,12 +188,14 @@ static int serve_one(int device, Py_buffer *buffer, PyObject *routes, PyObject *
                      const Calls *calls, PyObject **result)
 {
     ssize_t size;
+    if (PyErr_CheckSignals() < 0) /* one may have come since the last method ran */
+        return -1;
     Py_BEGIN_ALLOW_THREADS
     size = read(device, buffer->buf, (size_t)buffer->len);
     Py_END_ALLOW_THREADS
     if (size < 0) {
         if (errno == EINTR)
-            return PyErr_CheckSignals() < 0 ? -1 : 1;
+            return 1;
         PyErr_SetFromErrno(PyExc_OSError);
         return -1;
     }

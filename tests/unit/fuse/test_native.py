@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import signal
 import socket
 import stat
 import struct
@@ -279,6 +280,22 @@ def test_what_methods_give_is_answered(kind: str) -> None:
         assert kernel.journal.replies == [(2, b""), (3, b"x" * 8000)]
         assert kernel.journal.commits == 2 * len(outcomes)
     finally:
+        kernel.close()
+
+
+@BOTH
+def test_signals_are_handled_while_nothing_is_asked(kind: str) -> None:
+    kernel = Kernel(kind)
+    before = signal.signal(
+        signal.SIGUSR1, lambda number, frame: kernel.theirs.send(message(9, 8, b""))
+    )
+    timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1))
+    try:
+        timer.start()
+        assert kernel.run()[0].unique == 8
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
         kernel.close()
 
 
