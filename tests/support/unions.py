@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import msgspec
 from lazarette.fuse import mount
 from lazarette.fuse.client import Mount, UnionMount
 from lazarette.fuse.spec import UnionSpec
+from lazarette.fuse.syscalls import ended
 
 
 @dataclass
@@ -91,6 +91,6 @@ def kill(pid: int) -> None:
     fd = os.pidfd_open(pid)
     try:
         signal.pidfd_send_signal(fd, signal.SIGKILL)
-        select.select([fd], [], [], 30)
+        ended(fd, 30)
     finally:
         os.close(fd)

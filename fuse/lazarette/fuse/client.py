@@ -41,13 +41,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import select
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 
-from lazarette.fuse import control, jsontext, mount, spec
+from lazarette.fuse import control, jsontext, mount, spec, syscalls
 from lazarette.fuse.filler import Progress
 from lazarette.fuse.serve import Started, Status
 from lazarette.fuse.snapshots import Taken
@@ -170,7 +169,7 @@ class Mount:
             with contextlib.suppress(ConnectionResetError):
                 self.call("stop", _STOP_TIMEOUT, lazy=lazy)
             if not lazy:
-                select.select([server], [], [], _STOP_TIMEOUT)
+                syscalls.ended(server, _STOP_TIMEOUT)
         finally:
             os.close(server)
 

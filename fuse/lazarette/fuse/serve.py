@@ -305,7 +305,7 @@ def _child(document: bytes, ready: int) -> None:
         shared = None
         if wanted.standby and standby.possible():
             shared = Shared.create()
-            shared.keeper = standby.start(shared, lambda: _go_on(shared))
+            shared.keeper = standby.start(shared)
         process = Process(wanted, shared)
     except msgspec.MsgspecError as error:
         os.write(ready, msgspec.json.encode(Started(errno=22, message=str(error))) + b"\n")
@@ -339,7 +339,7 @@ def _take_over(shared: Shared, replaced: int = 0) -> None:
     if not is_connection(shared.device) or not state.meta.spec:
         shared.ended = True  # it died before anyone could use the mount, or after
         return
-    keeper = standby.start(shared, lambda: _go_on(shared))
+    keeper = standby.start(shared)
     if not replaced:
         shared.keeper = keeper
     shared.handovers += 1
@@ -353,13 +353,21 @@ def _take_over(shared: Shared, replaced: int = 0) -> None:
     process.run()
 
 
-def _go_on(shared: Shared) -> None:
-    """What a standby does when its server has died."""
+def _run(begin: Callable[[], None]) -> None:
+    """Serve as ``begin`` says; does not return in a server that follows another."""
     try:
-        _take_over(shared)
-    except BaseException:
-        log.exception("taking over failed")
-        raise
+        begin()
+        return
+    except standby.Successor as successor:
+        shared = successor.shared
+    while True:
+        try:
+            _take_over(shared)
+        except standby.Successor:
+            continue
+        except BaseException:
+            log.exception("taking over failed")
+        os._exit(0)
 
 
 def _resume(fd: int) -> int:
@@ -368,7 +376,7 @@ def _resume(fd: int) -> int:
     shared = Shared(fd)
     _tune()
     _ignore_signals()
-    _take_over(shared, shared.keeper)
+    _run(lambda: _take_over(shared, shared.keeper))
     return 0
 
 
@@ -382,7 +390,7 @@ def main() -> int:
     if pid == 0:
         os.close(receive)
         try:
-            _child(document, send)
+            _run(lambda: _child(document, send))
         finally:
             os._exit(0)
     os.close(send)

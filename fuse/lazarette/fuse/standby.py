@@ -7,7 +7,9 @@ kernel, the files that have no name any more and the control socket therefore st
 (:mod:`lazarette.fuse.journal`) says what they are.
 
 The standby only waits.  When it has to act it forks: the child gets a table of its own and is
-the next server, which makes itself a standby first.
+the next server, which makes itself a standby first.  That child leaves by :class:`Successor`
+what it was copied in the middle of: however many servers a mount has had, the stack of the
+next is no deeper, and nothing is kept of what those before had in memory.
 """
 
 from __future__ import annotations
@@ -15,14 +17,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import logging
 import os
 import platform
-import select
 import signal
 import time
-from collections.abc import Callable
 
+from lazarette.fuse import syscalls
 from lazarette.fuse.journal import Shared
+
+log = logging.getLogger(__name__)
 
 _CLONE = {"x86_64": 56, "aarch64": 220}
 """Number of clone(2); with all arguments after the flags 0 their order does not matter."""
@@ -53,29 +57,47 @@ def _clone() -> int:
     return pid
 
 
-def start(shared: Shared, take_over: Callable[[], None]) -> int:
+class Successor(BaseException):
+    """Raised by :func:`start` in the next server, once the present one has died.
+
+    Attributes:
+        shared: what that left.
+    """
+
+    def __init__(self, shared: Shared) -> None:
+        super().__init__()
+        self.shared = shared
+
+
+def start(shared: Shared) -> int:
     """Make the standby of this process, which must have one thread only; its pid.
 
-    ``take_over`` is called in the next server; it may return when that has ended.
+    Raises:
+        Successor: this is the next server.
     """
     watched = os.pidfd_open(os.getpid())
     pid = _clone()
     if pid:
         return pid
     try:
-        _keep(shared, watched, take_over)
-    finally:
+        _keep(shared, watched)
+    except BaseException:  # there is nobody else to say so
+        log.exception("the standby fails")
         os._exit(1)
+    raise Successor(shared)
 
 
-def _keep(shared: Shared, watched: int, take_over: Callable[[], None]) -> None:
-    """Wait for the server's death, again and again; never closes anything."""
+def _keep(shared: Shared, watched: int) -> None:
+    """Wait for the server's death, again and again; never closes anything.
+
+    Returns in the next servers only.
+    """
     gc.disable()
     libc = ctypes.PyDLL(None)
     libc.prctl(_PR_SET_NAME, b"laz-standby", 0, 0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     myself = os.getpid()
-    select.select([watched], [], [])
+    syscalls.ended(watched)
     while shared.keeper == myself and not shared.ended and shared.device >= 0:
         failures = shared.failures
         if failures > _FAILURES:
@@ -85,13 +107,10 @@ def _keep(shared: Shared, watched: int, take_over: Callable[[], None]) -> None:
         pid = os.fork()
         if pid == 0:
             gc.enable()
-            try:
-                take_over()
-            finally:
-                os._exit(0)
+            return
         server = os.pidfd_open(pid)
         while shared.keeper == myself:
-            if select.select([server], [], [], _PAUSE)[0]:
+            if syscalls.ended(server, _PAUSE):
                 os.waitpid(pid, 0)
                 break
         os.close(server)

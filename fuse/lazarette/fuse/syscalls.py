@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import select
 import struct
 from dataclasses import dataclass
 
@@ -66,6 +67,16 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """Allocate, punch, zero, collapse or insert a range, by ``mode``."""
     if _libc.fallocate(fd, mode, offset, length) != 0:
         _raise()
+
+
+def ended(process: int, seconds: float | None = None) -> bool:
+    """Wait until the process of a pidfd has ended, at most so long; whether it has.
+
+    By poll(2): a select(2) fails for the descriptors of those who have many.
+    """
+    waiting = select.poll()
+    waiting.register(process, select.POLLIN)
+    return bool(waiting.poll(None if seconds is None else 1000 * seconds))
 
 
 def syncfs(fd: int) -> None:

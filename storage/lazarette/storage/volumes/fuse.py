@@ -16,12 +16,12 @@ all move along when the volume is renamed.
 from __future__ import annotations
 
 import os
-import select
 from collections.abc import Mapping
 from pathlib import Path
 
 from lazarette.fuse.client import UnionMount
 from lazarette.fuse.spec import UnionSpec
+from lazarette.fuse.syscalls import ended
 from lazarette.storage import beneath, mounts
 from lazarette.storage.syscalls import syncfs
 from lazarette.storage.volumes.contract import (
@@ -171,7 +171,7 @@ class FuseVolumeDriver(OverlayVolumeDriver):
                 # a stray open file: the server ends when that is closed
                 mounts.unmount(location, detach=True)
             else:
-                select.select([server], [], [], _STOP_SECONDS)
+                ended(server, _STOP_SECONDS)
         finally:
             os.close(server)
 
