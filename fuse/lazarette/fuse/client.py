@@ -140,8 +140,21 @@ class Mount:
         return mount.is_mounted(self.spec.mountpoint)
 
     def ensure(self) -> bool:
-        """Adopt a living server, or start one in place of a dead one; True when adopted."""
-        if self.alive():
+        """Adopt a living server, or start one in place of a dead one; True when adopted.
+
+        Raises:
+            OSError: what mounting failed with; ETIMEDOUT when there is a server that does not
+                answer: two of them would undo each other's work.
+        """
+        try:
+            self.status()
+        except TimeoutError:
+            raise
+        except OSError:
+            adopted = False
+        else:
+            adopted = mount.is_mounted(self.spec.mountpoint)
+        if adopted:
             return True
         self.clear()
         self.start()

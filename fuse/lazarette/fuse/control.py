@@ -85,14 +85,10 @@ class ControlSocket:
             ).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        with connection, connection.makefile("rwb") as stream:
+        # OSError: the caller did not wait for the answer.
+        with contextlib.suppress(OSError), connection, connection.makefile("rb") as stream:
             for line in iter(lambda: stream.readline(_LIMIT), b""):
-                reply = msgspec.json.encode(self._run(line))
-                try:
-                    stream.write(reply + b"\n")
-                    stream.flush()
-                except OSError:
-                    return  # the caller did not wait for the answer
+                connection.sendall(msgspec.json.encode(self._run(line)) + b"\n")
 
     def _run(self, line: bytes) -> Reply:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import signal
 import sys
 import threading
 import time
@@ -225,6 +226,20 @@ def test_without_standby_a_killed_server_is_an_error(tmp_path: Path) -> None:
         with pytest.raises(OSError) as caught:
             union.mounted.upgrade()
         assert caught.value.errno == errno.EOPNOTSUPP
+
+
+@pytest.mark.slow
+def test_server_that_does_not_answer_is_not_replaced(union: Union) -> None:
+    with serving(union):
+        before = union.mounted.status()
+        os.kill(before.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(TimeoutError):
+                union.mounted.ensure()
+        finally:
+            os.kill(before.pid, signal.SIGCONT)
+        assert union.mounted.ensure()
+        assert union.mounted.status().pid == before.pid
 
 
 def test_standby_ends_with_its_mount(union: Union) -> None:
