@@ -32,6 +32,7 @@ from lazarette.fuse.requests import (
 from lazarette.fuse.tree import Tree
 
 _IDLE_BACKINGS = 4096
+_TRIES = 16
 _THROUGH = OpenFlag.PASSTHROUGH | OpenFlag.NOFLUSH
 _PLAIN = OpenFlag.KEEP_CACHE | OpenFlag.NOFLUSH
 _REFUSED = (errno.ELOOP, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.ENOTTY)
@@ -134,7 +135,13 @@ class Files:
     def opened(self, node: File, flags: int, fd: int) -> bytes:
         """Make the handle of an open; ``fd`` may be open already, else -1."""
         writable = flags & _ACCESS != 0
-        if node.through or (node.backing and not writable and self._is_registered(node)):
+        if node.through or (
+            node.backing
+            and not writable
+            and not node.plain
+            and node.backing_upper == (node.lower is None)
+            and self._connection.passthrough
+        ):
             through = True
         else:
             through = node.kind == stat.S_IFREG and self._goes_through(node, flags, fd)
@@ -155,20 +162,10 @@ class Files:
             return replies.open_reply(number, _PLAIN)
         node.through += 1
         self.through_opens += 1
-        if node in self._idle:
-            del self._idle[node]
         if writable and node.cached:
             node.cached = False
             self._connection.forget_attributes(node.id)
         return replies.open_reply(number, _THROUGH, node.backing)
-
-    def _is_registered(self, node: File) -> bool:
-        """Whether the backing file of a node that has one serves readers as it is."""
-        return (
-            not node.plain
-            and node.backing_upper == (node.lower is None)
-            and self._connection.passthrough
-        )
 
     def _goes_through(self, node: File, flags: int, fd: int) -> bool:
         """Choose the way of an open, and register the backing file."""
@@ -226,6 +223,15 @@ class Files:
             node.backing = 0
             self._tree.journal.backing(node)
 
+    def _drop_oldest(self) -> None:
+        """Give back the backing file that was registered first, if it is not in use."""
+        for _ in range(_TRIES):
+            oldest = next(iter(self._idle))
+            if not oldest.through:
+                self.drop_backing(oldest)
+                return
+            self._idle.move_to_end(oldest)
+
     # -- going on after another server ---------------------------------------------------
 
     def adopt(self, number: int, handle: Handle) -> None:
@@ -238,7 +244,6 @@ class Files:
             node.plain += 1
             return
         node.through += 1
-        self._idle.pop(node, None)
 
     def idle(self, node: File) -> None:
         """Note that a node has a backing file, and no opens yet."""
@@ -271,9 +276,10 @@ class Files:
             if node.backing_writable:
                 self.drop_backing(node)  # or the file counts as open for writing for ever
                 return node
-            self._idle[node] = None
-            if len(self._idle) > _IDLE_BACKINGS:
-                self.drop_backing(next(iter(self._idle)))
+            if node not in self._idle:
+                self._idle[node] = None
+                if len(self._idle) > _IDLE_BACKINGS:
+                    self._drop_oldest()
         return node
 
     # -- I/O ----------------------------------------------------------------------------

@@ -382,8 +382,8 @@ class LiveJournal(Journal):
 
     def handle(self, number: int, handle: Handle) -> None:
         """See the base."""
-        flags = handle.flags & 0xFFFFFFFF
-        self._region.handle(number, handle.node.id, flags, handle.fd, handle.through)
+        node, flags = handle.node.id, handle.flags
+        self._region.handle(number, node, flags, handle.fd, handle.through)
 
     def closed(self, number: int) -> None:
         """See the base."""

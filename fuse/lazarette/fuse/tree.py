@@ -246,7 +246,7 @@ class Tree:
             return self.index, node.index, False
         for (folder, name), in_upper in node.names.items():
             if in_upper:
-                return self.upper_fd(folder), name, False
+                return folder.fd if folder.fd >= 0 else self.upper_fd(folder), name, False
         raise OSError(errno.ESTALE, "file has no name")
 
     def place(self, node: Node) -> tuple[int | None, bytes, bool]:

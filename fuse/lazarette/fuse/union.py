@@ -275,7 +275,8 @@ class UnionFilesystem(Filesystem):
         if isinstance(node, Dir):
             links = 0 if node.dead else 1 if node.lowers else -1
             ttl = FOREVER if node.id == request.node else 0
-            return native.attr_of(self.tree.top_fd(node), node.ino, links, ttl)
+            fd = node.fd if node.fd >= 0 else self.tree.top_fd(node)
+            return native.attr_of(fd, node.ino, links, ttl)
         assert isinstance(node, File)
         return self._attributes_at(request, node, *self.tree.locate(node))
 
@@ -536,16 +537,18 @@ class UnionFilesystem(Filesystem):
         """SETATTR."""
         tree, valid = self.tree, args.valid
         node = tree.node(request.node)
-        if isinstance(node, Dir):
-            self.copyup.folder(node)
-        elif isinstance(node, File):
+        if isinstance(node, File):
             if valid & _SIZE:
                 self.files.before_change(node, content=True)
                 self.copyup.file(node, keep=args.size)
             elif node.lower is not None:
                 self.files.before_change(node)
                 self.copyup.file(node)
-        fd, path, follow = tree.place(node)
+            fd, path, follow = tree.locate(node)
+        else:
+            assert isinstance(node, Dir)
+            self.copyup.folder(node)
+            fd, path, follow = tree.place(node)
         if valid & _OWNER:
             uid = args.uid if valid & _UID else -1
             native.set_owner(fd, path, follow, uid, args.gid if valid & _GID else -1)
@@ -563,7 +566,8 @@ class UnionFilesystem(Filesystem):
             self._set_times(node, fd, path, follow, args)
         if node.id != request.node:
             self._attributes_changed(request, node)
-        self._note_node(node)
+        if self.dirty is not None and self.dirty.noting:
+            self._note_node(node)
         return self._attributes_at(request, node, fd, path, follow)
 
     def _set_times(
@@ -655,15 +659,12 @@ class UnionFilesystem(Filesystem):
 
     # -- files --------------------------------------------------------------------------
 
-    def _file(self, request: Request) -> File:
+    def open(self, request: Request, args: OpenIn) -> Reply:
+        """OPEN."""
         node = self.tree.nodes.get(request.node)
         if not isinstance(node, File):
             raise OSError(errno.EISDIR if node else errno.ESTALE, "not a file")
-        return node
-
-    def open(self, request: Request, args: OpenIn) -> Reply:
-        """OPEN."""
-        return self.files.open(self._file(request), args)
+        return self.files.open(node, args)
 
     def create(self, request: Request, args: CreateIn, name: bytes) -> Reply:
         """CREATE."""
