@@ -32,6 +32,7 @@ from lazarette.fuse.clonetree import LINKS, UPPER, CloneTree
 from lazarette.fuse.dirty import DirtyPaths, join
 from lazarette.fuse.filesystem import Filesystem
 from lazarette.fuse.layers import opened_beneath
+from lazarette.fuse.urgency import urgent
 
 
 class Taken(msgspec.Struct):
@@ -149,7 +150,7 @@ class Snapshots:
         assert copy is not None
         start = time.monotonic_ns()
         try:
-            with self._filesystem.lock:
+            with urgent(), self._filesystem.lock:
                 since = self._dirty.take()
                 for path, deep in since.items():
                     self._pending[path] = deep or self._pending.get(path, False)

@@ -9,11 +9,11 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
+from lazarette.fuse.urgency import urgent
 from lazarette.storage import beneath
 from lazarette.storage.clock import Clock
 from lazarette.storage.refresh import RefreshedCopy, copy_tree
 from lazarette.storage.syscalls import syncfs
-from lazarette.storage.urgency import urgent
 
 # what a pass leaves to the next one is what is written while it runs, so passes get shorter
 _PASS_GOAL_NS = 20_000_000

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from lazarette.storage.urgency import urgent
+from lazarette.fuse.urgency import urgent
 
 
 def _policy() -> int:
