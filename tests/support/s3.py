@@ -271,7 +271,7 @@ def _supervise(folder: Path) -> None:
 
 def _remove_sockets(ports: list[int]) -> None:
     """Remove what the server binds beside its ports, and leaves when it is killed."""
-    for port in ports:
+    for port in (*ports, *(port + 10_000 for port in ports)):
         for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
             left.unlink(missing_ok=True)
 
