@@ -1,5 +1,6 @@
 """A restore over a volume in use: its containers stop, it changes, they run again."""
 
+import glob
 import json
 import os
 import re
@@ -97,7 +98,7 @@ def _restore_and_kill(daemon: Daemon, *, jobs: bool, the_daemon: bool) -> bool:
     try:
         begun = daemon.root / "data" / "jobs"
         until(
-            lambda: list(begun.glob("*/progress*")) or asking.poll() is not None,
+            lambda: glob.glob(f"{begun}/*/progress*") or asking.poll() is not None,
             "no job begins",
             pause=0.005,
         )

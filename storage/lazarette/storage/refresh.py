@@ -352,9 +352,7 @@ class RefreshedCopy:
                 raise copying.replaced(name)
             if first != path:
                 self._link(first, into, name)
-            elif _same_file(entry, before):
-                self._clone_again(level.source, into, name)
-            else:
+            elif not _same_file(entry, before) or not self._clone_again(level.source, into, name):
                 beneath.remove_tree(into, name)
                 copying.copy_entry(level.source, name, status, into, name)
                 self._made.add(entry.key)
@@ -369,10 +367,16 @@ class RefreshedCopy:
         if self._cancelled():
             raise Cancelled("copying a tree: cancelled")
 
-    def _clone_again(self, parent: int, into: int, name: bytes) -> None:
+    def _clone_again(self, parent: int, into: int, name: bytes) -> bool:
+        """Give a copy the file's content of now; False if what is there is none."""
         source = copying.open_regular(parent, name)
         try:
-            target = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=into)
+            try:
+                target = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=into)
+            except OSError as refused:
+                if refused.errno not in (*_GONE, errno.EISDIR):
+                    raise
+                return False
             try:
                 # the end of a clone may lie in the middle of a block only at the end of a file
                 status = os.fstat(source)
@@ -385,13 +389,18 @@ class RefreshedCopy:
         finally:
             os.close(source)
         copying.renew_metadata(parent, name, status, into, name)
+        return True
 
     # ---- hard links
 
     def _link(self, first: bytes, into: int, name: bytes) -> None:
-        beneath.remove_tree(into, name)
         holder, original = beneath.open_parent(self._target, first)
         try:
+            # what is there stays if that is not
+            kept = os.stat(original, dir_fd=holder, follow_symlinks=False)
+            if stat.S_ISDIR(kept.st_mode):
+                raise copying.replaced(first)
+            beneath.remove_tree(into, name)
             os.link(original, name, src_dir_fd=holder, dst_dir_fd=into, follow_symlinks=False)
         finally:
             os.close(holder)
@@ -403,20 +412,27 @@ class RefreshedCopy:
             for path in self._skipped[key]:
                 if first is None or path == first:
                     continue
-                folder, _, name = path.rpartition(b"/")
-                into = self._open_target(folder)
                 try:
-                    self._link(first, into, name)
-                    source, _ = beneath.open_parent(self._source, path)
-                    try:
-                        status = os.fstat(source)
-                        copying.renew_metadata(source, b".", status, into, b".")
-                    finally:
-                        os.close(source)
+                    source, name = beneath.open_parent(self._source, path)
                 except (FileNotFoundError, NotADirectoryError):
                     continue  # its folder vanished meanwhile
+                try:
+                    self._link_skipped(key, first, source, path, name)
+                except (FileNotFoundError, NotADirectoryError):
+                    continue  # it did, or the first name: the next refresh sees that
                 finally:
-                    os.close(into)
+                    os.close(source)
+
+    def _link_skipped(self, key: _Key, first: bytes, source: int, path: bytes, name: bytes) -> None:
+        status = os.stat(name, dir_fd=source, follow_symlinks=False)
+        if (status.st_dev, status.st_ino) != key:
+            return
+        into = self._open_target(path.rpartition(b"/")[0])
+        try:
+            self._link(first, into, name)
+            copying.renew_metadata(source, b".", os.fstat(source), into, b".")
+        finally:
+            os.close(into)
 
 
 def _same_file(entry: native.Record, before: bytes | None) -> bool:

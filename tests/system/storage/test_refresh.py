@@ -59,8 +59,9 @@ def test_the_last_refresh_makes_the_copy_equal(disk: Path, seed: int) -> None:
 
 
 @pytest.mark.usefixtures("calls")
+@pytest.mark.parametrize("seed", range(8, 14))
 @pytest.mark.timeout(max(300, 30 * ROUNDS))
-def test_a_tree_that_changes_all_the_while_is_caught_at_the_end(disk: Path) -> None:
+def test_a_tree_that_changes_all_the_while_is_caught_at_the_end(disk: Path, seed: int) -> None:
     source, target = disk / "source", disk / "target"
     source.mkdir()
     target.mkdir()
@@ -68,7 +69,7 @@ def test_a_tree_that_changes_all_the_while_is_caught_at_the_end(disk: Path) -> N
     stop = threading.Event()
 
     def work() -> None:
-        rnd = random.Random(8)
+        rnd = random.Random(seed)
         while not stop.is_set():
             mutate(source, rnd, 1)
 
@@ -233,3 +234,24 @@ def test_a_copy_stops_when_asked(disk: Path) -> None:
         with pytest.raises(Cancelled):
             copy_tree(reading, writing, cancelled=cancelled)
     assert 0 < len(list(target.iterdir())) < 600
+
+
+@pytest.mark.usefixtures("calls")
+@pytest.mark.parametrize("instead", ["nothing", "link", "folder"])
+def test_what_is_no_copy_any_more_is_copied_anew(disk: Path, instead: str) -> None:
+    """A file moved about during a refresh may have lost its copy, or have another thing there."""
+    source, target = disk / "source", disk / "target"
+    source.mkdir()
+    target.mkdir()
+    (source / "file").write_text("one")
+    with beneath.opened(source) as reading, beneath.opened(target) as writing:
+        copy = RefreshedCopy(reading, writing)
+        copy.refresh()
+        (target / "file").unlink()
+        if instead == "link":
+            (target / "file").symlink_to("elsewhere")
+        elif instead == "folder":
+            (target / "file").mkdir()
+        (source / "file").write_text("another")
+        copy.refresh()
+        assert snapshot_of(target) == snapshot_of(source)
