@@ -18,6 +18,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from lazarette.storage import beneath, copying, native
@@ -207,7 +208,7 @@ class RefreshedCopy:
             os.close(into)
 
     def _open_target(self, path: bytes) -> int:
-        return beneath.open_parent(self._target, path + b"/." if path else b".")[0]
+        return _open_parent(self._target, path + b"/." if path else b".")[0]
 
     def _look(self, level: _Level) -> None:
         """Bring up to date what is in a folder, but not what is in the folders in it."""
@@ -394,7 +395,7 @@ class RefreshedCopy:
     # ---- hard links
 
     def _link(self, first: bytes, into: int, name: bytes) -> None:
-        holder, original = beneath.open_parent(self._target, first)
+        holder, original = _open_parent(self._target, first)
         try:
             # what is there stays if that is not
             kept = os.stat(original, dir_fd=holder, follow_symlinks=False)
@@ -410,29 +411,35 @@ class RefreshedCopy:
         for key in self._made & self._skipped.keys():
             first = self._linked.get(key)
             for path in self._skipped[key]:
-                if first is None or path == first:
-                    continue
-                try:
-                    source, name = beneath.open_parent(self._source, path)
-                except (FileNotFoundError, NotADirectoryError):
-                    continue  # its folder vanished meanwhile
-                try:
-                    self._link_skipped(key, first, source, path, name)
-                except (FileNotFoundError, NotADirectoryError):
-                    continue  # it did, or the first name: the next refresh sees that
-                finally:
-                    os.close(source)
+                if first is not None and path != first:
+                    # it vanished, or the first name did: the next refresh sees that
+                    with suppress(FileNotFoundError):
+                        self._link_skipped(key, first, path)
 
-    def _link_skipped(self, key: _Key, first: bytes, source: int, path: bytes, name: bytes) -> None:
-        status = os.stat(name, dir_fd=source, follow_symlinks=False)
-        if (status.st_dev, status.st_ino) != key:
-            return
-        into = self._open_target(path.rpartition(b"/")[0])
+    def _link_skipped(self, key: _Key, first: bytes, path: bytes) -> None:
+        source, name = _open_parent(self._source, path)
         try:
-            self._link(first, into, name)
-            copying.renew_metadata(source, b".", os.fstat(source), into, b".")
+            status = os.stat(name, dir_fd=source, follow_symlinks=False)
+            if (status.st_dev, status.st_ino) != key:
+                return
+            into = self._open_target(path.rpartition(b"/")[0])
+            try:
+                self._link(first, into, name)
+                copying.renew_metadata(source, b".", os.fstat(source), into, b".")
+            finally:
+                os.close(into)
         finally:
-            os.close(into)
+            os.close(source)
+
+
+def _open_parent(root: int, path: bytes) -> tuple[int, bytes]:
+    """:func:`beneath.open_parent`, for which what is no folder any more has vanished."""
+    try:
+        return beneath.open_parent(root, path)
+    except OSError as refused:
+        if refused.errno in _GONE:
+            raise copying.replaced(path) from refused
+        raise
 
 
 def _same_file(entry: native.Record, before: bytes | None) -> bool:
