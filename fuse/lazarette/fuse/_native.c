@@ -109,6 +109,14 @@ static int folder_of(PyObject *value, int *folder)
     return 0;
 }
 
+/* What a function gives whose system call with a name gave `result`. */
+static PyObject *done(int result, PyObject *name)
+{
+    if (result != 0)
+        return PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, name);
+    Py_RETURN_NONE;
+}
+
 /* status(folder, name, follow): as os.stat. */
 static PyObject *status(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
@@ -207,9 +215,7 @@ static PyObject *remove_file(PyObject *self, PyObject *const *args, Py_ssize_t c
     Py_BEGIN_ALLOW_THREADS
     result = unlinkat(folder, name, 0);
     Py_END_ALLOW_THREADS
-    if (result != 0)
-        return PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, args[1]);
-    Py_RETURN_NONE;
+    return done(result, args[1]);
 }
 
 /* -- backing files ------------------------------------------------------------------------ */
@@ -369,22 +375,27 @@ static PyObject *entry_reply(PyObject *self, PyObject *const *args, Py_ssize_t c
     return PyBytes_FromStringAndSize((const char *)&out, sizeof out);
 }
 
+static PyObject *packed_attr(const struct stat *s, uint64_t ino, uint32_t links, uint64_t ttl)
+{
+    struct fuse_attr_out out;
+    memset(&out, 0, sizeof out);
+    out.attr_valid = ttl;
+    fill(&out.attr, s, ino, links);
+    return PyBytes_FromStringAndSize((const char *)&out, sizeof out);
+}
+
 /* attr_reply(ino, status, nlink, ttl) */
 static PyObject *attr_reply(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
     struct stat s;
     unsigned long long ino, tail[2];
-    struct fuse_attr_out out;
     if (count != 4) {
         PyErr_SetString(PyExc_TypeError, "attr_reply takes four arguments");
         return NULL;
     }
     if (unsigned_of(args, 1, &ino) || unsigned_of(args + 2, 2, tail) || status_of(args[1], &s))
         return NULL;
-    memset(&out, 0, sizeof out);
-    out.attr_valid = tail[1];
-    fill(&out.attr, &s, ino, (uint32_t)tail[0]);
-    return PyBytes_FromStringAndSize((const char *)&out, sizeof out);
+    return packed_attr(&s, ino, (uint32_t)tail[0], tail[1]);
 }
 
 /* attr_of(descriptor, ino, nlink, ttl): the attributes of an open file, packed; its own count of
@@ -393,7 +404,6 @@ static PyObject *attr_of(PyObject *self, PyObject *const *args, Py_ssize_t count
 {
     struct stat s;
     unsigned long long ino, ttl;
-    struct fuse_attr_out out;
     int result;
     if (count != 4) {
         PyErr_SetString(PyExc_TypeError, "attr_of takes four arguments");
@@ -408,10 +418,7 @@ static PyObject *attr_of(PyObject *self, PyObject *const *args, Py_ssize_t count
     Py_END_ALLOW_THREADS
     if (result != 0)
         return PyErr_SetFromErrno(PyExc_OSError);
-    memset(&out, 0, sizeof out);
-    out.attr_valid = ttl;
-    fill(&out.attr, &s, ino, links < 0 ? (uint32_t)s.st_nlink : (uint32_t)links);
-    return PyBytes_FromStringAndSize((const char *)&out, sizeof out);
+    return packed_attr(&s, ino, links < 0 ? (uint32_t)s.st_nlink : (uint32_t)links, ttl);
 }
 
 /* attr_at(folder, name, follow, ino, nlink, ttl): as attr_of, of a file below a folder. */
@@ -419,7 +426,6 @@ static PyObject *attr_at(PyObject *self, PyObject *const *args, Py_ssize_t count
 {
     struct stat s;
     unsigned long long ino, ttl;
-    struct fuse_attr_out out;
     int folder, follow, result;
     if (count != 6 || !PyBytes_Check(args[1])) {
         PyErr_SetString(PyExc_TypeError, "attr_at takes six arguments");
@@ -436,16 +442,13 @@ static PyObject *attr_at(PyObject *self, PyObject *const *args, Py_ssize_t count
     Py_END_ALLOW_THREADS
     if (result != 0)
         return PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, args[1]);
-    memset(&out, 0, sizeof out);
-    out.attr_valid = ttl;
-    fill(&out.attr, &s, ino, links < 0 ? (uint32_t)s.st_nlink : (uint32_t)links);
-    return PyBytes_FromStringAndSize((const char *)&out, sizeof out);
+    return packed_attr(&s, ino, links < 0 ? (uint32_t)s.st_nlink : (uint32_t)links, ttl);
 }
 
 /* answer(device, unique, body): header and body in one write. */
 static PyObject *answer(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
-    ssize_t done;
+    ssize_t written;
     if (count != 3 || !PyBytes_Check(args[2])) {
         PyErr_SetString(PyExc_TypeError, "answer(device, unique, body)");
         return NULL;
@@ -461,9 +464,9 @@ static PyObject *answer(PyObject *self, PyObject *const *args, Py_ssize_t count)
     };
     header.len = (uint32_t)(sizeof header + parts[1].iov_len);
     Py_BEGIN_ALLOW_THREADS
-    done = writev(device, parts, parts[1].iov_len ? 2 : 1);
+    written = writev(device, parts, parts[1].iov_len ? 2 : 1);
     Py_END_ALLOW_THREADS
-    if (done < 0)
+    if (written < 0)
         return PyErr_SetFromErrno(PyExc_OSError);
     Py_RETURN_NONE;
 }
@@ -491,9 +494,7 @@ static PyObject *set_times(PyObject *self, PyObject *const *args, Py_ssize_t cou
     Py_BEGIN_ALLOW_THREADS
     result = utimensat(folder, name, times, follow ? 0 : AT_SYMLINK_NOFOLLOW);
     Py_END_ALLOW_THREADS
-    if (result != 0)
-        return PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, args[1]);
-    Py_RETURN_NONE;
+    return done(result, args[1]);
 }
 
 /* set_owner(folder, name, follow, uid, gid): fchownat(2); -1 leaves one as it is. */
@@ -514,9 +515,7 @@ static PyObject *set_owner(PyObject *self, PyObject *const *args, Py_ssize_t cou
     Py_BEGIN_ALLOW_THREADS
     result = fchownat(folder, name, uid, gid, follow ? 0 : AT_SYMLINK_NOFOLLOW);
     Py_END_ALLOW_THREADS
-    if (result != 0)
-        return PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, args[1]);
-    Py_RETURN_NONE;
+    return done(result, args[1]);
 }
 
 /* set_mode(folder, name, mode): fchmodat(2), which follows a final link. */
@@ -536,9 +535,7 @@ static PyObject *set_mode(PyObject *self, PyObject *const *args, Py_ssize_t coun
     Py_BEGIN_ALLOW_THREADS
     result = fchmodat(folder, name, mode, 0);
     Py_END_ALLOW_THREADS
-    if (result != 0)
-        return PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, args[1]);
-    Py_RETURN_NONE;
+    return done(result, args[1]);
 }
 
 #define METHOD(name, text) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, text}
