@@ -20,9 +20,8 @@ from lazarette.backup import memory, native, scan
 from lazarette.backup.chunker import MAX_SIZE, Chunker
 from lazarette.backup.pagemaps import Delta, PageMap, PageMaps, changed_pages, delta
 from lazarette.backup.repository.entries import PART, Entry
-from lazarette.backup.repository.format import ID_SIZE, PAGE, Crypt
+from lazarette.backup.repository.format import ID_SIZE, PAGE, Crypt, pieces
 from lazarette.backup.repository.ingest import Ingest, Lane
-from lazarette.storage.changes import ByteRange
 
 SMALL = 128 << 10
 """Files up to this size are one chunk and are read in batches."""
@@ -306,8 +305,7 @@ class Worker:
 
     def store(self, data: memoryview, lengths: list[int]) -> bytes:
         """Store consecutive chunks of ``data``; returns their ``PART`` rows."""
-        starts = itertools.accumulate(lengths, initial=0)
-        ids = self.crypt.chunk_ids([data[a:b] for a, b in itertools.pairwise(starts)])
+        ids = self.crypt.chunk_ids(pieces(data, lengths))
         wanted = self.ingest.claim_many(b"".join(ids), ids)
         if all(wanted):
             self.lane.add_span(ids, lengths, data)
@@ -384,11 +382,11 @@ class Worker:
     ) -> tuple[list[bytes], list[bytes]]:
         """Ids of blocks and, of paged ones, the hashes of their pages."""
         crypt = self.crypt
-        starts = list(itertools.accumulate(lengths, initial=0))
         if not paged:
-            return crypt.chunk_ids([data[a:b] for a, b in itertools.pairwise(starts)]), []
+            return crypt.chunk_ids(pieces(data, lengths)), []
+        starts = list(itertools.accumulate(lengths, initial=0))
         if any(start % PAGE for start in starts[:-1]):
-            hashes = [crypt.page_hashes(data[a:b]) for a, b in itertools.pairwise(starts)]
+            hashes = [crypt.page_hashes(block) for block in pieces(data, lengths)]
         else:
             joined = crypt.page_hashes(data)
             hashes = [
@@ -505,17 +503,3 @@ class Workers:
             self._tasks.put(None)
         for worker in self._workers:
             worker.join()
-
-
-def clip(ranges: list[tuple[int, int]], within: tuple[ByteRange, ...]) -> list[tuple[int, int]]:
-    """The overlap of two ascending lists of ranges, as (offset, end) pairs."""
-    found = []
-    number = 0
-    for start, end in ranges:
-        while number < len(within) and within[number].end <= start:
-            number += 1
-        look = number
-        while look < len(within) and within[look].offset < end:
-            found.append((max(start, within[look].offset), min(end, within[look].end)))
-            look += 1
-    return found

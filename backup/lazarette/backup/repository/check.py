@@ -7,7 +7,6 @@ whole, verified by their checksums, decrypted, and every chunk compared with its
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Callable, Sequence
 
@@ -26,6 +25,7 @@ from lazarette.backup.repository.format import (
     RepositoryDamaged,
     id_of,
     pack_name,
+    pieces,
 )
 from lazarette.backup.repository.index import Index
 from lazarette.backup.repository.packs import (
@@ -268,8 +268,7 @@ def _wrong_chunks(
     if all(length & PAGED_BIT and not length & (PATCH_BIT | PAGE - 1) for length in lengths):
         found = crypt.paged_ids(block, sizes)
         return [chunk for chunk, one in zip(chunks, found, strict=True) if one != chunk]
-    starts = itertools.accumulate(sizes, initial=0)
-    payloads: list[Buffer] = [block[a:b] for a, b in itertools.pairwise(starts)]
+    payloads = pieces(block, sizes)
     plain = [n for n, length in enumerate(lengths) if not length & (PATCH_BIT | PAGED_BIT)]
     found = crypt.chunk_ids([payloads[number] for number in plain])
     names: dict[int, bytes | None] = dict(zip(plain, found, strict=True))

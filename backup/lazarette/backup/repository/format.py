@@ -16,6 +16,7 @@ whoever has the bytes can tell that they are whole without any key.
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import threading
@@ -73,6 +74,12 @@ class WrongRepository(LazaretteError):
     number = 221
     exit_code = 33
     http_status = 409
+
+
+def pieces(data: memoryview, lengths: Sequence[int]) -> list[Buffer]:
+    """What lies one after another in some data, by the length of each."""
+    starts = itertools.accumulate(lengths, initial=0)
+    return [data[first:last] for first, last in itertools.pairwise(starts)]
 
 
 class Crypt:
