@@ -143,7 +143,7 @@ static int raised(PyObject **exception)
 
 /* What a request calls each time, looked up once. */
 typedef struct {
-    PyObject *acquire, *release, *commit, *done;
+    PyObject *acquire, *release, *commit, *done, *enter, *leave;
 } Calls;
 
 static int call(PyObject *function)
@@ -165,9 +165,10 @@ static int note_reply(PyObject *done, uint64_t unique, PyObject *reply)
     return result == NULL ? -1 : 0;
 }
 
+/* 0; why the reply was refused. */
 static int send_reply(int device, uint64_t unique, int number, PyObject *body)
 {
-    ssize_t done;
+    int refused;
     struct fuse_out_header header = {.error = -number, .unique = unique};
     struct iovec parts[2] = {{&header, sizeof header}, {NULL, 0}};
     if (body != NULL) {
@@ -176,11 +177,48 @@ static int send_reply(int device, uint64_t unique, int number, PyObject *body)
     }
     header.len = (uint32_t)(sizeof header + parts[1].iov_len);
     if (header.len <= SMALL) /* quicker than letting another thread run */
-        return writev(device, parts, parts[1].iov_len ? 2 : 1) < 0 ? -1 : 0;
+        return writev(device, parts, parts[1].iov_len ? 2 : 1) < 0 ? errno : 0;
     Py_BEGIN_ALLOW_THREADS
-    done = writev(device, parts, 2);
+    refused = writev(device, parts, 2) < 0 ? errno : 0;
     Py_END_ALLOW_THREADS
-    return done < 0 ? -1 : 0;
+    return refused;
+}
+
+/* Whether a method gave a Sync, and this thread may block for it; -1 when asking failed. */
+static int may_sync(const Calls *calls, PyObject *outcome)
+{
+    if (outcome == NULL || !PyTuple_Check(outcome))
+        return 0;
+    if (PyTuple_GET_SIZE(outcome) != 2) {
+        PyErr_SetString(PyExc_TypeError, "not a descriptor and whether data is enough");
+        return -1;
+    }
+    PyObject *may = PyObject_CallNoArgs(calls->enter);
+    int result = may == NULL ? -1 : PyObject_IsTrue(may);
+    Py_XDECREF(may);
+    return result;
+}
+
+/* Write a descriptor out, close it, and answer.  0; why the reply was refused; -1: raised. */
+static int sync_and_reply(int device, uint64_t unique, const Calls *calls, PyObject *sync)
+{
+    int fd = (int)PyLong_AsLong(PyTuple_GET_ITEM(sync, 0));
+    int data_only = PyObject_IsTrue(PyTuple_GET_ITEM(sync, 1));
+    int failed, refused;
+    struct fuse_out_header header = {.len = sizeof header, .unique = unique};
+    if (PyErr_Occurred())
+        return -1;
+    Py_BEGIN_ALLOW_THREADS
+    do
+        failed = data_only ? fdatasync(fd) : fsync(fd);
+    while (failed < 0 && errno == EINTR);
+    header.error = failed < 0 ? -errno : 0;
+    close(fd);
+    refused = write(device, &header, sizeof header) < 0 ? errno : 0;
+    Py_END_ALLOW_THREADS
+    if (call(calls->leave) < 0)
+        return -1;
+    return refused;
 }
 
 /* Read one request and answer it.  1: done, go on; 0: `result` is for the caller; -1: raised. */
@@ -223,7 +261,7 @@ static int serve_one(int device, Py_buffer *buffer, PyObject *routes, PyObject *
     }
     PyObject *outcome = NULL, *method = PyTuple_GET_ITEM(route, METHOD);
     PyObject *arguments[MOST_ARGUMENTS + MOST_NAMES + 2];
-    int count, number = 0, failed = 0;
+    int count, number = 0, failed = 0, refused = 0;
     arguments[0] = request;
     if (call(calls->acquire) < 0) {
         Py_DECREF(request);
@@ -254,42 +292,46 @@ static int serve_one(int device, Py_buffer *buffer, PyObject *routes, PyObject *
         Py_DECREF(request);
         return -1;
     }
-    if (number == 0 && outcome != Py_None && !PyBytes_CheckExact(outcome)) {
+    int blocks = may_sync(calls, outcome);
+    if (blocks < 0) {
+        Py_XDECREF(outcome);
+        Py_DECREF(request);
+        return -1;
+    }
+    if (number == 0 && outcome != Py_None && !PyBytes_CheckExact(outcome) && !blocks) {
         *result = Py_BuildValue("(NniN)", request, (Py_ssize_t)size, UNUSUAL, outcome);
         return *result == NULL ? -1 : 0;
     }
-    if (number == 0 && outcome != Py_None && PyTuple_GET_ITEM(route, ONCE) == Py_True)
+    if (number == 0 && outcome != Py_None && !blocks && PyTuple_GET_ITEM(route, ONCE) == Py_True)
         failed = note_reply(calls->done, in.unique, outcome);
     if (failed || call(calls->commit) < 0 || call(calls->release) < 0) {
         Py_XDECREF(outcome);
         Py_DECREF(request);
         return -1;
     }
-    if (outcome != Py_None &&
-        send_reply(device, in.unique, number, number ? NULL : outcome) < 0) {
-        PyErr_SetFromErrno(PyExc_OSError);
-        PyObject *type, *error, *trace;
-        PyErr_Fetch(&type, &error, &trace);
-        PyErr_NormalizeException(&type, &error, &trace);
-        Py_XDECREF(type);
-        Py_XDECREF(trace);
-        Py_XDECREF(outcome);
+    if (blocks)
+        refused = sync_and_reply(device, in.unique, calls, outcome);
+    else if (outcome != Py_None)
+        refused = send_reply(device, in.unique, number, number ? NULL : outcome);
+    Py_XDECREF(outcome);
+    if (refused > 0) {
+        PyObject *error = PyObject_CallFunction(PyExc_OSError, "is", refused, strerror(refused));
         *result = Py_BuildValue("(NniN)", request, (Py_ssize_t)size, NOT_ACCEPTED, error);
         return *result == NULL ? -1 : 0;
     }
-    Py_XDECREF(outcome);
     Py_DECREF(request);
-    return 1;
+    return refused ? -1 : 1;
 }
 
-/* serve(device, buffer, routes, make, lock, journal) */
+/* serve(device, buffer, routes, make, lock, journal, readers) */
 static PyObject *serve(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
     Py_buffer buffer;
     PyObject *result = NULL;
     int outcome;
-    if (count != 6 || !PyList_Check(args[2])) {
-        PyErr_SetString(PyExc_TypeError, "serve(device, buffer, routes, make, lock, journal)");
+    if (count != 7 || !PyList_Check(args[2])) {
+        PyErr_SetString(PyExc_TypeError,
+                        "serve(device, buffer, routes, make, lock, journal, readers)");
         return NULL;
     }
     int device = (int)PyLong_AsLong(args[0]);
@@ -300,8 +342,10 @@ static PyObject *serve(PyObject *self, PyObject *const *args, Py_ssize_t count)
         PyObject_GetAttrString(args[4], "release"),
         PyObject_GetAttrString(args[5], "commit"),
         PyObject_GetAttrString(args[5], "done"),
+        PyObject_GetAttrString(args[6], "enter"),
+        PyObject_GetAttrString(args[6], "leave"),
     };
-    if (calls.acquire && calls.release && calls.commit && calls.done)
+    if (calls.acquire && calls.release && calls.commit && calls.done && calls.enter && calls.leave)
         do {
             outcome = serve_one(device, &buffer, args[2], args[3], &calls, &result);
         } while (outcome > 0);
@@ -309,6 +353,8 @@ static PyObject *serve(PyObject *self, PyObject *const *args, Py_ssize_t count)
     Py_XDECREF(calls.release);
     Py_XDECREF(calls.commit);
     Py_XDECREF(calls.done);
+    Py_XDECREF(calls.enter);
+    Py_XDECREF(calls.leave);
     PyBuffer_Release(&buffer);
     return result;
 }

@@ -2,7 +2,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lazarette.fuse.serving import Journal, Route
+from lazarette.fuse.serving import Journal, Readers, Route
 
 def serve(
     device: int,
@@ -11,5 +11,6 @@ def serve(
     make: Callable[..., Any],
     lock: threading.Lock,
     journal: Journal,
+    readers: Readers,
     /,
 ) -> tuple[Any, int, int, object]: ...

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from lazarette.fuse import protocol, replies, syscalls
 from lazarette.fuse.copyup import CopyUp
 from lazarette.fuse.dirty import DirtyPaths
-from lazarette.fuse.filesystem import Connection, Filesystem, Later, Reply
+from lazarette.fuse.filesystem import Connection, Filesystem, Later, Reply, Sync
 from lazarette.fuse.nodes import File, Handle
 from lazarette.fuse.protocol import OpenFlag, SetattrValid
 from lazarette.fuse.requests import (
@@ -354,18 +354,8 @@ class Files:
             os.close(fd)
 
     def fsync(self, args: FsyncIn) -> Reply:
-        """Write a file out, on a worker."""
-        own = os.dup(self._descriptor(self._handle(args.fh)))
-        sync = os.fdatasync if args.data_only else os.fsync
-
-        def work() -> bytes:
-            try:
-                sync(own)
-            finally:
-                os.close(own)
-            return b""
-
-        return Later(work)
+        """Write a file out."""
+        return Sync(os.dup(self._descriptor(self._handle(args.fh))), args.data_only)
 
     def fallocate(self, args: FallocateIn) -> Reply:
         """Allocate or punch."""

@@ -2,14 +2,15 @@
 
 A method raises ``OSError``; its number is the answer (errors that are usual may be returned as
 numbers, which is quicker).  It returns the packed reply body (see the ``*_reply`` functions of
-:mod:`lazarette.fuse.replies`), ``b""`` for plain success, or a :class:`Later` for work that may
-block.
+:mod:`lazarette.fuse.replies`), ``b""`` for plain success, or a :class:`Later` or
+:class:`Sync` for work that may block.
 
 The server calls methods one at a time, holding :attr:`Filesystem.lock`.  Three ways out of
 that order:
 
-* return ``Later(work)``: ``work`` runs on a worker *without* the lock, and its result is the
-  reply: for fsync, reads from a slow source;
+* return ``Later(work)``: ``work`` runs *without* the lock, while other threads read requests or on
+  a worker, and its result is the reply: for reads from a slow source;
+* return ``Sync(fd, data_only)``: likewise, for fsync;
 * raise ``NeedsWorker`` before anything has changed: the whole request is repeated on a
   worker, again with the lock held;
 * on a worker (``self.on_worker()``), let the lock go around long copying with ``unlocked()``,
@@ -19,10 +20,12 @@ that order:
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lazarette.fuse.journal import Journal, Meta, Shared, State
 from lazarette.fuse.protocol import InitFlag
@@ -54,12 +57,32 @@ class NeedsWorker(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Later:
-    """Work for a worker, run without the lock; what it returns is the reply body."""
+    """Work to do without the lock; what it returns is the reply body."""
 
     work: Callable[[], bytes]
 
 
-Reply = bytes | int | Later
+class Sync(NamedTuple):
+    """A descriptor to write out, without the lock, and to close.
+
+    Attributes:
+        fd: of the request's own.
+        data_only: leave out what reading the data does not need.
+    """
+
+    fd: int
+    data_only: bool
+
+    def work(self) -> bytes:
+        """Do it; the reply body."""
+        try:
+            (os.fdatasync if self.data_only else os.fsync)(self.fd)
+        finally:
+            os.close(self.fd)
+        return b""
+
+
+Reply = bytes | int | Later | Sync
 """What a method returns; a number is that of an error, as if it was raised."""
 
 
@@ -97,7 +120,7 @@ class Filesystem:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.connection = Connection()
-        self._loop_thread = threading.get_ident()
+        self._readers = {threading.get_ident()}
 
     # -- life ---------------------------------------------------------------------------
 
@@ -106,9 +129,13 @@ class Filesystem:
         return InitFlag(0)
 
     def connect(self, connection: Connection, granted: InitFlag) -> None:
-        """INIT is through; called on the thread of the loop."""
+        """INIT is through; called on a thread that reads requests, the only one as yet."""
         self.connection = connection
-        self._loop_thread = threading.get_ident()
+        self._readers = {threading.get_ident()}
+
+    def reading(self) -> None:
+        """The present thread reads requests: it must not block with the lock held."""
+        self._readers.add(threading.get_ident())
 
     @property
     def journal(self) -> Journal:
@@ -140,7 +167,7 @@ class Filesystem:
 
     def on_worker(self) -> bool:
         """Whether the present thread may block."""
-        return threading.get_ident() != self._loop_thread
+        return threading.get_ident() not in self._readers
 
     @contextmanager
     def unlocked(self) -> Iterator[None]:

@@ -1,8 +1,9 @@
 """The event loop: reads requests from the kernel, calls the filesystem, writes replies.
 
-One thread reads ``/dev/fuse`` and runs the filesystem's methods under its lock (that is
-:data:`lazarette.fuse.serving.serve`, as long as nothing unusual comes); work that may block goes to
-a small pool of workers (see :mod:`lazarette.fuse.filesystem`).  The protocol, passthrough and
+A thread reads ``/dev/fuse`` and runs the filesystem's methods under its lock (that is
+:data:`lazarette.fuse.serving.serve`, as long as nothing unusual comes).  What may block is done by
+the same thread while others read (:mod:`lazarette.fuse.readers`), and by a small pool of workers
+when there are none left (see :mod:`lazarette.fuse.filesystem`).  The protocol, passthrough and
 notifications live here; a filesystem sees none of it.
 """
 
@@ -16,9 +17,10 @@ from collections.abc import Callable
 from typing import TypeVar, TypeVarTuple, Unpack
 
 from lazarette.fuse import native, protocol, replies, requests, serving
-from lazarette.fuse.filesystem import Connection, Filesystem, Later, NeedsWorker, Reply
+from lazarette.fuse.filesystem import Connection, Filesystem, Later, NeedsWorker, Reply, Sync
 from lazarette.fuse.journal import Meta, Shared, State
 from lazarette.fuse.protocol import InitFlag, Opcode
+from lazarette.fuse.readers import Readers
 from lazarette.fuse.requests import Request
 from lazarette.fuse.serving import NOT_ACCEPTED, NOT_BEGUN, Route
 from lazarette.fuse.workers import Workers
@@ -49,6 +51,10 @@ _ALWAYS = (
     | InitFlag.HAS_RESEND
     | InitFlag.ALLOW_IDMAP
 )
+
+_READERS = 4
+"""Threads that read requests: an unlucky one may have to wait for one fsync of this many at a time
+being given to a worker, which costs more."""
 
 _ATTEMPTS = 10
 """Servers that may die with a request, one after the other, before it is answered EIO."""
@@ -114,6 +120,7 @@ class Server(Connection):
         self._done: dict[int, bytes] = {}
         self._seen: dict[int, list[int]] = {}
         self._pool = Workers(workers, "fuse-worker")
+        self._readers = Readers(_READERS, self._read)
         self._routes = self._make_routes()
 
     # -- connection ---------------------------------------------------------------------
@@ -154,34 +161,40 @@ class Server(Connection):
         The umask of the process is set to 0: modes are those the kernel sends.
         """
         os.umask(0)
+        try:
+            self._readers.run()
+        finally:
+            self._pool.shutdown()
+            os.close(self._device)
+            self._filesystem.destroy()
+
+    def _read(self) -> None:
+        """Serve what this thread reads, until there is nothing more to come."""
         # All its pages are there: a request that has to wait for one while the server is killed
         # would fail.
         buffer = bytearray(b"\1") * (MAX_WRITE + 65536)
         view = memoryview(buffer)
         filesystem, device, routes = self._filesystem, self._device, self._routes
-        try:
-            while True:
-                try:
-                    request, size, why, outcome = serving.serve(
-                        device, buffer, routes, Request, filesystem.lock, filesystem.journal
-                    )
-                except OSError as error:
-                    if error.errno in (errno.ENODEV, errno.ECONNABORTED):
-                        return
-                    if error.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
-                        continue
-                    raise
-                body = view[requests.IN_HEADER.size : size]
-                if why == NOT_ACCEPTED:
-                    self._answer_refused(request.unique, outcome)
-                elif why == NOT_BEGUN:
-                    self._begin(request, body)
-                else:
-                    self._conclude(request, body, outcome)
-        finally:
-            self._pool.shutdown()
-            os.close(device)
-            self._filesystem.destroy()
+        readers = self._readers
+        filesystem.reading()
+        while True:
+            try:
+                request, size, why, outcome = serving.serve(
+                    device, buffer, routes, Request, filesystem.lock, filesystem.journal, readers
+                )
+            except OSError as error:
+                if error.errno in (errno.ENODEV, errno.ECONNABORTED):
+                    return
+                if error.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
+                    continue
+                raise
+            body = view[requests.IN_HEADER.size : size]
+            if why == NOT_ACCEPTED:
+                self._answer_refused(request.unique, outcome)
+            elif why == NOT_BEGUN:
+                self._begin(request, body)
+            else:
+                self._conclude(request, body, outcome)
 
     def _handler(self, opcode: int) -> _Handler | None:
         """What does requests of a kind."""
@@ -215,8 +228,12 @@ class Server(Connection):
         self._filesystem.lock.release()
         if isinstance(outcome, bytes):
             self._answer(request.unique, outcome)
-        elif isinstance(outcome, Later):
-            self._pool.submit(self._finish, request, outcome)
+        elif isinstance(outcome, Later | Sync):
+            if self._readers.enter():
+                self._finish(request, outcome)
+                self._readers.leave()
+            else:
+                self._pool.submit(self._finish, request, outcome)
         elif isinstance(outcome, NeedsWorker):
             handler = self._handler(request.opcode)
             assert handler is not None
@@ -265,14 +282,14 @@ class Server(Connection):
             log.exception("request %s failed", request)
             self._refuse(request.unique, errno.EIO)
             return
-        if isinstance(reply, Later):
+        if isinstance(reply, Later | Sync):
             self._finish(request, reply)
         elif isinstance(reply, int):
             self._refuse(request.unique, reply)
         elif reply is not None:
             self._answer(request.unique, reply)
 
-    def _finish(self, request: Request, later: Later) -> None:
+    def _finish(self, request: Request, later: Later | Sync) -> None:
         try:
             body = later.work()
         except OSError as error:

@@ -51,6 +51,16 @@ class Route(NamedTuple):
     names: int = 0
 
 
+class Readers(Protocol):
+    """What :data:`serve` asks before it blocks; see :class:`lazarette.fuse.readers.Readers`."""
+
+    def enter(self) -> bool:
+        """Whether this thread may block now."""
+
+    def leave(self) -> None:
+        """It does not any more."""
+
+
 class Journal(Protocol):
     """What :data:`serve` asks of a journal; see :class:`lazarette.fuse.journal.Journal`."""
 
@@ -68,12 +78,14 @@ def serve_plain(
     make: Callable[..., Any],
     lock: threading.Lock,
     journal: Journal,
+    readers: Readers,
     /,
 ) -> tuple[Any, int, int, object]:
     """Read requests and answer them, until one needs the caller.
 
     Methods run with the lock held.  A reply is bytes, an error number, or None for no answer; the
-    number of an ``OSError`` is an answer too.
+    number of an ``OSError`` is an answer too.  A pair of a descriptor and a bool is a
+    :class:`lazarette.fuse.filesystem.Sync`: done here without the lock, if ``readers`` let us.
 
     Returns:
         The request, made by ``make`` of the fields of its header; its length in ``buffer``; why
@@ -99,12 +111,16 @@ def serve_plain(
             code = error.errno or errno.EIO
         except Exception as error:  # noqa: BLE001 - the caller tells them apart
             return request, size, UNUSUAL, error
-        if reply is not None and type(reply) is not bytes:
+        blocks = isinstance(reply, tuple) and readers.enter()
+        if reply is not None and type(reply) is not bytes and not blocks:
             return request, size, UNUSUAL, reply
-        if route.once and reply is not None:
+        if route.once and isinstance(reply, bytes):
             journal.done(request.unique, reply)
         journal.commit()
         lock.release()
+        if isinstance(reply, tuple):
+            code, reply = _sync(*reply), b""
+            readers.leave()
         try:
             if code:
                 os.write(device, _OUT_HEADER.pack(16, -code, request.unique))
@@ -112,6 +128,17 @@ def serve_plain(
                 answer_plain(device, request.unique, reply)
         except OSError as error:
             return request, size, NOT_ACCEPTED, error
+
+
+def _sync(fd: int, data_only: bool) -> int:
+    """Write out and close; the number of the error, or 0."""
+    try:
+        (os.fdatasync if data_only else os.fsync)(fd)
+    except OSError as error:
+        return error.errno or errno.EIO
+    finally:
+        os.close(fd)
+    return 0
 
 
 serve = serve_plain if _serving is None else _serving.serve

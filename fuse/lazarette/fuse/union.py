@@ -32,7 +32,7 @@ from lazarette.fuse.copyup import CopyUp
 from lazarette.fuse.dirty import DirtyPaths
 from lazarette.fuse.entries import Entries
 from lazarette.fuse.files import Files
-from lazarette.fuse.filesystem import Connection, Filesystem, Later, Reply
+from lazarette.fuse.filesystem import Connection, Filesystem, Later, Reply, Sync
 from lazarette.fuse.journal import (
     Intent,
     Journal,
@@ -194,7 +194,7 @@ class UnionFilesystem(Filesystem):
     def resume(self, state: State) -> int:
         """Go on where another server stopped; how many nodes were not found again."""
         restorer = Restorer(self.tree, self.files, self.dirty, state)
-        self._loop_thread = 0  # this thread may block
+        self._readers.clear()  # this thread may block
         with self.lock:
             restorer.run()
         return restorer.lost
@@ -818,15 +818,7 @@ class UnionFilesystem(Filesystem):
         fd = os.open(
             b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.tree.upper_fd(folder)
         )
-
-        def work() -> bytes:
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            return b""
-
-        return Later(work)
+        return Sync(fd, False)
 
 
 def _signed(seconds: int) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from lazarette.fuse import native, records, requests, serving
+from lazarette.fuse.filesystem import Sync
 from lazarette.fuse.requests import Request
 from lazarette.fuse.serving import NOT_ACCEPTED, NOT_BEGUN, UNUSUAL, Route
 
@@ -173,6 +174,23 @@ def message(opcode: int, unique: int, body: bytes) -> bytes:
     return requests.IN_HEADER.pack(40 + len(body), opcode, unique, 7, 1, 2, 3, 0, 0) + body
 
 
+class Readers:
+    """What lets a thread block, or not."""
+
+    def __init__(self) -> None:
+        self.free = True
+        self.inside = 0
+        self.entered = 0
+
+    def enter(self) -> bool:
+        self.inside += self.free
+        self.entered += self.free
+        return self.free
+
+    def leave(self) -> None:
+        self.inside -= 1
+
+
 class Kernel:
     """The other end of the connection."""
 
@@ -181,6 +199,7 @@ class Kernel:
         self.serve = call("serve", kind)
         self.lock = threading.Lock()
         self.journal = Notes()
+        self.readers = Readers()
         self.routes: list[Route | None] = [None] * 8
         self.buffer = bytearray(9000)
 
@@ -189,7 +208,7 @@ class Kernel:
             self.theirs.send(each)
         device = self.ours.fileno()
         result: tuple[Request, int, int, object] = self.serve(
-            device, self.buffer, self.routes, Request, self.lock, self.journal
+            device, self.buffer, self.routes, Request, self.lock, self.journal, self.readers
         )
         return result
 
@@ -332,7 +351,47 @@ def test_unusual_requests_are_for_the_caller(kind: str) -> None:
         assert isinstance(outcome, BrokenPipeError)
         kernel.ours.close()
         with pytest.raises(OSError):
-            kernel.serve(10_000, kernel.buffer, kernel.routes, Request, kernel.lock, kernel.journal)
+            kernel.serve(
+                10_000,
+                *(kernel.buffer, kernel.routes, Request, kernel.lock, kernel.journal),
+                kernel.readers,
+            )
+    finally:
+        kernel.close()
+
+
+@BOTH
+@pytest.mark.parametrize("data_only", [False, True])
+def test_a_descriptor_is_written_out_and_closed(tmp_path: Path, kind: str, data_only: bool) -> None:
+    kernel = Kernel(kind)
+    readers = kernel.readers
+    given: list[Sync] = []
+
+    def handler(request: Request, body: memoryview) -> object:
+        fd = os.open(tmp_path / "f", os.O_CREAT | os.O_RDWR) if body else os.pipe()[0]
+        given.append(Sync(fd, data_only))
+        return given[-1]
+
+    try:
+        kernel.routes[1] = Route(handler, once=True)
+        kernel.run(message(1, 2, b"file"), message(1, 3, b""), message(0, 1, b""))
+        assert kernel.replies() == [(2, 0, b""), (3, -errno.EINVAL, b"")]
+        assert not kernel.lock.locked() and kernel.journal.replies == []
+        assert (readers.inside, readers.entered) == (0, 2)
+        for sync in given:
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(sync.fd)
+        readers.free = False
+        request, _, why, outcome = kernel.run(message(1, 4, b"file"))
+        assert (request.unique, why, outcome) == (4, UNUSUAL, given[-1])
+        assert kernel.lock.locked() and readers.inside == 0
+        kernel.lock.release()
+        assert given[-1].work() == b""
+        readers.free = True
+        kernel.theirs.shutdown(socket.SHUT_RD)
+        request, _, why, outcome = kernel.run(message(1, 6, b"file"))
+        assert (request.unique, why) == (6, NOT_ACCEPTED) and not kernel.lock.locked()
+        assert isinstance(outcome, BrokenPipeError) and readers.inside == 0
     finally:
         kernel.close()
 
