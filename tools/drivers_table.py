@@ -27,8 +27,12 @@ behind the default are in [decisions/0101-default-drivers.md](decisions/0101-def
 
 A *layer driver* keeps image layers and the root folders of containers, a *volume driver*
 named volumes. `auto` takes the first driver of the lists below that works on the host; `info`
-says which one that is and why. Every driver passes one suite per family:
-`tests/conformance/layers` and `tests/conformance/volumes`.
+says which one that is and why. Volumes of databases are the exception: `overlay` comes first
+for them, unless the data root is on btrfs. They are told by the image of the container they are
+made for, or by where it sees them, as `/var/lib/postgresql/data`; a volume made before its
+container changes over when that is made, if nobody has used it. `laz volume inspect` shows the
+driver under `Status`. Every driver passes one suite per family: `tests/conformance/layers` and
+`tests/conformance/volumes`.
 """
 
 WORDS = """

@@ -19,7 +19,7 @@ class Config:
         data_root: what survives a reboot: state database, images, volumes.
         exec_root: what does not: sockets, pid files, network namespaces, FIFOs.
         hosts: addresses to listen on, ``unix://PATH`` or ``tcp://HOST:PORT``.
-        volume_driver: default for new volumes; empty means chosen for this host.
+        volume_driver: default for new volumes, databases' too; empty means chosen for this host.
         layer_driver: driver of image layers; empty means chosen for this host.
         runtime: ``crun`` or ``runc``; empty means probed.
         userns_remap: whose subordinate ids the users of containers are, see

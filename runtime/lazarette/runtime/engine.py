@@ -64,6 +64,7 @@ class Engine:
         id: of this engine, for ever.
         layer_choice: which layer driver, and why.
         volume_choice: which default volume driver, and why.
+        database_choice: which one for databases, and why.
     """
 
     def __init__(self, config: Config, clock: Clock) -> None:
@@ -90,8 +91,11 @@ class Engine:
         self._drivers = VolumeDrivers(
             config.data_root / "volumes", self.clock, config.volume_driver or AUTOMATIC
         )
-        self.volume_choice = self._drivers.choice
-        self.volumes = VolumeManager(self.state, self._drivers, self.clock, self.volume_choice.name)
+        self.volume_choice, self.database_choice = self._drivers.choice, self._drivers.databases
+        self.volumes = VolumeManager(
+            *(self.state, self._drivers, self.clock, self.volume_choice.name),
+            databases=self.database_choice.name,
+        )
 
     def _make_runtime(self) -> None:
         config = self.config

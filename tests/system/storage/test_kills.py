@@ -123,6 +123,37 @@ def _check(host: Host, verb: str) -> None:
         assert os.listdir(inside / "staging") == os.listdir(inside / "trash") == []
 
 
+def _move(host: Host) -> None:
+    host.manager.create("fresh")
+    host.manager.create("fresh", suited="overlay")
+
+
+def test_a_kill_while_a_volume_moves_leaves_one(tmp_path: Path) -> None:
+    host = Host(tmp_path, ("overlay", "bind"))
+    try:
+        names = steps_of(lambda: _move(host))
+        moving = [name for name in names if name.startswith("volume.move")]
+        assert len(moving) == 4
+        for step in names:
+            host.manager.remove("fresh", force=True)
+            host.state.close()
+
+            def work() -> None:
+                host.open()
+                _move(host)
+
+            assert killed_at(step, work), step
+            host.restart()
+            held = [name for driver in host.drivers.values() for name in driver.names()]
+            assert held == [volume.name for volume in host.manager.list()]
+            _move(host)
+            assert host.manager.get("fresh").driver == "overlay"
+            with _root(host, "fresh") as root:
+                (root / "f").touch()
+    finally:
+        host.clean()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_kill_at_any_step_is_recovered(tmp_path: Path, kind: str, verb: str) -> None:

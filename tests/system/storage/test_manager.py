@@ -7,6 +7,7 @@ import os
 import stat
 import tarfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,18 +15,20 @@ from tests.support.managers import DRIVERS, Host
 from tests.support.volumes import LockGate, snapshot_of
 
 from lazarette.storage import mounts
+from lazarette.storage.clock import SystemClock
 from lazarette.storage.errors import (
     Conflict,
     InUse,
     InvalidArgument,
     NameTaken,
+    NoSpace,
     NotFound,
     SourceMissing,
     Unsupported,
     VolumeNotFound,
 )
 from lazarette.storage.volumes.contract import OpenGate
-from lazarette.storage.volumes.manager import ANONYMOUS_LABEL, WrongDriver
+from lazarette.storage.volumes.manager import ANONYMOUS_LABEL, VolumeManager, WrongDriver
 
 # ---- names and creation (case A24)
 
@@ -73,6 +76,73 @@ def test_create_with_another_driver_or_options_is_a_conflict(host: Host) -> None
         host.manager.create("data", "btrfs", {"size": "200m"})
     with pytest.raises(WrongDriver):
         host.manager.create("data", "of-nobody")
+
+
+def test_a_volume_nobody_has_used_moves_to_the_driver_that_suits(host: Host) -> None:
+    host.manager.create("data", labels={"a": "b"})
+    made = host.manager.create("data", suited="overlay")
+    assert (made.driver, made.labels) == ("overlay", {"a": "b"})
+    assert "data" not in host.drivers["tmpfs"].names()
+    assert host.manager.create("data", suited="btrfs").driver == "overlay", "it is decided"
+    assert host.manager.create("new", suited="overlay").driver == "overlay"
+    assert host.manager.create("new2", "bind", suited="overlay").driver == "bind"
+    assert host.manager.create("new3", options={"size": "1m"}, suited="btrfs").driver == "tmpfs"
+    local = host.manager.create("new4", "local")
+    assert host.manager.create("new4", "local", suited="btrfs").driver == "btrfs" != local.driver
+    with pytest.raises(WrongDriver):
+        host.manager.create("new4", "tmpfs", suited="overlay")
+
+
+def _mounted_once(host: Host) -> None:
+    host.manager.mount("data", "user")
+    host.manager.unmount("data", "user")
+
+
+def _owned(host: Host) -> None:
+    with host.manager._reachable("data") as root:
+        os.chown(root, 5, 5)
+
+
+def _filled(host: Host) -> None:
+    with host.manager._reachable("data") as root:
+        (root / "f").touch()
+
+
+UNFIT: dict[str, Callable[[Host], object]] = {
+    "in use": lambda host: host.manager.mount("data", "user"),
+    "used": _mounted_once,
+    "with a snapshot": lambda host: host.manager.snapshot(["data"], OpenGate(), "s1"),
+    "with an owner": _owned,
+    "with content": _filled,
+    "being filled": lambda host: host.manager.redirect("data", host.root),
+    "reserved": lambda host: host.manager.reserve("data", "job", "a restore"),
+}
+
+
+@pytest.mark.parametrize("state", UNFIT)
+def test_a_volume_that_somebody_would_miss_does_not_move(host: Host, state: str) -> None:
+    host.manager = VolumeManager(host.state, host.drivers, SystemClock(), "btrfs")
+    host.manager.create("data")
+    UNFIT[state](host)
+    assert host.manager.create("data", suited="overlay").driver == "btrfs"
+    assert "data" in host.drivers["btrfs"].names()
+    assert "data" not in host.drivers["overlay"].names()
+    host.manager.unmount("data", "user")
+
+
+def test_a_volume_stays_where_the_other_driver_cannot_have_it(
+    host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    host.manager.create("data")
+
+    def refuse(name: str, options: object) -> None:
+        raise NoSpace("no space for a pool")
+
+    monkeypatch.setattr(host.drivers["overlay"], "create", refuse)
+    assert host.manager.create("data", suited="overlay").driver == "tmpfs"
+    assert "no space for a pool" in caplog.text
+    with host.manager._reachable("data") as root:
+        assert list(root.iterdir()) == []
 
 
 def test_an_unknown_driver_is_refused_with_the_list(host: Host) -> None:

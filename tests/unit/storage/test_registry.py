@@ -50,6 +50,15 @@ def test_volume_drivers_are_opened_when_asked_for(tmp_path: Path) -> None:
     drivers.close()
 
 
+def test_databases_get_the_quicker_driver_unless_one_is_wanted(tmp_path: Path) -> None:
+    drivers = VolumeDrivers(tmp_path / "volumes", SystemClock())
+    assert (drivers.choice.name, drivers.databases.name) == ("btrfs", "overlay")
+    assert "xfs" in drivers.databases.reason
+    for wanted in ("btrfs", "bind"):
+        drivers = VolumeDrivers(tmp_path / "volumes", SystemClock(), wanted)
+        assert drivers.databases.name == drivers.choice.name == wanted
+
+
 def test_volumes_are_subvolumes_in_place_where_the_folder_is_on_btrfs(tmp_path: Path) -> None:
     (first, *_) = probe_volumes(tmp_path)
     assert first.name == "btrfs"
@@ -61,5 +70,7 @@ def test_volumes_are_subvolumes_in_place_where_the_folder_is_on_btrfs(tmp_path: 
         (first, *_) = probe_volumes(folder)
         assert first.name == "btrfs"
         assert "pool file" not in first.reason
+        drivers = VolumeDrivers(folder, SystemClock())
+        assert drivers.databases.name == drivers.choice.name == "btrfs"
     finally:
         pool.close()

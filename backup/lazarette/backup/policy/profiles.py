@@ -186,6 +186,13 @@ PROFILES: dict[str, Profile] = {
     profile.name: profile for profile in (POSTGRES, MYSQL, MONGODB, REDIS, SQLITE)
 }
 _ALIASES = {"postgresql": "postgres", "mariadb": "mysql", "mongo": "mongodb", "valkey": "redis"}
+_DATA_FOLDERS = {
+    "/var/lib/postgresql",
+    "/var/lib/postgresql/data",
+    "/var/lib/mysql",
+    "/data/db",
+}
+"""Where the images of those databases, and what is built on them, keep their files."""
 NO_PROFILE = {"none", "crash"}
 HOOKS = "hooks"
 
@@ -220,11 +227,16 @@ def profile_for(rule: str, user: User) -> Profile | None:
         return None
     if word != "auto":
         return profile_named(word)
-    repository = user.image.partition("@")[0].rpartition("/")[2].partition(":")[0]
-    return _by_image(repository)
+    return _by_image(user.image)
 
 
-def _by_image(repository: str) -> Profile | None:
+def keeps_database(image: str, destination: str) -> bool:
+    """Whether a volume that a container sees at ``destination`` is most likely a database's."""
+    return destination in _DATA_FOLDERS or _by_image(image) is not None
+
+
+def _by_image(image: str) -> Profile | None:
+    repository = image.partition("@")[0].rpartition("/")[2].partition(":")[0]
     words = repository.lower().replace("_", "-").split("-")
     return next(
         (

@@ -47,6 +47,10 @@ def all_routes(engine: Engine) -> list[Route]:
             [
                 ("Layers", f"{engine.layer_choice.name}: {engine.layer_choice.reason}"),
                 ("Volumes", f"{engine.volume_choice.name}: {engine.volume_choice.reason}"),
+                (
+                    "Volumes of databases",
+                    f"{engine.database_choice.name}: {engine.database_choice.reason}",
+                ),
             ],
         ),
         *builds.routes(),

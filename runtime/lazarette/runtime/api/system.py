@@ -377,7 +377,7 @@ class SystemRoutes:
         volume = self._volumes.get(name)
         return {
             "Name": volume.name,
-            "Driver": "local" if volume.driver == self._volumes.default else volume.driver,
+            "Driver": self._volumes.shown(volume.driver),
             "Mountpoint": str(volume.mountpoint),
             "CreatedAt": rfc3339(volume.created_ns),
             "Labels": dict(volume.labels) or None,

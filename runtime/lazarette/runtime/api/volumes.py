@@ -335,16 +335,17 @@ class VolumeRoutes:
         return empty()
 
     def _render(self, volume: Volume, labelled: bool = False) -> dict[str, object]:
-        """A volume as Docker shows it; the default driver goes by Docker's name for it."""
+        """A volume as Docker shows it; drivers taken by default go by Docker's name for them."""
         labels = dict(volume.labels)
         return {
             "Name": volume.name,
-            "Driver": "local" if volume.driver == self._volumes.default else volume.driver,
+            "Driver": self._volumes.shown(volume.driver),
             "Mountpoint": str(volume.mountpoint),
             "CreatedAt": rfc3339(volume.created_ns),
             "Labels": labels if labels or labelled else None,
             "Scope": "local",
             "Options": dict(volume.options) or None,
+            "Status": {"Driver": volume.driver},
         }
 
 

@@ -119,7 +119,7 @@ class Inspector:
         if point.type == "volume":
             made["Name"] = point.name
             made["Source"] = self._volume_path(point.name)
-            made["Driver"] = "local" if point.driver == self._volumes.default else point.driver
+            made["Driver"] = self._volumes.shown(point.driver)
         else:
             made["Source"] = point.source
         made |= {

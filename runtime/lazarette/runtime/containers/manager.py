@@ -13,6 +13,7 @@ import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 
+from lazarette.backup.policy.profiles import keeps_database
 from lazarette.runtime import remap
 from lazarette.runtime.config import Config
 from lazarette.runtime.containers import (
@@ -291,7 +292,11 @@ class ContainerManager:
         if point.anonymous and point.name:
             return []  # another container's anonymous volume, through VolumesFrom
         options, labels = spec.volume_options(request.host_config, destination)
-        volume = self.volumes.create(point.name or None, point.driver, options, labels)
+        database = keeps_database(container.definition.image_ref, destination)
+        volume = self.volumes.create(
+            *(point.name or None, point.driver, options, labels),
+            suited=self.volumes.databases if database else "",
+        )
         fresh = [volume.name] if point.anonymous else []
         point.name, point.driver = volume.name, volume.driver
         return fresh

@@ -39,6 +39,7 @@ _MIGRATIONS = (
         detail TEXT NOT NULL
     ) STRICT
     """,
+    "ALTER TABLE volumes ADD COLUMN undecided INTEGER NOT NULL DEFAULT 0",
 )
 
 
@@ -53,6 +54,7 @@ class Entry:
         labels: of the user.
         created_ns: wall clock.
         anonymous: it was given no name.
+        undecided: nobody asked for its driver, and nobody has mounted it yet.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Entry:
     labels: Mapping[str, str]
     created_ns: int
     anonymous: bool
+    undecided: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,7 @@ class VolumeBook:
             labels=_strings(str(row["labels"])),
             created_ns=int(row["created_ns"]),
             anonymous=bool(row["anonymous"]),
+            undecided=bool(row["undecided"]),
         )
 
     def has(self, name: str) -> bool:
@@ -125,7 +129,7 @@ class VolumeBook:
         """Record a volume."""
         with self._state.write() as db:
             db.execute(
-                "INSERT INTO volumes VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO volumes VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (
                     entry.name,
                     entry.driver,
@@ -133,6 +137,7 @@ class VolumeBook:
                     _text(entry.labels),
                     entry.created_ns,
                     entry.anonymous,
+                    entry.undecided,
                 ),
             )
 
@@ -151,6 +156,13 @@ class VolumeBook:
         with self._state.write() as db:
             db.execute("UPDATE volumes SET labels = ? WHERE name = ?", (_text(labels), name))
 
+    def set_driver(self, name: str, driver: str) -> None:
+        """Record that a volume has another driver now, which is to stay."""
+        with self._state.write() as db:
+            db.execute(
+                "UPDATE volumes SET driver = ?, undecided = 0 WHERE name = ?", (driver, name)
+            )
+
     # ---- users
 
     def users(self, name: str) -> tuple[str, ...]:
@@ -163,6 +175,7 @@ class VolumeBook:
     def add_user(self, name: str, user: str) -> None:
         """Record a user; the same one counts once."""
         with self._state.write() as db:
+            db.execute("UPDATE volumes SET undecided = 0 WHERE name = ?", (name,))
             db.execute("INSERT OR IGNORE INTO volume_users VALUES (?, ?)", (name, user))
 
     def drop_user(self, name: str, user: str) -> None:

@@ -18,6 +18,13 @@ def is_empty(root: Path) -> bool:
         return next(entries, None) is None
 
 
+def is_untouched(root: Path) -> bool:
+    """Whether a volume's root has no entry, and the owner and mode it was made with."""
+    status = root.stat()
+    made = (0, 0, 0o755)
+    return is_empty(root) and (status.st_uid, status.st_gid, status.st_mode & 0o7777) == made
+
+
 def populate(root: Path, source: Path | int) -> bool:
     """Copy a folder of an image into an empty volume, the root's own metadata included (A20).
 

@@ -50,6 +50,7 @@ class VolumeManager(VolumeStore):
         clock: for creation times and pauses.
         default: name of the driver taken when none is asked for; ``"local"`` and ``""``
             stand for it, as tools made for Docker send them.
+        databases: name of the driver that suits databases best; by default the same.
     """
 
     # ---- snapshots

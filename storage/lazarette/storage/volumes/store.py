@@ -3,8 +3,8 @@
 :class:`VolumeStore` keeps one record a volume (:mod:`lazarette.storage.volumes.book`),
 counts who has a volume mounted by the caller's id (case A35), serialises operations on one
 volume and writes ahead what it is about to do.  A killed operation is undone when its
-driver did not finish (``create``, ``clone``, ``snapshot``, filling an empty volume) and
-finished otherwise (``remove``, ``rename``, ``rollback``).
+driver did not finish (``create``, ``clone``, ``snapshot``, ``move`` to another driver, filling an
+empty volume) and finished otherwise (``remove``, ``rename``, ``rollback``).
 
 :class:`lazarette.storage.volumes.manager.VolumeManager` adds snapshots and contents.
 """
@@ -95,6 +95,7 @@ class VolumeStore:
         clock: for creation times.
         default: name of the driver taken when none is asked for; ``"local"`` and ``""``
             stand for it, as tools made for Docker send them.
+        databases: name of the driver that suits databases best; by default the same.
 
     Attributes:
         set_back: told of a volume before it is rolled back.
@@ -103,7 +104,13 @@ class VolumeStore:
     """
 
     def __init__(
-        self, state: State, drivers: Mapping[str, VolumeDriver], clock: Clock, default: str
+        self,
+        state: State,
+        drivers: Mapping[str, VolumeDriver],
+        clock: Clock,
+        default: str,
+        *,
+        databases: str = "",
     ) -> None:
         self.origin: Origin | None = None
         self.set_back: Callable[[str], None] = lambda volume: None
@@ -115,6 +122,7 @@ class VolumeStore:
         self._drivers = drivers
         self._clock = clock
         self.default = default
+        self.databases = databases or default
         self._locks: dict[str, threading.RLock] = {}
         self._guard = threading.Lock()
         self._shown: dict[str, Path] = {}
@@ -141,6 +149,10 @@ class VolumeStore:
                 driver.recover()
                 self._recovered.add(wanted)
         return driver
+
+    def shown(self, driver: str) -> str:
+        """A driver as Docker's tools know it: those taken when none is asked for are ``local``."""
+        return "local" if driver in (self.default, self.databases) else driver
 
     @property
     def drivers(self) -> Mapping[str, VolumeDriver]:
@@ -235,6 +247,9 @@ class VolumeStore:
         recorded = self._book.has(volume)
         if verb in ("create", "clone") and not recorded:
             driver.remove(volume)
+        elif verb == "move" and recorded:
+            moved = self._book.get(volume).driver == detail["to"]
+            (driver if moved else self.driver(detail["to"])).remove(volume)
         elif verb == "remove":
             driver.remove(volume)
             self._book.forget(volume)
@@ -257,14 +272,17 @@ class VolumeStore:
         driver: str = "",
         options: Mapping[str, str] | None = None,
         labels: Mapping[str, str] | None = None,
+        suited: str = "",
     ) -> Volume:
         """Make a volume, or return the one there is when driver and options agree.
 
         Args:
             name: None or ``""`` for an anonymous one.
-            driver: by default the host's.
+            driver: by default ``suited``, or the host's.
             options: of the driver.
             labels: of the user.
+            suited: driver that is best for what the volume is to hold.  It counts where neither
+                driver nor options are asked for, and one that exists and nobody has used moves.
 
         Raises:
             InvalidArgument: a bad name or option.
@@ -279,14 +297,44 @@ class VolumeStore:
             return self.origin(wanted, options, labels)
         with self._held(wanted):
             existing = self._same(wanted, driver, options)
+            free = driver in ("", "local") and not options
             if existing is not None:
+                if suited and free and self._movable(wanted, suited):
+                    self._move(wanted, suited)
+                    return self.get(wanted)
                 return existing
-            chosen = self._chosen(driver, options)
-            with self._book.operation("create", chosen.capabilities.name, wanted):
+            chosen = self.driver(suited) if suited and free else self._chosen(driver, options)
+            kind = chosen.capabilities.name
+            with self._book.operation("create", kind, wanted):
                 chosen.create(wanted, options)
                 steps.reached("volume.create.made")
-                self._add(wanted, chosen.capabilities.name, options, labels, anonymous)
+                self._add(wanted, kind, options, labels, anonymous, free and not suited)
         return self.get(wanted)
+
+    def _movable(self, name: str, driver: str) -> bool:
+        """Whether a volume can be made anew by another driver without anyone missing anything."""
+        entry = self._book.get(name)
+        if not entry.undecided or entry.driver == driver or entry.driver not in self._drivers:
+            return False
+        if name in self._shown or name in self._reserved or self._of(name).snapshots(name):
+            return False
+        with self._reachable(name) as root:
+            return content.is_untouched(root)
+
+    def _move(self, name: str, driver: str) -> None:
+        """Let another driver make an empty volume anew; where it cannot, the volume stays."""
+        old, new = self._of(name), self.driver(driver)
+        with self._book.operation("move", old.capabilities.name, name, to=driver):
+            try:
+                new.create(name, {})
+            except LazaretteError as refused:
+                _log.warning("volume %s stays with its driver: %s", name, refused)
+                new.remove(name)
+                return
+            steps.reached("volume.move.made")
+            self._book.set_driver(name, driver)
+            steps.reached("volume.move.recorded")
+            old.remove(name)
 
     def _chosen(self, driver: str, options: Mapping[str, str]) -> VolumeDriver:
         """The driver to make a volume with; Docker's local driver takes its kind as options.
@@ -329,9 +377,10 @@ class VolumeStore:
         options: Mapping[str, str],
         labels: Mapping[str, str],
         anonymous: bool,
+        undecided: bool = False,
     ) -> None:
         now = self._clock.now_ns()
-        self._book.add(Entry(name, driver, dict(options), dict(labels), now, anonymous))
+        self._book.add(Entry(name, driver, dict(options), dict(labels), now, anonymous, undecided))
 
     def remove(self, name: str, force: bool = False) -> None:
         """Delete a volume with its snapshots.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import secrets
 import stat
@@ -190,6 +191,34 @@ def test_subpath_and_tmpfs(host: Host, volume: str) -> None:
     )  # fmt: skip
     assert told.startswith("700\n")
     assert " 1024 " in told
+
+
+def test_volumes_of_databases_have_the_driver_that_suits_them(host: Host, volume: str) -> None:
+    """Made before their container, as compose does, or with it; others keep the default."""
+
+    def driver(name: str) -> str:
+        return host.out("volume", "inspect", "-f", "{{.Status.Driver}}", name).strip()
+
+    told = dict(json.loads(host.out("info", "-f", "{{json .DriverStatus}}")))
+    ordinary, database = (told[key].split(":")[0] for key in ("Volumes", "Volumes of databases"))
+    assert ordinary != database
+    host.out("volume", "create", volume)
+    assert driver(volume) == ordinary
+    host.out("run", "--rm", "-v", f"{volume}:/var/lib/mysql", "busybox", "true")
+    assert driver(volume) == database
+    other = host.name()
+    host.out(
+        "run", "--rm", "-v", f"{other}:/var/lib/mysql2", "busybox", "touch", "/var/lib/mysql2/f"
+    )
+    host.out("run", "--rm", "-v", f"{other}:/var/lib/mysql", "busybox", "test", "-f",
+             "/var/lib/mysql/f")  # fmt: skip
+    assert driver(other) == ordinary
+    host.out("tag", "busybox", "example.org/team/postgres:16")
+    name = host.start("-v", "/anywhere", "example.org/team/postgres:16", "sleep", "100")
+    (mount,) = host.inspect(name)["Mounts"]
+    assert (driver(mount["Name"]), mount["Driver"]) == (database, "local")
+    host.out("rmi", "example.org/team/postgres:16", "-f")
+    host.out("volume", "rm", other)
 
 
 def test_bind_propagation_and_modes(host: Host, tmp_path: Path) -> None:

@@ -15,7 +15,13 @@ from lazarette.backup.policy.access import Ended, Session, User, in_stop_order
 from lazarette.backup.policy.hold import Holder, HoldLimits, HookFailed, ProfileFailed
 from lazarette.backup.policy.model import ConsistencyRule, HoldMode, Hook
 from lazarette.backup.policy.outcome import Consistency
-from lazarette.backup.policy.profiles import POSTGRES, PROFILES, profile_for, profile_named
+from lazarette.backup.policy.profiles import (
+    POSTGRES,
+    PROFILES,
+    keeps_database,
+    profile_for,
+    profile_named,
+)
 from lazarette.backup.policy.quiesce import Quiesced
 from lazarette.backup.policy.sqlitelock import SqliteBusy, SqliteLocks
 from lazarette.storage.clock import FakeClock, SystemClock
@@ -292,6 +298,14 @@ def test_profiles_are_found_by_image() -> None:
         profile_named("oracle")
     assert set(PROFILES) == {"postgres", "mysql", "mongodb", "redis", "sqlite"}
     assert POSTGRES.begin.endswith("\n")
+
+
+def test_volumes_of_databases_are_told_by_image_or_place() -> None:
+    assert keeps_database("postgres:17", "/srv/anything")
+    assert keeps_database("me/shop", "/var/lib/postgresql/data")
+    assert not keeps_database("me/shop", "/var/lib/postgresql/data/sub")
+    assert not keeps_database("nginx", "/data")
+    assert not keeps_database("", "/x")
 
 
 def test_shell_scripts_of_profiles_parse() -> None:
