@@ -34,21 +34,21 @@ class HijackProtocol(RequestHandler):
 
     aiohttp would read what comes right behind a request that is about to be hijacked as
     the next request.  So the end of such a request is found here, and what follows is
-    held until it is known who gets it.
+    held until it is known who gets it: more bytes, or that the client sends no more.
 
     Attributes:
         hijacked: the stream the connection became.
         lost: done when the connection is gone.
     """
 
-    __slots__ = ("_beginning", "_body_left", "_held", "_holding", "hijacked", "lost")
+    __slots__ = ("_beginning", "_body_left", "_ended", "_held", "_holding", "hijacked", "lost")
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See :class:`asyncio.Protocol`."""
         self.hijacked: RawStream | None = None
         self._beginning = b""
         self._held = b""
-        self._holding = False
+        self._holding = self._ended = False
         self._body_left = 0
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         super().connection_made(transport)
@@ -95,26 +95,31 @@ class HijackProtocol(RequestHandler):
         self._body_left = max(0, size - len(rest))
         super().data_received(head + complete + rest[:size])
 
-    def take_held(self) -> bytes:
-        """What came behind the request; from now on it is no longer held."""
+    def take_held(self) -> tuple[bytes, bool]:
+        """What came behind the request, and whether that was all; it is no longer held."""
         held, self._held, self._holding = self._held, b"", False
-        return held
+        return held, self._ended
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
         """See aiohttp; a request that was not hijacked after all is followed by others."""
         done = await super().finish_response(request, resp, start_time)
-        if self._holding and (held := self.take_held()):
-            super().data_received(held)
+        if self._holding:
+            held, ended = self.take_held()
+            if held:
+                super().data_received(held)
+            elif ended:
+                self.close()  # it will not ask for more
         return done
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Keep sending after the client's end when the connection is hijacked."""
+        """Keep sending after the client's end when the connection is, or may be, hijacked."""
         if self.hijacked is not None:
             self.hijacked.feed_eof()
             return True
-        return False
+        self._ended = self._holding and not self._body_left
+        return self._ended
 
     async def drained(self) -> None:
         """Wait while the client reads too slowly."""
@@ -255,8 +260,11 @@ def hijack(call: Call, multiplexed: bool) -> RawStream:
     transport.write(head.encode())
     protocol.hijacked = raw
     protocol.set_parser(raw)  # type: ignore[arg-type]
-    if held := protocol.take_held():
+    held, ended = protocol.take_held()
+    if held:
         raw.feed_data(held)
+    if ended:
+        raw.feed_eof()
     return raw
 
 

@@ -18,6 +18,7 @@ import requests
 from lazarette.fuse import jsontext
 from lazarette.runtime.cli.context import Json
 from lazarette.runtime.cli.failures import failure, unreachable
+from lazarette.runtime.cli.hijacked import Hijacked
 from lazarette.storage.errors import Unavailable
 
 _TIMEOUT_S = 600
@@ -70,6 +71,29 @@ class Daemon(docker.APIClient):
                 if "error" in record:
                     raise failure(msgspec.json.encode(record["error"]), 500)
                 yield record
+
+    def hijack(self, path: str, body: object = None, **query: int) -> Hijacked:
+        """A POST of the Engine API whose connection then carries a program's streams.
+
+        docker-py's own ``attach_socket`` and ``exec_start`` lose the bytes that come together
+        with the answer's head.
+
+        Raises:
+            APIError: what the daemon answered.
+        """
+        answer = self.post(
+            f"{self.base_url}/v{self.api_version}{path}",
+            json=body,
+            params=query,
+            headers={"Connection": "Upgrade", "Upgrade": "tcp"},
+            stream=True,
+            timeout=_TIMEOUT_S,
+        )
+        try:
+            answer.raise_for_status()
+        except requests.exceptions.HTTPError as refused:
+            docker.errors.create_api_error_from_http_exception(refused)
+        return Hijacked(answer)
 
     def _send(
         self, method: str, path: str, body: object, query: Mapping[str, str], stream: bool

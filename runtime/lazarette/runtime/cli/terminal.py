@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import os
-import selectors
 import shutil
 import signal
-import socket
 import struct
 import sys
 import termios
 import tty as ttys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lazarette.runtime.cli.client import Daemon
+    from lazarette.runtime.cli.hijacked import Hijacked
 
-
-_CHUNK = 65536
 _HEADER = 8
 _STDERR = 2
 
@@ -37,10 +34,8 @@ def run_attached(daemon: Daemon, container: str, *, stdin: bool, tty: bool, remo
     The wait begins before the start, so that the code is known even when the container
     removes itself.
     """
-    stream = _raw_socket(
-        daemon.attach_socket(
-            container, {"stdin": int(stdin), "stdout": 1, "stderr": 1, "stream": 1}
-        )
+    stream = daemon.hijack(
+        f"/containers/{container}/attach", stdin=int(stdin), stdout=1, stderr=1, stream=1
     )
     condition = "removed" if removed else "next-exit"
     waiting = daemon.post(
@@ -56,45 +51,15 @@ def run_attached(daemon: Daemon, container: str, *, stdin: bool, tty: bool, remo
 
 def run_exec(daemon: Daemon, exec_id: str, *, stdin: bool, tty: bool) -> int:
     """Start an exec, copy its streams, and return its exit code."""
-    stream = _raw_socket(daemon.exec_start(exec_id, tty=tty, socket=True))
+    stream = daemon.hijack(f"/exec/{exec_id}/start", {"Tty": tty, "Detach": False})
     _pump(stream, stdin, tty, lambda rows, columns: daemon.exec_resize(exec_id, rows, columns))
     return int(daemon.exec_inspect(exec_id)["ExitCode"] or 0)
 
 
-def _raw_socket(found: object) -> socket.socket:
-    return cast(socket.socket, getattr(found, "_sock", found))
-
-
-def _pump(
-    stream: socket.socket, stdin: bool, tty: bool, resize: Callable[[int, int], object]
-) -> None:
+def _pump(stream: Hijacked, stdin: bool, tty: bool, resize: Callable[[int, int], object]) -> None:
     raw = tty and stdin and sys.stdin.isatty()
     with _raw_terminal(raw), _follow_size(tty and sys.stdout.isatty(), resize):
-        frames = _Frames(plain=tty)
-        with selectors.DefaultSelector() as waiting:
-            waiting.register(stream, selectors.EVENT_READ)
-            if stdin:
-                _watch_stdin(waiting)
-            while True:
-                for key, _ in waiting.select():
-                    if key.fileobj is stream:
-                        data = stream.recv(_CHUNK)
-                        if not data:
-                            return
-                        frames.feed(data)
-                    else:
-                        typed = os.read(0, _CHUNK)
-                        if typed:
-                            stream.sendall(typed)
-                        else:
-                            waiting.unregister(0)
-                            with suppress(OSError):
-                                stream.shutdown(socket.SHUT_WR)
-
-
-def _watch_stdin(waiting: selectors.BaseSelector) -> None:
-    with suppress(PermissionError):  # a regular file cannot be polled; it is read at once
-        waiting.register(0, selectors.EVENT_READ)
+        stream.carry(_Frames(plain=tty).feed, stdin)
 
 
 class _Frames:

@@ -7,7 +7,9 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -192,15 +194,15 @@ class ExecSessions:
             tty=raw,
             detach_keys=parse_detach_keys(request.detach_keys),
         )
-        try:
-            launch = await asyncio.to_thread(self._prepare, session, console)
-            starting = await self._monitor.prepare_exec(launch)
-        except BaseException as failed:
-            self._failed(session, failed)
-            raise
-        try:
-            monitor = conmon.connect(launch.folder)
-            client = await hijack()
+        with ExitStack() as held:
+            try:
+                launch = await asyncio.to_thread(self._prepare, session, console)
+                starting = await self._monitor.prepare_exec(launch)
+                held.callback(starting.close)
+                client, monitor = await self._take_over(launch, hijack)
+            except BaseException as failed:
+                self._failed(session, failed)
+                raise
             starting.go()
             try:
                 started = await starting.finish(launch.folder)
@@ -210,14 +212,26 @@ class ExecSessions:
                 text = f"OCI runtime exec failed: exec failed: {_reason(failed)}\r\n".encode()
                 await client.write(text if raw else frame(1, text))
                 return
-        finally:
-            starting.close()
         self._runs(session, started)
         left_first = await pump(client, monitor, attach)
         if left_first:
             self._emit(session, "exec_detach")
         else:
             await session.ended.wait()
+
+    @staticmethod
+    async def _take_over(
+        launch: Launch, hijack: Callable[[], Awaitable[ClientStream]]
+    ) -> tuple[ClientStream, socket.socket]:
+        """The client's connection and the monitor's, of a session that has not begun."""
+        monitor = conmon.connect(launch.folder)
+        try:
+            return await hijack(), monitor
+        except BaseException:
+            # nobody will see what it does, so that it must not begin
+            conmon.end(launch.folder)
+            monitor.close()
+            raise
 
     def _begin(self, session: ExecSession) -> None:
         if session.started:

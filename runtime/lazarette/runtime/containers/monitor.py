@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
@@ -314,6 +315,12 @@ def connect(folder: Path) -> socket.socket:
         return made
     finally:
         os.close(directory)
+
+
+def end(folder: Path) -> None:
+    """Kill a monitor whose exec session has not begun; it never will."""
+    with suppress(ProcessLookupError):
+        os.kill(_monitor_pid(folder), signal.SIGKILL)
 
 
 def resize(folder: Path, height: int, width: int) -> None:

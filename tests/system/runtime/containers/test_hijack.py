@@ -6,6 +6,10 @@ import json
 import socket
 import struct
 import time
+from typing import Any
+
+import pytest
+from tests.support.waiting import until
 
 from .conftest import Host
 
@@ -135,6 +139,60 @@ def test_exec_with_its_body_and_input_in_one_go(host: Host) -> None:
     with Raw(host) as raw:
         raw.send("POST", f"/v1.50/exec/{exec_id}/start", {}, head=UPGRADE)
         assert " 409 " in raw.head().splitlines()[0]
+
+
+def exec_made(host: Host, name: str, *command: str) -> str:
+    with Raw(host) as raw:
+        body = {"Cmd": command, "AttachStdin": True, "AttachStdout": True}
+        raw.send("POST", f"/v1.50/containers/{name}/exec", body)
+        raw.head()
+        return str(json.loads(raw.rest)["Id"])
+
+
+def exec_ended(host: Host, exec_id: str) -> int:
+    """The exit code of an exec session, waited for."""
+    found: dict[str, Any] = {}
+
+    def ended() -> bool:
+        with Raw(host) as raw:
+            raw.send("GET", f"/v1.50/exec/{exec_id}/json", head=b"Connection: close\r\n")
+            raw.head()
+            found.update(json.loads(raw.until_end()))
+        return not found["Running"]
+
+    until(ended, "the exec session runs for ever")
+    return int(found["ExitCode"])
+
+
+@pytest.mark.parametrize("behind", [b"", b"input"])
+def test_a_client_that_ends_its_side_at_once_gets_all_output(host: Host, behind: bytes) -> None:
+    """The end of its input comes while the exec session is being made."""
+    name = host.start("busybox", "sleep", "1000")
+    exec_id = exec_made(host, name, "sh", "-c", "cat; echo done")
+    with Raw(host) as raw:
+        path = f"/v1.50/exec/{exec_id}/start"
+        raw.send("POST", path, {"Detach": False, "Tty": False}, head=UPGRADE, behind=behind)
+        raw.socket.shutdown(socket.SHUT_WR)
+        assert "101 UPGRADED" in raw.head()
+        got = b"".join(data for _, data in frames(raw.until_end()))
+        assert got == behind + b"done\n"
+    assert exec_ended(host, exec_id) == 0
+
+
+def test_a_request_refused_after_the_clients_end_is_answered(host: Host) -> None:
+    with Raw(host) as raw:
+        raw.send("POST", "/v1.50/exec/0/start", {}, head=UPGRADE)
+        raw.socket.shutdown(socket.SHUT_WR)
+        assert " 404 " in raw.head().splitlines()[0]
+        raw.until_end()
+
+
+def test_an_exec_whose_client_leaves_at_once_ends(host: Host) -> None:
+    name = host.start("busybox", "sleep", "1000")
+    exec_id = exec_made(host, name, "sh", "-c", "echo nobody reads this; exit 7")
+    with Raw(host) as raw:
+        raw.send("POST", f"/v1.50/exec/{exec_id}/start", {}, head=UPGRADE)
+    assert exec_ended(host, exec_id) == 7
 
 
 def test_a_request_in_pieces(host: Host) -> None:
