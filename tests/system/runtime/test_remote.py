@@ -88,6 +88,28 @@ def test_tls_with_a_certificate(remote: Remote) -> None:
     assert (done.stdout, done.stderr, done.returncode) == (b"out\n", b"err\n", 3)
 
 
+def test_laz_over_tls_gets_all_output(remote: Remote) -> None:
+    """Also after the end of its input, and what comes together with the answer's head."""
+    pems = remote.folder / "pems"
+    pems.mkdir()
+    for name, file in (("cert", "client.crt"), ("key", "client.key")):
+        (pems / f"{name}.pem").write_bytes((remote.folder / file).read_bytes())
+    (pems / "ca.pem").write_bytes(remote.authority.certificate.read_bytes())
+    own = {"DOCKER_TLS_VERIFY": "1", "DOCKER_CERT_PATH": str(pems)}
+
+    def laz(*arguments: str) -> bytes:
+        command = [str(LAZ), "-H", f"tcp://127.0.0.1:{remote.port}", *arguments]
+        env = {**os.environ, **own}
+        done = subprocess.run(command, env=env, input=TEXT, capture_output=True, timeout=120)
+        assert (done.stderr, done.returncode) == (b"", 0)
+        return done.stdout
+
+    laz("run", "-d", "--rm", "--init", "--name", "sleeper", "busybox", "sleep", "1000")
+    assert laz("exec", "-i", "sleeper", "cat") == TEXT
+    for _ in range(5):
+        assert laz("exec", "sleeper", "echo", "quick") == b"quick\n"
+
+
 def test_tls_without_a_certificate_of_the_authority(remote: Remote) -> None:
     other = remote.folder / "other"
     other.mkdir()

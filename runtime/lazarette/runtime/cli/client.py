@@ -41,6 +41,13 @@ class Daemon(docker.APIClient):
         except docker.errors.DockerException as bad:
             raise Unavailable(f"no daemon at {host}: {bad}", hint="start lazd") from bad
 
+    def merge_environment_settings(  # type: ignore[no-untyped-def]
+        self, url, proxies, stream, verify, cert
+    ):
+        """See requests, which prefers ``REQUESTS_CA_BUNDLE`` to the daemon's own authority."""
+        own = self.verify if verify is None else verify
+        return super().merge_environment_settings(url, proxies, stream, own, cert)
+
     def call(self, method: str, path: str, body: object = None, **query: str) -> bytes:
         """One call under ``/lazarette/v1``; the answer's body.
 
