@@ -18,10 +18,8 @@ the removal of a snapshot take.  Needs root and a PostgreSQL server (``postgresq
 from __future__ import annotations
 
 import argparse
-import glob
 import json
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -30,10 +28,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from database import database, pgbench
 
 from lazarette.storage import process
 from lazarette.storage.clock import SystemClock
@@ -42,7 +41,6 @@ from lazarette.storage.volumes.contract import SnapshotInfo, SnapshotKind, Volum
 from lazarette.storage.volumes.fuse import FuseVolumeDriver
 from lazarette.storage.volumes.overlay import OverlayVolumeDriver
 
-AS_POSTGRES = ("setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups")
 EVERY_SECONDS = 4.0
 FREEZERS = (Path("/sys/fs/cgroup/freezer"), Path("/sys/fs/cgroup"))
 
@@ -140,78 +138,6 @@ class Probe:
         return max(took, default=0.0) * 1000
 
 
-def _binaries() -> Path:
-    found = sorted(glob.glob("/usr/lib/postgresql/*/bin/postgres"))
-    if not found:
-        sys.exit("benchmarks/drivers: no PostgreSQL server; apt-get install postgresql-15")
-    return Path(found[-1]).parent
-
-
-@contextmanager
-def database(folder: Path, gate: Freezer, scale: int) -> Iterator[Path]:
-    """A server on a data folder; gives the folder of its socket."""
-    programs = _binaries()
-    data = folder / "data"
-    fresh = not data.exists()
-    sockets = Path(tempfile.mkdtemp(prefix="laz-drivers-"))
-    shutil.chown(sockets, "postgres")
-    if fresh:
-        data.mkdir(mode=0o700)
-        shutil.chown(data, "postgres", "postgres")
-        process.run(
-            [*AS_POSTGRES, str(programs / "initdb"), "-k", "-D", str(data)], timeout=None, cwd="/"
-        )
-    settings = {
-        "listen_addresses": "",
-        "unix_socket_directories": str(sockets),
-        "shared_buffers": "256MB",
-        "max_wal_size": "1GB",
-        "checkpoint_timeout": "30s",
-    }
-    flags = [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
-    server = process.spawn([*AS_POSTGRES, str(programs / "postgres"), "-D", str(data), *flags])
-    gate.add(server.pid)
-    try:
-        ready = [str(programs / "pg_isready"), "-q", "-h", str(sockets)]
-        while process.run(ready, check=False).code:
-            time.sleep(0.1)
-        if fresh:
-            process.run(
-                [
-                    *(*AS_POSTGRES, str(programs / "pgbench"), "-h", str(sockets)),
-                    *("-i", "-q", "-s", str(scale), "postgres"),
-                ],
-                timeout=None,
-                cwd="/",
-            )
-        yield sockets
-    finally:
-        server.send_signal(signal.SIGINT)
-        server.wait()
-        shutil.rmtree(sockets, ignore_errors=True)
-
-
-def pgbench(sockets: Path, seconds: int, meanwhile: Callable[[], None]) -> float:
-    """Transactions a second; ``meanwhile`` is called until the end."""
-    programs = _binaries()
-    with tempfile.TemporaryFile() as out:
-        run = process.spawn(
-            [
-                *(*AS_POSTGRES, str(programs / "pgbench"), "-h", str(sockets)),
-                *("-c", "8", "-j", "2", "-T", str(seconds), "postgres"),
-            ],
-            stdout=out.fileno(),
-        )
-        while run.poll() is None:
-            meanwhile()
-            time.sleep(0.05)
-        out.seek(0)
-        match = re.search(rb"tps = ([\d.]+)", out.read())
-    if match is None:
-        raise SystemExit("pgbench failed")
-    return float(match[1])
-
-
 def measure(subject: Subject, root: Path, seconds: int, scale: int) -> None:
     gate = Freezer()
     driver = None if subject.make is None else subject.make(root / "driver")
@@ -223,8 +149,8 @@ def measure(subject: Subject, root: Path, seconds: int, scale: int) -> None:
             driver.create("db", subject.options)
             folder = driver.mount("db")
         folder.chmod(0o755)
-        with database(folder, gate, scale) as sockets:
-            subject.plain.append(pgbench(sockets, seconds, lambda: None))
+        with database(folder, scale, gate.add) as sockets:
+            subject.plain.append(pgbench(sockets, seconds))
             taken: list[str] = []
             last = time.monotonic()
 

@@ -7,6 +7,9 @@ the CPU time of client and server instead of the clock, which a busy machine dis
 The rows of many files (``--files``) work in a new folder each round and should lie on tmpfs
 (``--folder /dev/shm``): ext4 creates files up to 15 times slower where as many were removed in
 the last seconds, whoever asks.
+
+``--pgbench SECONDS`` runs a PostgreSQL on each instead, with 2, 8 and 16 clients in turns, and
+prints transactions a second.
 """
 
 from __future__ import annotations
@@ -28,10 +31,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from database import database, pgbench
+
 from lazarette.fuse.client import UnionMount
 from lazarette.fuse.spec import UnionSpec
 
 ROUNDS = 5
+CLIENTS = (2, 8, 16)
+SCALE = 20
 
 
 @dataclass
@@ -90,6 +97,8 @@ def other(base: Path, name: str, command: list[str]) -> Iterator[Contender]:
     contender = folders(base, name)
     part = contender.base
     options = f"lowerdir={part / 'lower'},upperdir={part / 'upper'},workdir={part / 'work'}"
+    if command[0] != "mount":
+        options += ",allow_other"
     device = ["none"] if command[0] == "mount" else []
     arguments = [*command, "-o", options, *device, str(contender.root)]
     subprocess.run(arguments, check=True, capture_output=True)
@@ -282,10 +291,12 @@ def main() -> None:
     parser.add_argument("--metric", choices=("clock", "cpu"), default="clock")
     parser.add_argument("--only", help="rows whose name contains this")
     parser.add_argument("--files", type=int, default=0, help="only the rows of so many files")
+    parser.add_argument("--pgbench", type=int, default=0, help="only a database, so many seconds")
     options = parser.parse_args()
     if options.cpu is not None:
         os.sched_setaffinity(0, {options.cpu})
     base = Path(tempfile.mkdtemp(prefix="laz-bench-fuse-", dir=options.folder))
+    base.chmod(0o755)
     try:
         with contextlib.ExitStack() as stack:
             contenders = [
@@ -297,7 +308,9 @@ def main() -> None:
                 contenders.append(
                     stack.enter_context(other(base, "fuse-overlayfs", ["fuse-overlayfs"]))
                 )
-            if options.files:
+            if options.pgbench:
+                report_databases(contenders, options.pgbench)
+            elif options.files:
                 report_many(contenders, options.files, options.metric == "cpu")
             else:
                 report(contenders, options.metric == "cpu", options.only)
@@ -319,6 +332,28 @@ def row(name: str, contenders: list[Contender], times: dict[str, list[float]]) -
     ]
     columns = " ".join(f"{medians[each.name]:16.1f}" for each in contenders)
     print(f"{name:26}{columns}   {', '.join(ratios)}", flush=True)
+
+
+def report_databases(contenders: list[Contender], seconds: int) -> None:
+    print(f"{'transactions a second':26}" + " ".join(f"{each.name:>16}" for each in contenders))
+    rates: dict[int, dict[str, list[float]]] = {}
+    for each in contenders:
+        (each.root / "database").mkdir()
+    for _ in range(ROUNDS):
+        for each in contenders:
+            with database(each.root / "database", SCALE, lambda pid: None) as sockets:
+                for clients in CLIENTS:
+                    rate = pgbench(sockets, seconds, clients=clients)
+                    rates.setdefault(clients, {}).setdefault(each.name, []).append(rate)
+    for clients, found in rates.items():
+        medians = {name: statistics.median(values) for name, values in found.items()}
+        columns = " ".join(f"{medians[each.name]:16.0f}" for each in contenders)
+        ratios = ", ".join(
+            f"{medians['lazarette'] / medians[peer]:.2f}"
+            for peer in ("overlay", "fuse-overlayfs")
+            if peer in medians
+        )
+        print(f"{f'{clients} clients':26}{columns}   {ratios}", flush=True)
 
 
 def report_many(contenders: list[Contender], count: int, cpu: bool) -> None:
