@@ -13,7 +13,8 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { NOT_BEGUN, UNUSUAL, NOT_ACCEPTED };
+enum { NOT_BEGUN, UNUSUAL, NOT_ACCEPTED, UNHINDERED };
+enum { RUN = 256, BLOCKED = 2 };
 enum { MOST_ARGUMENTS = 16, MOST_NAMES = 2, SMALL = 4096 };
 /* Items of a route: see serving.Route. */
 enum { HANDLER, METHOD, ONCE, FORMAT, MAKE, NAMES, ROUTE_ITEMS };
@@ -221,7 +222,8 @@ static int sync_and_reply(int device, uint64_t unique, const Calls *calls, PyObj
     return refused;
 }
 
-/* Read one request and answer it.  1: done, go on; 0: `result` is for the caller; -1: raised. */
+/* Read one request and answer it.  1: done, go on; BLOCKED: likewise, after a Sync; 0: `result` is
+ * for the caller; -1: raised. */
 static int serve_one(int device, Py_buffer *buffer, PyObject *routes, PyObject *make,
                      const Calls *calls, PyObject **result)
 {
@@ -320,7 +322,7 @@ static int serve_one(int device, Py_buffer *buffer, PyObject *routes, PyObject *
         return *result == NULL ? -1 : 0;
     }
     Py_DECREF(request);
-    return refused ? -1 : 1;
+    return refused ? -1 : blocks ? BLOCKED : 1;
 }
 
 /* serve(device, buffer, routes, make, lock, journal, readers) */
@@ -328,7 +330,7 @@ static PyObject *serve(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
     Py_buffer buffer;
     PyObject *result = NULL;
-    int outcome;
+    int outcome, left = RUN;
     if (count != 7 || !PyList_Check(args[2])) {
         PyErr_SetString(PyExc_TypeError,
                         "serve(device, buffer, routes, make, lock, journal, readers)");
@@ -348,7 +350,10 @@ static PyObject *serve(PyObject *self, PyObject *const *args, Py_ssize_t count)
     if (calls.acquire && calls.release && calls.commit && calls.done && calls.enter && calls.leave)
         do {
             outcome = serve_one(device, &buffer, args[2], args[3], &calls, &result);
-        } while (outcome > 0);
+            left = outcome == BLOCKED ? RUN : left - 1;
+            if (outcome > 0 && left == 0)
+                result = Py_BuildValue("(OniO)", Py_None, (Py_ssize_t)0, UNHINDERED, Py_None);
+        } while (outcome > 0 && left > 0);
     Py_XDECREF(calls.acquire);
     Py_XDECREF(calls.release);
     Py_XDECREF(calls.commit);

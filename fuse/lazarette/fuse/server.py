@@ -22,7 +22,7 @@ from lazarette.fuse.journal import Meta, Shared, State
 from lazarette.fuse.protocol import InitFlag, Opcode
 from lazarette.fuse.readers import Readers
 from lazarette.fuse.requests import Request
-from lazarette.fuse.serving import NOT_ACCEPTED, NOT_BEGUN, Route
+from lazarette.fuse.serving import NOT_ACCEPTED, NOT_BEGUN, UNHINDERED, Route
 from lazarette.fuse.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -188,6 +188,9 @@ class Server(Connection):
                 if error.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
                     continue
                 raise
+            if why == UNHINDERED:
+                readers.rest()
+                continue
             body = view[requests.IN_HEADER.size : size]
             if why == NOT_ACCEPTED:
                 self._answer_refused(request.unique, outcome)

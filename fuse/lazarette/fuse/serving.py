@@ -25,9 +25,11 @@ except ImportError:
 _IN_HEADER = struct.Struct("=IIQQIIIHH")
 _OUT_HEADER = struct.Struct("=IiQ")
 
-NOT_BEGUN, UNUSUAL, NOT_ACCEPTED = 0, 1, 2
+NOT_BEGUN, UNUSUAL, NOT_ACCEPTED, UNHINDERED = 0, 1, 2, 3
 """Why :data:`serve` returns: nothing was done; the method gave something else than a reply (the
-lock is held); the kernel refused the reply."""
+lock is held); the kernel refused the reply; :data:`RUN` requests in a row blocked nobody."""
+
+RUN = 256
 
 
 class Route(NamedTuple):
@@ -90,12 +92,15 @@ def serve_plain(
     Returns:
         The request, made by ``make`` of the fields of its header; its length in ``buffer``; why
         it needs the caller; and what the method gave or raised, or the kernel said of the reply.
+        The request is None when there is none.
 
     Raises:
         OSError: reading failed, or what the journal raised.
     """
     view = memoryview(buffer)
-    while True:
+    left = RUN
+    while left:
+        left -= 1
         size = os.readv(device, [view])
         request = make(*_IN_HEADER.unpack_from(buffer))
         route = routes[request.opcode] if request.opcode < len(routes) else None
@@ -119,7 +124,7 @@ def serve_plain(
         journal.commit()
         lock.release()
         if isinstance(reply, tuple):
-            code, reply = _sync(*reply), b""
+            code, reply, left = _sync(*reply), b"", RUN
             readers.leave()
         try:
             if code:
@@ -128,6 +133,7 @@ def serve_plain(
                 answer_plain(device, request.unique, reply)
         except OSError as error:
             return request, size, NOT_ACCEPTED, error
+    return None, 0, UNHINDERED, None
 
 
 def _sync(fd: int, data_only: bool) -> int:

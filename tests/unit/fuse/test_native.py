@@ -19,7 +19,7 @@ import pytest
 from lazarette.fuse import native, records, requests, serving
 from lazarette.fuse.filesystem import Sync
 from lazarette.fuse.requests import Request
-from lazarette.fuse.serving import NOT_ACCEPTED, NOT_BEGUN, UNUSUAL, Route
+from lazarette.fuse.serving import NOT_ACCEPTED, NOT_BEGUN, RUN, UNHINDERED, UNUSUAL, Route
 
 FIELDS = (
     *("st_mode", "st_ino", "st_dev", "st_nlink", "st_uid", "st_gid", "st_rdev", "st_size"),
@@ -206,9 +206,15 @@ class Kernel:
     def run(self, *messages: bytes) -> tuple[Request, int, int, object]:
         for each in messages:
             self.theirs.send(each)
-        device = self.ours.fileno()
-        result: tuple[Request, int, int, object] = self.serve(
-            device, self.buffer, self.routes, Request, self.lock, self.journal, self.readers
+        request, size, why, outcome = self.serving()
+        assert request is not None
+        return request, size, why, outcome
+
+    def serving(self) -> tuple[Request | None, int, int, object]:
+        """Serve what comes."""
+        result: tuple[Request | None, int, int, object] = self.serve(
+            self.ours.fileno(),
+            *(self.buffer, self.routes, Request, self.lock, self.journal, self.readers),
         )
         return result
 
@@ -356,6 +362,35 @@ def test_unusual_requests_are_for_the_caller(kind: str) -> None:
                 *(kernel.buffer, kernel.routes, Request, kernel.lock, kernel.journal),
                 kernel.readers,
             )
+    finally:
+        kernel.close()
+
+
+@BOTH
+def test_a_run_of_requests_that_block_nobody_is_told(tmp_path: Path, kind: str) -> None:
+    kernel = Kernel(kind)
+    kernel.routes[1] = Route(lambda request, body: b"")
+    kernel.routes[2] = Route(
+        lambda request, body: Sync(os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), False)
+    )
+    asked = [1] * 100 + [2] + [1] * (RUN + 5)
+    answered = 0
+
+    def ask() -> None:
+        nonlocal answered
+        for opcode in asked:
+            kernel.theirs.send(message(opcode, 2, b""))
+            if not kernel.theirs.recv(100):
+                return
+            answered += 1
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        assert kernel.serving() == (None, 0, UNHINDERED, None)
+        kernel.ours.shutdown(socket.SHUT_WR)
+        asking.join()
+        assert answered == 101 + RUN, "counted since the last one that blocked"
     finally:
         kernel.close()
 

@@ -9,12 +9,15 @@ import pytest
 
 from lazarette.fuse.readers import Readers
 
+REST = threading.Event()
+
 
 class Requests:
     """Blocks as many readers as it has requests, each until it is let go."""
 
     def __init__(self, most: int) -> None:
         self.queue: SimpleQueue[threading.Event | None] = SimpleQueue()
+        self.threads: set[int] = set()
         self.begun: SimpleQueue[bool] = SimpleQueue()
         self.ended: SimpleQueue[str] = SimpleQueue()
         self.readers = Readers(most, self.read)
@@ -22,7 +25,11 @@ class Requests:
         self.main.start()
 
     def read(self) -> None:
+        self.threads.add(threading.get_ident())
         while (request := self.queue.get()) is not None:
+            if request is REST:
+                self.readers.rest()
+                continue
             mine = self.readers.enter()
             self.begun.put(mine)
             if mine:
@@ -67,6 +74,26 @@ def test_requests_in_turns_need_two_threads() -> None:
         names.add(requests.ended.get(timeout=20))
     requests.stop()
     assert len(names) <= 2
+
+
+def test_those_not_needed_rest_until_they_are() -> None:
+    requests = Requests(8)
+    blocked = [requests.ask()[0] for _ in range(3)]
+    for request in blocked:
+        request.set()
+        requests.ended.get(timeout=20)
+    for _ in range(20):  # whoever reads: those that rest read no more, the main one never rests
+        requests.queue.put(REST)
+    request, mine = requests.ask()
+    assert mine
+    others = [requests.ask() for _ in range(2)]
+    assert all(mine for _, mine in others), "those that rested read again"
+    assert len(requests.threads) == 4
+    for each in (request, *(request for request, _ in others)):
+        each.set()
+    for _ in range(20):
+        requests.queue.put(REST)
+    requests.stop()
 
 
 def test_a_thread_that_the_system_refuses_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
