@@ -133,9 +133,15 @@ class Filesystem:
         self.connection = connection
         self._readers = {threading.get_ident()}
 
-    def reading(self) -> None:
+    @contextmanager
+    def reading(self) -> Iterator[None]:
         """The present thread reads requests: it must not block with the lock held."""
-        self._readers.add(threading.get_ident())
+        myself = threading.get_ident()
+        self._readers.add(myself)
+        try:
+            yield
+        finally:
+            self._readers.discard(myself)
 
     @property
     def journal(self) -> Journal:

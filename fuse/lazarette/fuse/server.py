@@ -170,13 +170,16 @@ class Server(Connection):
 
     def _read(self) -> None:
         """Serve what this thread reads, until there is nothing more to come."""
+        with self._filesystem.reading():
+            self._serve()
+
+    def _serve(self) -> None:
         # All its pages are there: a request that has to wait for one while the server is killed
         # would fail.
         buffer = bytearray(b"\1") * (MAX_WRITE + 65536)
         view = memoryview(buffer)
         filesystem, device, routes = self._filesystem, self._device, self._routes
         readers = self._readers
-        filesystem.reading()
         while True:
             try:
                 request, size, why, outcome = serving.serve(
