@@ -133,6 +133,31 @@ def test_daemon_that_ends_while_a_volume_becomes_ordinary(backed_up: Daemon) -> 
     assert len(set(said.splitlines())) == 1
 
 
+def test_a_pool_that_is_just_let_go_is_unmounted_at_the_end(backed_up: Daemon) -> None:
+    """What ends holds its files until it is gone; nobody's delay leaves a pool mounted."""
+    daemon = backed_up
+    daemon.laz("restore", "v1@latest", "--as", "v2", "--instant", "--rate", "1m")
+    control = daemon.root / "exec" / "fills" / "v2" / "control"
+    status = Mount(LoopbackSpec(mountpoint="", control=str(control), root="", work="")).status()
+    (pool,) = (daemon.root / "data" / "volumes").glob("*/pool")
+    held = os.open(pool, os.O_RDONLY)
+    # the daemon finds a server that was killed, whose standby is about to go on
+    os.kill(status.standby, signal.SIGSTOP)
+    os.kill(status.pid, signal.SIGKILL)
+    timers = [
+        threading.Timer(1, os.kill, (status.standby, signal.SIGCONT)),
+        threading.Timer(3, os.close, (held,)),
+    ]
+    for timer in timers:
+        timer.start()
+    daemon.end()
+    for timer in timers:
+        timer.join()
+    assert daemon.process is not None
+    assert daemon.process.returncode == 0, daemon.log
+    assert str(daemon.root) not in Path("/proc/self/mountinfo").read_text()
+
+
 @pytest.mark.slow
 def test_database_answers_before_its_data_have_arrived(
     daemon: Daemon, s3_server: S3Server, s3_bucket: str, tmp_path: Path

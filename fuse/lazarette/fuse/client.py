@@ -44,6 +44,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lazarette.fuse import control, jsontext, mount, spec, syscalls
@@ -165,26 +166,67 @@ class Mount:
         while mount.is_mounted(self.spec.mountpoint):
             mount.unmount(self.spec.mountpoint, lazy=True)
 
+    @contextlib.contextmanager
+    def processes(self) -> Iterator[list[int]]:
+        """Pidfds of the server and its standby, for the length of the block.
+
+        The standby shares the server's descriptors: what is open in them is closed when both
+        have ended.  They are none when no server is there, or it does not answer.
+        """
+        with contextlib.ExitStack() as held:
+            found: list[int] = []
+            with contextlib.suppress(OSError):
+                found = self._processes(held)
+            yield found
+
+    def _processes(self, held: contextlib.ExitStack) -> list[int]:
+        status, found = self.status(), []
+        for pid in (status.pid, status.standby):
+            if pid:
+                with contextlib.suppress(ProcessLookupError):
+                    found.append(os.pidfd_open(pid))
+                    held.callback(os.close, found[-1])
+        return found
+
     def stop(self, lazy: bool = False) -> None:
-        """Unmount and wait for the server to end; does nothing when it is not mounted.
+        """Unmount and wait for the server to end; does nothing when there is neither.
 
         Raises:
-            OSError: EBUSY while files on it are open and ``lazy`` is not set.
+            OSError: EBUSY while files on it are open and ``lazy`` is not set; ETIMEDOUT when
+                there is a server that does not answer or does not end, ``lazy`` not being set:
+                it still works on what is shown.
         """
-        if not mount.is_mounted(self.spec.mountpoint):
+        if lazy:
+            self._stop_lazily()
             return
+        until = time.monotonic() + _STOP_TIMEOUT
+        while True:  # again when it was killed meanwhile, and another server goes on
+            with contextlib.ExitStack() as held:
+                serving: list[int] = []
+                try:
+                    serving = self._processes(held)
+                except TimeoutError:
+                    raise
+                except OSError:
+                    self.clear()
+                    return
+                if mount.is_mounted(self.spec.mountpoint):
+                    with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+                        self.call("stop", _STOP_TIMEOUT)
+                for process in serving:
+                    if not syscalls.ended(process, max(0.0, until - time.monotonic())):
+                        where = self.spec.mountpoint
+                        raise OSError(errno.ETIMEDOUT, "server does not end", where)
+
+    def _stop_lazily(self) -> None:
         try:
-            server = os.pidfd_open(self.status().pid)
+            self.status()
         except OSError:
             self.clear()
             return
-        try:
-            with contextlib.suppress(ConnectionResetError):
-                self.call("stop", _STOP_TIMEOUT, lazy=lazy)
-            if not lazy:
-                syscalls.ended(server, _STOP_TIMEOUT)
-        finally:
-            os.close(server)
+        if mount.is_mounted(self.spec.mountpoint):
+            with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+                self.call("stop", _STOP_TIMEOUT, lazy=True)
 
 
 class LazyMount(Mount):

@@ -48,6 +48,7 @@ class ControlSocket:
         self._commands = commands
         if listener >= 0:
             self._listener = socket.socket(fileno=listener)
+            self._entry = _entry(path)
             return
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
@@ -59,6 +60,7 @@ class ControlSocket:
         finally:
             os.umask(previous)
         self._listener.listen(16)
+        self._entry = _entry(path)
 
     def fileno(self) -> int:
         """Descriptor of the listening socket."""
@@ -69,9 +71,10 @@ class ControlSocket:
         threading.Thread(target=self._accept, name="fuse-control", daemon=True).start()
 
     def close(self) -> None:
-        """Stop listening and remove the socket."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path)
+        """Stop listening and remove the socket, unless it is that of the next server by now."""
+        if self._entry is not None and self._entry == _entry(self._path):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
         self._listener.close()
 
     def _accept(self) -> None:
@@ -104,6 +107,15 @@ class ControlSocket:
         except Exception as error:
             log.exception("command failed")
             return Reply(errno=errno.EIO, message=repr(error))
+
+
+def _entry(path: str) -> tuple[int, int] | None:
+    """What stands at a path, by device and inode."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 @contextlib.contextmanager

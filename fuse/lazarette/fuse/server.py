@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar, TypeVarTuple, Unpack
 
-from lazarette.fuse import native, protocol, replies, requests, serving
+from lazarette.fuse import native, protocol, replies, requests, serving, standby
 from lazarette.fuse.filesystem import Connection, Filesystem, Later, NeedsWorker, Reply, Sync
 from lazarette.fuse.journal import Meta, Shared, State
 from lazarette.fuse.protocol import InitFlag, Opcode
@@ -313,7 +313,10 @@ class Server(Connection):
         if self._shared is None:
             return
         if not self.granted & InitFlag.HAS_RESEND:
-            self._shared.keeper = 0  # what the server had taken would hang for ever
+            # what the server had taken would hang for ever; not even its end needs a standby,
+            # which would keep open what the server had
+            standby.dismiss(self._shared.keeper)
+            self._shared.keeper = 0
             return
         meta = Meta(self._spec, int(self.granted), self.minor, self.passthrough, self.reason)
         self._filesystem.keep_journal(self._shared, meta, attempts)

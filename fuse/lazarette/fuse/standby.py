@@ -118,7 +118,9 @@ def _keep(shared: Shared, watched: int) -> None:
 
 
 def dismiss(pid: int) -> None:
-    """End a standby of this very process that is not needed any more."""
+    """End a standby of this very process that is not needed any more; 0 is none."""
+    if not pid:
+        return
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     with contextlib.suppress(ChildProcessError):

@@ -274,9 +274,11 @@ async def _run(config: Config, tls: TlsFiles | None, stop_containers: bool) -> N
         loop.add_signal_handler(number, ended.set)
     log.info("listening on %s", ", ".join(config.hosts))
     await ended.wait()
-    guarding.stop()
-    await server.close()
-    await engine.stop(shutdown)
+    try:
+        guarding.stop()
+        await server.close()
+    finally:
+        await engine.stop(shutdown)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 
 from lazarette.backup.policy.journal import Journal
@@ -350,14 +350,23 @@ class Engine:
     async def _unmount(self) -> None:
         # what a task had begun in a thread when it was cancelled goes on there: a volume that
         # is being settled keeps its pool busy
-        await asyncio.get_running_loop().shutdown_default_executor()
-        self._unmount_all()
+        try:
+            await asyncio.get_running_loop().shutdown_default_executor()
+        finally:
+            self._unmount_all()
 
     def _unmount_all(self) -> None:
-        self.fills.unmount_all()
-        for volume in self.volumes.list():
-            self.volumes.driver(volume.driver).unmount(volume.name)
-        self._drivers.close()
+        """Each step whatever becomes of those before it."""
+        with ExitStack() as ending:
+            ending.callback(self.layers.close)
+            ending.callback(self._drivers.close)
+            ending.callback(self._unmount_volumes)
+            ending.callback(self.fills.unmount_all)
+
+    def _unmount_volumes(self) -> None:
+        with ExitStack() as ending:
+            for volume in self.volumes.list():
+                ending.callback(self.volumes.driver(volume.driver).unmount, volume.name)
 
 
 def _identity(path: Path) -> str:

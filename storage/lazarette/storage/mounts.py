@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from lazarette.storage.errors import InternalError, MissingFeature, NotRoot
 from lazarette.storage.syscalls import AT_FDCWD, MountAttr, Propagation, Resolve
 
 AnyPath = Path | str | bytes
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.1
 
 
 class MountFailed(InternalError):
@@ -314,25 +317,57 @@ def change(
         )
 
 
-def unmount(target: AnyPath, *, detach: bool = False) -> None:
+def unmount(target: AnyPath, *, detach: bool = False, patience: float = 0.0) -> None:
     """Take the topmost mount off a path; nothing happens if there is none.
 
     Args:
         target: where.
         detach: even if it is in use: gone from the tree at once, from the kernel when the
             last user lets go.
+        patience: seconds that those who use it are given to let go.
 
     Raises:
         MountFailed: it is in use.
     """
     flags = syscalls.UMOUNT_NOFOLLOW | (syscalls.UMOUNT_DETACH if detach else 0)
-    try:
-        syscalls.umount2(os.fsencode(target), flags)
-    except OSError as refused:
-        if refused.errno in (errno.EINVAL, errno.ENOENT):
-            return
-        with _explained("unmounting", target):
-            raise
+    until, pause = time.monotonic() + patience, _FIRST_PAUSE_S
+    while True:
+        try:
+            syscalls.umount2(os.fsencode(target), flags)
+        except OSError as refused:
+            if refused.errno in (errno.EINVAL, errno.ENOENT):
+                return
+            if refused.errno == errno.EBUSY and time.monotonic() < until:
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+                continue
+            with _explained("unmounting", target):
+                raise
+        return
+
+
+def users(target: AnyPath) -> list[str]:
+    """Processes that keep a mount busy, by number and program, as far as can be seen."""
+    wanted = os.path.realpath(os.fsencode(target))
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and _uses(process, wanted):
+            with suppress(OSError):
+                said = (process / "cmdline").read_bytes().replace(b"\0", b" ").strip()
+                found.append(f"{process.name} {os.fsdecode(said)}")
+    return found
+
+
+def _uses(process: Path, wanted: bytes) -> bool:
+    links = [process / "cwd", process / "root"]
+    with suppress(OSError):
+        links += (process / "fd").iterdir()
+    for link in links:
+        with suppress(OSError):
+            shown = os.readlink(os.fsencode(link))
+            if shown == wanted or shown.startswith(wanted + b"/"):
+                return True
+    return False
 
 
 def detach_beneath(path: AnyPath) -> list[bytes]:

@@ -40,6 +40,8 @@ RESERVE_SHARE = 50
 RESERVE_FLOOR = GIB
 STEP = 256 * MIB
 WATCH_SECONDS = 1.0
+LET_GO_SECONDS = 30.0
+"""What servers over a pool, and jobs that read in it, are given to end when it is closed."""
 
 _BALLAST = ".ballast"
 
@@ -216,8 +218,11 @@ class Pool:
     def close(self) -> None:
         """Stop watching, unmount and detach; the file stays.
 
+        Whoever is just ending is waited for: a process that was killed, or told to end, keeps
+        its files open until it is gone.
+
         Raises:
-            MountFailed: something in it is in use.
+            MountFailed: something in it is in use, and by whom.
         """
         if self._watch is not None:
             self._stop.set()
@@ -225,7 +230,11 @@ class Pool:
             self._watch = None
             self._stop.clear()
         mounts.detach_beneath(self.target)
-        mounts.unmount(self.target)
+        try:
+            mounts.unmount(self.target, patience=LET_GO_SECONDS)
+        except mounts.MountFailed as busy:
+            by = "; ".join(mounts.users(self.target)) or "the kernel"
+            raise mounts.MountFailed(f"{busy.message}; it is used by {by}") from busy
 
     def space(self) -> PoolSpace:
         """How large the pool is and how much room there is, in it and on the host."""

@@ -12,6 +12,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -267,8 +268,8 @@ class VolumeDrivers(Mapping[str, VolumeDriver]):
         return name in VOLUMES
 
     def close(self) -> None:
-        """Close the drivers that were opened; volumes stay."""
-        with self._lock:
+        """Close the drivers that were opened, each whatever becomes of others; volumes stay."""
+        with self._lock, ExitStack() as ending:
             for driver in self._opened.values():
-                driver.close()
+                ending.callback(driver.close)
             self._opened.clear()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -146,3 +147,23 @@ def test_a_descriptor_can_be_bound(place: Path) -> None:
     finally:
         os.close(folder)
     assert (place / "b" / "f").exists()
+
+
+def test_who_is_just_letting_go_is_waited_for(place: Path) -> None:
+    target = place / "m"
+    target.mkdir()
+    mounts.mount("tmpfs", target, {"size": "1m"})
+    with open(target / "file", "w"):
+        with pytest.raises(MountFailed, match="busy"):
+            mounts.unmount(target)
+        own = [each for each in mounts.users(target) if each.startswith(f"{os.getpid()} ")]
+        assert len(own) == 1
+        with pytest.raises(MountFailed, match="busy"):
+            mounts.unmount(target, patience=0.05)
+    assert mounts.users(target) == []
+    late = open(target / "file")  # noqa: SIM115 - closed by the timer
+    timer = threading.Timer(0.3, late.close)
+    timer.start()
+    mounts.unmount(target, patience=60)
+    assert not mounts.is_mount_point(target)
+    timer.join()

@@ -11,6 +11,8 @@ from tests.support.kills import killed_at, steps_of
 from tests.support.waiting import until
 
 from lazarette.storage import loop, mounts
+from lazarette.storage import pool as pool_module
+from lazarette.storage.mounts import MountFailed
 from lazarette.storage.pool import GIB, SMALLEST, STEP, Pool, PoolFormat, PoolSpace
 
 
@@ -41,6 +43,15 @@ def test_a_pool_is_sparse_and_cleans_up(pool: Pool) -> None:
     assert not mounts.is_mount_point(pool.target)
     pool.open()
     assert (pool.target / "f").read_text() == "kept"
+
+
+def test_closing_says_who_does_not_let_go(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "LET_GO_SECONDS", 0.05)
+    with open(pool.target / "held", "w"), pytest.raises(MountFailed, match=f"by.* {os.getpid()} "):
+        pool.close()
+    assert mounts.is_mount_point(pool.target)
+    pool.close()
+    assert not mounts.is_mount_point(pool.target)
 
 
 def test_opening_twice_attaches_once(pool: Pool) -> None:

@@ -299,16 +299,20 @@ class FillService:
         await watching.end(self._watcher)
 
     def unmount_all(self) -> None:
-        """End all servers, for an engine that ends for good."""
-        for fill in self.all():
-            mount = self._mount(fill)
-            try:
-                mount.stop()
-            except OSError as busy:
-                log.warning("volume %s is in use at the end: %s", fill.volume, busy)
-                with suppress(OSError):
-                    mount.stop(lazy=True)
-            self._volumes.redirect(fill.volume, None)
+        """End all servers, each whatever becomes of others, for an engine that ends for good."""
+        with ExitStack() as ending:
+            for fill in self.all():
+                ending.callback(self._unmount, fill)
+
+    def _unmount(self, fill: Fill) -> None:
+        mount = self._mount(fill)
+        try:
+            mount.stop()
+        except OSError as busy:
+            log.warning("volume %s is in use at the end: %s", fill.volume, busy)
+            with suppress(OSError):
+                mount.stop(lazy=True)
+        self._volumes.redirect(fill.volume, None)
 
     # ---- how
 

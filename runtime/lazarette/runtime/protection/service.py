@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 
 from lazarette.backup.jobs.model import LOG_PREFIX, CheckJob, Job, Progress, Request, Result
 from lazarette.backup.policy.journal import Journal, Reason, Run
@@ -135,18 +136,22 @@ class Protection:
 
     async def stop(self) -> None:
         """Follow no policy any more; running jobs go on by themselves."""
-        await self._safeties.stop()
-        await self.wal.stop()
-        await self.standbys.stop()
-        await self.fencing.stop()
-        await self.policies.stop()
-        await self.branches.stop()
-        await self._stillness.stop()
-        await self.teller.stop()
+        async with AsyncExitStack() as ending:
+            ending.callback(self.repositories.close)
+            ending.push_async_callback(self._end_outliving)
+            ending.push_async_callback(self.teller.stop)
+            ending.push_async_callback(self._stillness.stop)
+            ending.push_async_callback(self.branches.stop)
+            ending.push_async_callback(self.policies.stop)
+            ending.push_async_callback(self.fencing.stop)
+            ending.push_async_callback(self.standbys.stop)
+            ending.push_async_callback(self.wal.stop)
+            ending.push_async_callback(self._safeties.stop)
+
+    async def _end_outliving(self) -> None:
         for task in self._outliving:
             task.cancel()
         await asyncio.gather(*self._outliving, return_exceptions=True)
-        self.repositories.close()
 
     async def run_job(self, repository: str, job: Job, show: Callable[[Progress], None]) -> Result:
         """Run a job on a repository and wait for it."""

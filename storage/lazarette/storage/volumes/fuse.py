@@ -15,8 +15,8 @@ all move along when the volume is renamed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from lazarette.fuse.client import UnionMount
@@ -121,9 +121,10 @@ class FuseVolumeDriver(OverlayVolumeDriver):
 
     def close(self) -> None:
         """See :meth:`VolumeDriver.close`; ends the servers of volumes that nobody uses."""
-        for name in self.names():
-            self._stop(name)
-        super().close()
+        with ExitStack() as ending:
+            ending.callback(super().close)
+            for name in self.names():
+                ending.callback(self._stop, name)
 
     def location(self, name: str) -> Path:
         """See :meth:`VolumeDriver.location`; empty while the volume is not mounted."""
@@ -158,12 +159,7 @@ class FuseVolumeDriver(OverlayVolumeDriver):
         location = self.location(name)
         if not mounts.is_mount_point(location):
             return
-        try:
-            server = os.pidfd_open(self._union(name).status().pid)
-        except OSError:
-            mounts.unmount(location, detach=True)  # the server is dead
-            return
-        try:
+        with self._union(name).processes() as serving:
             mounts.detach_beneath(location)
             try:
                 mounts.unmount(location)
@@ -171,9 +167,8 @@ class FuseVolumeDriver(OverlayVolumeDriver):
                 # a stray open file: the server ends when that is closed
                 mounts.unmount(location, detach=True)
             else:
-                ended(server, _STOP_SECONDS)
-        finally:
-            os.close(server)
+                for process in serving:
+                    ended(process, _STOP_SECONDS)
 
     def remove(self, name: str) -> None:
         """See :meth:`VolumeDriver.remove`."""

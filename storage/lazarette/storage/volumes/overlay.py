@@ -130,11 +130,12 @@ class OverlayVolumeDriver(TreeVolumeDriver):
 
     def close(self) -> None:
         """See :meth:`VolumeDriver.close`; unmounts the pool."""
-        super().close()
-        for name in self.names():
-            self._let_go(name)
-        if self.pool is not None:
-            self.pool.close()
+        with ExitStack() as ending:
+            if self.pool is not None:
+                ending.callback(self.pool.close)
+            for name in self.names():
+                ending.callback(self._let_go, name)
+            ending.callback(super().close)
 
     # ---- volumes with a filesystem of their own
 
