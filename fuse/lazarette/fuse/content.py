@@ -71,11 +71,16 @@ class Mark:
         return Mark(value[_MARK.size :], size, limit, cutting)
 
 
-def with_retry(deadline: float, call: Callable[[], bytes]) -> bytes:
+def with_retry(deadline: float, call: Callable[[], bytes], stopping: threading.Event) -> bytes:
     """Repeat a call of the source until it succeeds or ``deadline`` seconds have gone (0: once).
 
+    Args:
+        deadline: seconds.
+        call: of the source.
+        stopping: set when nobody waits for it any more.
+
     Raises:
-        OSError: EIO, after the deadline.
+        OSError: EIO, after the deadline or once ``stopping`` is set.
     """
     end = time.monotonic() + deadline
     pause = _FIRST_PAUSE
@@ -83,11 +88,10 @@ def with_retry(deadline: float, call: Callable[[], bytes]) -> bytes:
         try:
             return call()
         except OSError as error:
-            if time.monotonic() + pause > end:
+            if time.monotonic() + pause > end or stopping.wait(pause):
                 if deadline:
                     log.warning("giving up on the source: %s", error)
                 raise OSError(errno.EIO, "the source does not answer") from error
-            time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
 
@@ -231,6 +235,7 @@ class Content:
         data = with_retry(
             deadline,
             lambda: registry.source.read(self._mark.identity, start, length),
+            registry.stopping,
         )
         if len(data) != length:
             raise OSError(errno.EIO, "the source gave a wrong length")

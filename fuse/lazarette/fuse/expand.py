@@ -30,14 +30,23 @@ class Expander:
         links: descriptor of a folder that keeps a link to each file with several names.
         form: names of xattrs.
         deadline: seconds a call of the source is repeated.
+        stopping: set when nobody waits for what is asked of it any more.
     """
 
-    def __init__(self, source: Source, links: int, form: Format, deadline: float) -> None:
+    def __init__(
+        self,
+        source: Source,
+        links: int,
+        form: Format,
+        deadline: float,
+        stopping: threading.Event,
+    ) -> None:
         self._source = source
         self._links = links
         self._folder_xattr = form.prefix + b"lazarette.folder"
         self._content_xattr = content_xattr(form)
         self._deadline = deadline
+        self._stopping = stopping
         self._busy: set[tuple[int, int]] = set()
         self._changed = threading.Condition()
         self._link_lock = threading.Lock()
@@ -102,7 +111,7 @@ class Expander:
             found[:] = self._source.entries(identity)
             return b""
 
-        with_retry(self._deadline, ask)
+        with_retry(self._deadline, ask, self._stopping)
         path = layers.descriptor_path(fd)
         for name in os.listdir(path):
             self._remove(fd, name)

@@ -168,6 +168,9 @@ class Filesystem:
     def unsee(self, numbers: list[int]) -> None:
         """Take back the lookups of a request whose reply never arrived."""
 
+    def give_up(self) -> None:
+        """The mount is gone: what still waits for something waits for nobody."""
+
     def destroy(self) -> None:
         """The mount is gone: close everything."""
 

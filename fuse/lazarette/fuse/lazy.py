@@ -316,7 +316,7 @@ class LazyFilesystem(UnionFilesystem):
         self._maps = os.open(os.path.join(store, "maps"), layers.DIRECTORY)
         self._links = os.open(os.path.join(store, "sources"), layers.DIRECTORY)
         self.contents = Contents(source, self._maps, form, deadline)
-        self.expander = Expander(source, self._links, form, deadline)
+        self.expander = Expander(source, self._links, form, deadline, self.contents.stopping)
         assert isinstance(self.tree, LazyTree) and isinstance(self.files, LazyFiles)
         self.tree.expander = self.expander
         self.files.contents = self.contents
@@ -355,6 +355,10 @@ class LazyFilesystem(UnionFilesystem):
     @property
     def _complete_mark(self) -> str:
         return os.path.join(self._store, "complete")
+
+    def give_up(self) -> None:
+        """Ask the source no more, for whom it may be."""
+        self.contents.stopping.set()
 
     def destroy(self) -> None:
         """Stop filling and close everything."""

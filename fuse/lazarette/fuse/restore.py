@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import stat
 
 from lazarette.fuse import dirty
@@ -289,9 +290,13 @@ def _is_open(fd: int, real: tuple[int, int]) -> bool:
 
 
 def is_connection(fd: int) -> bool:
-    """Whether a descriptor is one of ``/dev/fuse``."""
+    """Whether a descriptor is one of ``/dev/fuse``, of a mount that is still there."""
     try:
         st = os.fstat(fd)
     except OSError:
         return False
-    return stat.S_ISCHR(st.st_mode) and st.st_rdev == os.makedev(10, 229)
+    if not stat.S_ISCHR(st.st_mode) or st.st_rdev != os.makedev(10, 229):
+        return False
+    asked = select.poll()
+    asked.register(fd, 0)
+    return not asked.poll(0)  # POLLERR once it was unmounted

@@ -259,9 +259,9 @@ class Process:
         self._control.start()
         if ready >= 0:
             threading.Thread(target=announce, name="fuse-ready", daemon=True).start()
-        if self._state is not None:
-            self.server.send_again()
         try:
+            if self._state is not None:
+                self.server.send_again()
             self.server.run()
         finally:
             if self._shared is not None:

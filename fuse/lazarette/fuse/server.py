@@ -164,6 +164,7 @@ class Server(Connection):
         try:
             self._readers.run()
         finally:
+            self._filesystem.give_up()
             self._pool.shutdown()
             os.close(self._device)
             self._filesystem.destroy()
@@ -333,7 +334,14 @@ class Server(Connection):
 
     def send_again(self) -> None:
         """Have the kernel repeat what the server before took and did not answer."""
-        os.write(self._device, replies.notify_resend())
+        try:
+            os.write(self._device, replies.notify_resend())
+        except OSError as error:
+            if error.errno not in (
+                errno.ENODEV,
+                errno.ENOTCONN,
+            ):  # unmounted just now: :meth:`run` will find that too
+                raise
 
     def _answered_before(self, request: Request) -> bool:
         """Answer a repeated request that was done, without doing it again."""

@@ -16,6 +16,7 @@ from tests.support.unions import Union, kill, prepare, serving
 from tests.support.waiting import until
 
 from lazarette.fuse import jsontext
+from lazarette.fuse.syscalls import ended
 
 KILLS = int(os.environ.get("LAZ_KILLS", "4"))
 
@@ -40,6 +41,24 @@ def hand_over(union: Union, how: str) -> None:
     after = union.mounted.status()
     assert (after.handovers, after.lost) == (before.handovers + 1, 0)
     assert union.mounted.alive()
+
+
+def test_nobody_goes_on_with_a_mount_that_is_gone(union: Union) -> None:
+    """Servers that came up one after the other would open again what lies below it."""
+    with serving(union):
+        status = union.mounted.status()
+        if not status.standby:
+            pytest.skip("this kernel does not send requests again")
+        standby = os.pidfd_open(status.standby)
+        os.kill(status.standby, signal.SIGSTOP)
+        kill(status.pid)
+        union.mounted.clear()
+        away = union.upper.rename(union.base / "away")  # as what is on a disk that is unmounted
+        os.kill(status.standby, signal.SIGCONT)
+        assert ended(standby, 60)
+        assert not union.upper.exists()
+        away.rename(union.upper)
+        os.close(standby)
 
 
 @pytest.mark.parametrize("how", ["kill", "upgrade"])
