@@ -121,10 +121,10 @@ class Daemon:
         if self.process.poll() is not None:
             self.start()
         # nobody waits for what ignores SIGTERM
-        running = self._ask("GET", "containers/json") or b"[]"
+        running = self.ask("GET", "containers/json") or b"[]"
         for container in jsontext.decode(running, type=list[_Listed]):
-            self._ask("POST", f"containers/{container.id}/kill")
-        self._ask("POST", "lazarette/v1/shutdown")
+            self.ask("POST", f"containers/{container.id}/kill")
+        self.ask("POST", "lazarette/v1/shutdown")
         try:
             self.process.wait(60)
         except subprocess.TimeoutExpired:
@@ -132,7 +132,8 @@ class Daemon:
             self.process.wait()
             raise AssertionError(f"lazd did not end:\n{self.log[-4000:]}") from None
 
-    def _ask(self, method: str, path: str) -> bytes:
+    def ask(self, method: str, path: str) -> bytes:
+        """One request to the daemon's socket; its answer's body, whatever that says."""
         patience = ("--max-time", "60")
         where = ("--unix-socket", str(self.socket), f"http://d/{path}")
         asked = ["curl", "-s", *patience, "-X", method, *where]
