@@ -197,6 +197,10 @@ class CloneTree:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 self._folder_metadata(path)
 
+    def refresh(self, paths: dict[bytes, bool]) -> None:
+        """Likewise, but for those that are still what they were when they were cloned."""
+        self.apply({path: deep for path, deep in paths.items() if deep or not self.unmoved(path)})
+
     def _apply_one(self, path: bytes, deep: bool, folders: set[bytes]) -> None:
         tree, _, below = path.partition(b"/")
         if path in self._fresh:
@@ -239,11 +243,47 @@ class CloneTree:
             remove(target, name)
             self._clone(source, target, name, path)
             return
+        if self._clone_again(source, target, name, path, st):
+            return
         group = self._group(path)
         remove(target, name)
         self._clone(source, target, name, path)
         for other in group:
             self._relink(other, folders)
+
+    def _clone_again(
+        self, source: int, target: int, name: bytes, path: bytes, st: os.stat_result
+    ) -> bool:
+        """Clone a file onto its own clone, if that is there: only extents that changed cost time.
+
+        A database's file is in tens of thousands of pieces soon after a snapshot, and cloning
+        them all takes a tenth of a second.
+        """
+        seen = self.seen.get(path)
+        if seen is None or seen.ino != st.st_ino or st.st_nlink != 1:
+            return False
+        with contextlib.suppress(FileNotFoundError):
+            made = os.stat(name, dir_fd=target, follow_symlinks=False)
+            if not stat.S_ISREG(made.st_mode) or made.st_nlink != 1:
+                return False
+            when = time.clock_gettime_ns(time.CLOCK_REALTIME)
+            flags = os.O_NOFOLLOW | os.O_CLOEXEC
+            from_fd = os.open(name, os.O_RDONLY | flags, dir_fd=source)
+            try:
+                to_fd = os.open(name, os.O_WRONLY | flags, dir_fd=target)
+                try:
+                    if made.st_size > st.st_size:
+                        os.ftruncate(to_fd, 0)  # cutting off what is shared is not always possible
+                    syscalls.clone_file(to_fd, from_fd)
+                finally:
+                    os.close(to_fd)
+            finally:
+                os.close(from_fd)
+            self.seen[path] = _Seen(st.st_ino, st.st_ctime_ns, st.st_mtime_ns, st.st_size, when)
+            self.cloned += 1
+            _copy_metadata(source, name, target, name, st)
+            return True
+        return False
 
     def _group(self, path: bytes) -> list[bytes]:
         """Other names in the snapshot of the inode at a path, if it has several."""
@@ -318,10 +358,9 @@ def _copy_metadata(source: int, name: bytes, target: int, new: bytes, st: os.sta
     if not stat.S_ISLNK(st.st_mode):
         os.chmod(to_path, stat.S_IMODE(st.st_mode))
     wanted = {os.fsencode(each) for each in os.listxattr(from_path, follow_symlinks=False)}
-    if stat.S_ISDIR(st.st_mode):
-        present = {os.fsencode(each) for each in os.listxattr(to_path, follow_symlinks=False)}
-        for key in present - wanted:
-            os.removexattr(to_path, key, follow_symlinks=False)
+    present = {os.fsencode(each) for each in os.listxattr(to_path, follow_symlinks=False)}
+    for key in present - wanted:
+        os.removexattr(to_path, key, follow_symlinks=False)
     for key in wanted:
         value = os.getxattr(from_path, key, follow_symlinks=False)
         os.setxattr(to_path, key, value, follow_symlinks=False)

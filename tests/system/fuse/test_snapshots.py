@@ -81,6 +81,39 @@ def test_what_was_open_before_and_closed_during_a_snapshot_is_in_it(union: Union
             assert (target / "upper/a").read_text() == name
 
 
+def test_files_cloned_twice_are_as_they_were_the_second_time(union: Union) -> None:
+    """Onto their own clones: shorter, longer, with holes, without an attribute, another file."""
+    rng = random.Random(3)
+    with serving(union):
+        files = {name: rng.randbytes(300_000) for name in ("cut", "grown", "holed", "new", "less")}
+        for turn in ("s1", "s2"):
+            for name, content in files.items():
+                (union.root / name).write_bytes(content)
+            os.setxattr(union.root / "less", "user.a", b"1")
+            target = union.base / "snaps" / turn
+            union.mounted.prepare(str(target))
+            inodes = {p.name: p.stat().st_ino for p in Path(f"{target}.partial/upper").iterdir()}
+            os.truncate(union.root / "cut", 100_001)
+            with (union.root / "grown").open("r+b") as stream:
+                stream.seek(250_000)
+                stream.write(rng.randbytes(200_000))
+            with (union.root / "holed").open("r+b") as stream:
+                stream.truncate(0)
+                stream.truncate(300_000)
+                stream.seek(200_000)
+                stream.write(b"x" * 4096)
+            (union.root / "other").write_bytes(b"other")
+            (union.root / "other").rename(union.root / "new")
+            os.removexattr(union.root / "less", "user.a")
+            union.mounted.take(str(target))
+            wanted = tree(union.upper)
+            union.mounted.settle(str(target))
+            assert tree(target / "upper") == wanted
+            made = {path.name: path.stat().st_ino for path in (target / "upper").iterdir()}
+            kept = {name for name in files if made[name] == inodes[name]}
+            assert kept == {"cut", "grown", "holed", "less"}
+
+
 def test_snapshot_does_not_change_any_more(union: Union) -> None:
     (union.lower() / "base").write_text("below")
     with serving(union):
