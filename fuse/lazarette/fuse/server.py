@@ -173,6 +173,7 @@ class Server(Connection):
         """Serve what this thread reads, until there is nothing more to come."""
         with self._filesystem.reading():
             self._serve()
+        self._filesystem.give_up()  # or another reader that waits for a source holds up the end
 
     def _serve(self) -> None:
         # All its pages are there: a request that has to wait for one while the server is killed

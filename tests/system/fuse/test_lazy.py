@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from tests.support.mounts import tmpfs
 from tests.support.unions import kill, kill_mount
 from tests.support.waiting import until
 
-from lazarette.fuse import mount
+from lazarette.fuse import mount, syscalls
 from lazarette.fuse.client import LazyMount
 from lazarette.fuse.content import Mark
 from lazarette.fuse.latesource import FACTS, Facts
@@ -164,6 +165,27 @@ def test_broken_source_gives_eio_after_the_deadline_and_recovers(lazy: Lazy) -> 
     lazy.set("broken", False)
     assert (lazy.root / "a").read_bytes() == contents["a"]
     assert (lazy.root / "d/e/c").read_bytes() == contents["d/e/c"]
+
+
+def test_reads_that_wait_for_the_source_do_not_hold_up_the_end(lazy: Lazy) -> None:
+    """However many: one thread always reads, and finds that the mount is gone."""
+    populate(lazy.source)
+    for number in range(12):
+        (lazy.source / f"f{number}").write_bytes(bytes([number]) * 5000)
+    lazy.mount = LazyMount(msgspec.structs.replace(lazy.mount.spec, deadline=300.0))
+    lazy.mount.start()
+    os.listdir(lazy.root)
+    lazy.set("broken", True)
+    reading = [process.spawn(["cat", str(lazy.root / f"f{number}")]) for number in range(12)]
+    time.sleep(1)
+    assert all(each.poll() is None for each in reading)
+    with lazy.mount.processes() as serving:
+        assert serving
+        process.run(["umount", "-f", str(lazy.root)], check=False)
+        for each in reading:
+            assert each.wait() != 0
+        process.run(["umount", "-l", str(lazy.root)], check=False)
+        assert all(syscalls.ended(each, 20) for each in serving)
 
 
 def require_standby(lazy: Lazy) -> None:
