@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -49,6 +50,7 @@ def traces(host: NetworkHost) -> dict[str, object]:
 
 def descriptors() -> Counter[str]:
     """What this process has open, by kind, so that a failure says what is left."""
+    gc.collect()  # tests before may have left sockets in circles
     found: Counter[str] = Counter()
     for name in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):  # that of the list itself
