@@ -77,7 +77,9 @@ def test_pause_freezes(host: Host) -> None:
 
 
 def test_stop_asks_then_kills(host: Host) -> None:
-    polite = host.start("busybox", "sh", "-c", "trap 'exit 5' TERM; while :; do sleep 0.05; done")
+    script = "trap 'exit 5' TERM; echo ready; while :; do sleep 0.05; done"
+    polite = host.start("busybox", "sh", "-c", script)
+    until(lambda: "ready" in host.out("logs", polite))  # before, the kernel keeps TERM from it
     host.out("stop", "-t", "20", polite)
     assert host.state(polite)["ExitCode"] == 5
     stubborn = host.start("busybox", "sh", "-c", "trap '' TERM; while :; do sleep 0.05; done")
