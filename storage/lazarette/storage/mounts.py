@@ -353,7 +353,8 @@ def users(target: AnyPath) -> list[str]:
     for process in Path("/proc").iterdir():
         if process.name.isdigit() and _uses(process, wanted):
             with suppress(OSError):
-                said = (process / "cmdline").read_bytes().replace(b"\0", b" ").strip()
+                # not its arguments, in which people leave passwords
+                said = (process / "comm").read_bytes().rstrip(b"\n")
                 found.append(f"{process.name} {os.fsdecode(said)}")
     return found
 
