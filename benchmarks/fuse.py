@@ -346,14 +346,7 @@ def report_databases(contenders: list[Contender], seconds: int) -> None:
                     rate = pgbench(sockets, seconds, clients=clients)
                     rates.setdefault(clients, {}).setdefault(each.name, []).append(rate)
     for clients, found in rates.items():
-        medians = {name: statistics.median(values) for name, values in found.items()}
-        columns = " ".join(f"{medians[each.name]:16.0f}" for each in contenders)
-        ratios = ", ".join(
-            f"{medians['lazarette'] / medians[peer]:.2f}"
-            for peer in ("overlay", "fuse-overlayfs")
-            if peer in medians
-        )
-        print(f"{f'{clients} clients':26}{columns}   {ratios}", flush=True)
+        row(f"{clients} clients", contenders, found)
 
 
 def report_many(contenders: list[Contender], count: int, cpu: bool) -> None:

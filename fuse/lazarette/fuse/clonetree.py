@@ -145,27 +145,33 @@ class CloneTree:
         if stat.S_ISLNK(st.st_mode):
             os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
         elif stat.S_ISREG(st.st_mode):
-            when = time.clock_gettime_ns(time.CLOCK_REALTIME)
-            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
-            from_fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=source)
-            try:
-                to_fd = os.open(name, flags, 0o600, dir_fd=target)
-                try:
-                    syscalls.clone_file(to_fd, from_fd)
-                finally:
-                    os.close(to_fd)
-            except OSError as error:
-                if error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.EXDEV, errno.ENOTTY):
-                    raise OSError(
-                        errno.EOPNOTSUPP, "the upper layer's filesystem has no reflinks"
-                    ) from error
-                raise
-            finally:
-                os.close(from_fd)
-            self.seen[path] = _Seen(st.st_ino, st.st_ctime_ns, st.st_mtime_ns, st.st_size, when)
+            self._share(source, target, name, path, st, os.O_CREAT | os.O_EXCL)
         else:
             os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=target)
         self.cloned += 1
+
+    def _share(
+        self, source: int, target: int, name: bytes, path: bytes, st: os.stat_result, how: int
+    ) -> None:
+        """Make a file, opened with the flags ``how``, share the blocks of the live one."""
+        when = time.clock_gettime_ns(time.CLOCK_REALTIME)
+        flags = os.O_NOFOLLOW | os.O_CLOEXEC
+        from_fd = os.open(name, os.O_RDONLY | flags, dir_fd=source)
+        try:
+            to_fd = os.open(name, os.O_WRONLY | flags | how, 0o600, dir_fd=target)
+            try:
+                syscalls.clone_file(to_fd, from_fd)
+            finally:
+                os.close(to_fd)
+        except OSError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.EXDEV, errno.ENOTTY):
+                raise OSError(
+                    errno.EOPNOTSUPP, "the upper layer's filesystem has no reflinks"
+                ) from error
+            raise
+        finally:
+            os.close(from_fd)
+        self.seen[path] = _Seen(st.st_ino, st.st_ctime_ns, st.st_mtime_ns, st.st_size, when)
 
     def unmoved(self, path: bytes) -> bool:
         """Whether a live file is still what it was when it was cloned."""
@@ -266,20 +272,8 @@ class CloneTree:
             made = os.stat(name, dir_fd=target, follow_symlinks=False)
             if not stat.S_ISREG(made.st_mode) or made.st_nlink != 1:
                 return False
-            when = time.clock_gettime_ns(time.CLOCK_REALTIME)
-            flags = os.O_NOFOLLOW | os.O_CLOEXEC
-            from_fd = os.open(name, os.O_RDONLY | flags, dir_fd=source)
-            try:
-                to_fd = os.open(name, os.O_WRONLY | flags, dir_fd=target)
-                try:
-                    if made.st_size > st.st_size:
-                        os.ftruncate(to_fd, 0)  # cutting off what is shared is not always possible
-                    syscalls.clone_file(to_fd, from_fd)
-                finally:
-                    os.close(to_fd)
-            finally:
-                os.close(from_fd)
-            self.seen[path] = _Seen(st.st_ino, st.st_ctime_ns, st.st_mtime_ns, st.st_size, when)
+            shorter = made.st_size > st.st_size  # cloning does not cut off the rest
+            self._share(source, target, name, path, st, os.O_TRUNC if shorter else 0)
             self.cloned += 1
             _copy_metadata(source, name, target, name, st)
             return True

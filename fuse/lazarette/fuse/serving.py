@@ -86,8 +86,8 @@ def serve_plain(
     """Read requests and answer them, until one needs the caller.
 
     Methods run with the lock held.  A reply is bytes, an error number, or None for no answer; the
-    number of an ``OSError`` is an answer too.  A pair of a descriptor and a bool is a
-    :class:`lazarette.fuse.filesystem.Sync`: done here without the lock, if ``readers`` let us.
+    number of an ``OSError`` is an answer too.  A pair of a descriptor and a bool, a
+    :class:`lazarette.fuse.filesystem.Sync`, is done here without the lock, if ``readers`` let us.
 
     Returns:
         The request, made by ``make`` of the fields of its header; its length in ``buffer``; why
@@ -99,6 +99,7 @@ def serve_plain(
     """
     view = memoryview(buffer)
     left = RUN
+    reply: Any
     while left:
         left -= 1
         size = os.readv(device, [view])
@@ -123,8 +124,12 @@ def serve_plain(
             journal.done(request.unique, reply)
         journal.commit()
         lock.release()
-        if isinstance(reply, tuple):
-            code, reply, left = _sync(*reply), b"", RUN
+        if blocks:
+            left = RUN
+            try:
+                reply = reply.work()
+            except OSError as error:
+                code = error.errno or errno.EIO
             readers.leave()
         try:
             if code:
@@ -134,17 +139,6 @@ def serve_plain(
         except OSError as error:
             return request, size, NOT_ACCEPTED, error
     return None, 0, UNHINDERED, None
-
-
-def _sync(fd: int, data_only: bool) -> int:
-    """Write out and close; the number of the error, or 0."""
-    try:
-        (os.fdatasync if data_only else os.fsync)(fd)
-    except OSError as error:
-        return error.errno or errno.EIO
-    finally:
-        os.close(fd)
-    return 0
 
 
 serve = serve_plain if _serving is None else _serving.serve

@@ -32,6 +32,7 @@ from lazarette.fuse.clonetree import LINKS, UPPER, CloneTree
 from lazarette.fuse.dirty import DirtyPaths, join
 from lazarette.fuse.filesystem import Filesystem
 from lazarette.fuse.layers import opened_beneath
+from lazarette.fuse.passes import until_quick
 from lazarette.fuse.urgency import urgent
 
 _MOST_PASSES = 8
@@ -131,16 +132,13 @@ class Snapshots:
 
     def _catch_up(self, copy: CloneTree) -> None:
         """Clone what changed meanwhile, until little is left for step 2 or it gets no less."""
-        previous = 0
-        for _ in range(_MOST_PASSES):
-            started = time.monotonic_ns()
+
+        def once() -> None:
             with self._filesystem.lock:
                 changed = self._changed()
             copy.refresh(changed)
-            took = time.monotonic_ns() - started
-            if took <= _PASS_GOAL_NS or (previous and took > previous * 3 // 4):
-                return
-            previous = took
+
+        until_quick(once, _PASS_GOAL_NS, _MOST_PASSES)
 
     def _changed(self) -> dict[bytes, bool]:
         """What may have changed since it was last asked; the caller holds the lock."""

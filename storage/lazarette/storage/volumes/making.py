@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
+from lazarette.fuse.passes import until_quick
 from lazarette.fuse.urgency import urgent
 from lazarette.storage import beneath
 from lazarette.storage.clock import Clock
@@ -105,14 +106,7 @@ class ReflinkMaking(CopyMaking):
     def prepare(self) -> None:
         """Copy, and bring up to date until that is quick or gets no quicker."""
         super().prepare()
-        previous: int | None = None
-        for _ in range(_MOST_PASSES):
-            started = self._clock.monotonic_ns()
-            self._copy.refresh()
-            took = self._clock.monotonic_ns() - started
-            if took <= _PASS_GOAL_NS or (previous is not None and took > previous * 3 // 4):
-                return
-            previous = took
+        until_quick(self._copy.refresh, _PASS_GOAL_NS, _MOST_PASSES, self._clock.monotonic_ns)
 
     def take(self) -> None:
         """Bring the copy up to date, before anybody else has the processor."""
